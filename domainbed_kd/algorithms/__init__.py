@@ -1,0 +1,69 @@
+"""The algorithms: every public Algorithm class in this folder, plus what plug-ins add.
+
+Names are read from the files' syntax, so that `ALGORITHMS` needs no torch; a class is imported
+when it is first asked for.
+"""
+
+import ast
+import difflib
+import importlib
+from pathlib import Path
+
+# The order of DomainBed's published table; files not named here follow in alphabetical order.
+_PUBLISHED_ORDER = (
+    "ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN",
+    "CDANN", "MTL", "SagNet", "ARM", "VREx", "RSC", "SD", "Fishr", "SMA", "SWAD")
+# Names that a class cannot have, or that users type in another form.
+_ALIASES = {"4Ds": "FourDs"}
+
+
+def _discover() -> dict[str, str]:
+    """{class name: module} of all public subclasses of Algorithm in this folder."""
+    bases, modules = {}, {}
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = {ast.unparse(base).split(".")[-1] for base in node.bases}
+                modules[node.name] = f"{__name__}.{path.stem}"
+    known = {"Algorithm"}
+    while grown := {name for name, parents in bases.items() if parents & known} - known:
+        known |= grown
+    public = sorted(name for name in known - {"Algorithm"} if not name.startswith("_"))
+    order = {name: i for i, name in enumerate(_PUBLISHED_ORDER)}
+    return {name: modules[name] for name in sorted(public, key=lambda n: order.get(n, len(order)))}
+
+
+_MODULES = _discover()
+_REGISTERED: dict[str, type] = {}
+ALGORITHMS = list(_MODULES)
+
+
+def register(cls: type) -> type:
+    """Adds an Algorithm class defined elsewhere; usable as a decorator."""
+    if cls.__name__ not in ALGORITHMS:
+        ALGORITHMS.append(cls.__name__)
+    _REGISTERED[cls.__name__] = cls
+    return cls
+
+
+def get_algorithm_class(name: str) -> type:
+    """The class of that name.
+
+    Raises:
+        NotImplementedError: if there is none; the message names the nearest known.
+    """
+    name = _ALIASES.get(name, name)
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name not in _MODULES:
+        near = difflib.get_close_matches(name, [*ALGORITHMS, *_ALIASES], n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise NotImplementedError(
+            f"Algorithm not found: {name}.{hint} Known: {', '.join(ALGORITHMS)}.")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __getattr__(name: str):
+    if name in _MODULES or name in _REGISTERED:
+        return get_algorithm_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

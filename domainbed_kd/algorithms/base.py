@@ -1,0 +1,96 @@
+"""What every algorithm is: DomainBed's four-argument constructor, `update` and `predict`."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def fixed(value) -> tuple:
+    """A search-space entry that every draw leaves at `value`."""
+    return value, lambda r: value
+
+
+@contextlib.contextmanager
+def forked_rng() -> Iterator[None]:
+    """Inside, random numbers may be drawn freely; outside, the global streams never notice.
+
+    Everything that a method builds beyond ERM's student goes in here, so that with its extra
+    weights at 0 it trains as ERM does, bit for bit.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+class Algorithm(nn.Module):
+    """A domain-generalization algorithm.
+
+    A subclass sets `self.network` (the part that `predict` runs and that is averaged) and
+    `self.optimizer`, and implements `update` and `predict`.
+    """
+
+    #: The name that tables show, where it differs from the class's.
+    display_name: str | None = None
+    #: True if only a run's last record counts in model selection (SWAD), not its best.
+    selects_last = False
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__()
+        self.hparams = hparams
+
+    @staticmethod
+    def search_space(dataset: str) -> dict:
+        """Hparams of this algorithm: `{name: (default, draw)}`, where draw(RandomState) -> value.
+
+        Entries override those that all algorithms share, such as `lr`.
+        """
+        return {}
+
+    def update(self, minibatches, unlabeled=None):
+        """One optimisation step.
+
+        Args:
+            minibatches: one (x, y) per training domain; x is float32 (B, C, H, W), y int64 (B,).
+            unlabeled: None, or one x per test domain (task domain_adaptation).
+
+        Returns:
+            dict[str, float]: `loss` and each of its terms before weighting.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement update().")
+
+    def predict(self, x):
+        """Logits (B, num_classes) of x (B, C, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement predict().")
+
+    def forward(self, x):
+        """The same as `predict`."""
+        return self.predict(x)
+
+    def checkpoint(self, step: int, last: bool, validate) -> None:
+        """Called by the training loop after each update; does nothing unless overridden.
+
+        Args:
+            step: the update just made, from 0.
+            last: whether it was the run's last.
+            validate: a function network -> mean cross-entropy over the training domains'
+                out-splits, images not augmented; it leaves every random stream as it was.
+        """
+
+    def adam(self, *modules: nn.Module, lr: float | None = None,
+             weight_decay: float | None = None, **options) -> torch.optim.Adam:
+        """DomainBed's optimiser: Adam over the modules' parameters at the run's lr and decay."""
+        parameters: Iterable = [p for module in modules for p in module.parameters()]
+        return torch.optim.Adam(
+            parameters,
+            lr=self.hparams["lr"] if lr is None else lr,
+            weight_decay=self.hparams["weight_decay"] if weight_decay is None else weight_decay,
+            **options)
+
+    def descend(self, loss: Tensor, **terms: Tensor) -> dict[str, float]:
+        """One step of `self.optimizer` on the loss; returns the loss and its terms as floats."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.item(), **{name: float(term) for name, term in terms.items()}}

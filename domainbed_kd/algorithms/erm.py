@@ -1,0 +1,33 @@
+"""ERM: minimise the mean error over all training images, whatever their domain.
+
+Vapnik, "Statistical Learning Theory", 1998; the baseline of Gulrajani & Lopez-Paz, "In Search of
+Lost Domain Generalization", ICLR 2021, https://arxiv.org/abs/2007.01434.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from domainbed_kd import networks
+from domainbed_kd.algorithms.base import Algorithm
+
+
+class ERM(Algorithm):
+    """Cross-entropy on all domains' images, concatenated."""
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.featurizer = networks.Featurizer(input_shape, hparams)
+        self.classifier = networks.Classifier(
+            self.featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
+        self.network = nn.Sequential(self.featurizer, self.classifier)
+        self.optimizer = self.adam(self.network)
+
+    def update(self, minibatches, unlabeled=None):
+        """One step on the mean cross-entropy."""
+        x, y = (torch.cat(part) for part in zip(*minibatches))
+        return self.descend(F.cross_entropy(self.predict(x), y))
+
+    def predict(self, x):
+        """Logits (B, C) of images (B, ...)."""
+        return self.network(x)

@@ -1,0 +1,76 @@
+"""Hyper-parameters: what all algorithms share, plus each algorithm's own search space.
+
+Every random value has its own stream, seeded by (seed, name), as in DomainBed: adding, removing
+or reordering entries moves no other draw. Values are plain Python, so they survive JSON.
+"""
+
+import numpy as np
+
+from domainbed_kd import algorithms
+from domainbed_kd.algorithms.base import fixed
+from domainbed_kd.seeds import seed_hash
+
+# Data sets of small images, which DomainBed trains with larger steps and batches.
+SMALL_IMAGES = ("Debug28", "RotatedMNIST", "ColoredMNIST", "DigitsDG")
+
+# Hparams that change behaviour when given with --hparams and are in no draw: {name: meaning}.
+OPTIONAL = {
+    "image_size": "side in pixels of an image folder's images (224)",
+    "weights": "initial weights: a file, 'none', or a torchvision name such as IMAGENET1K_V2",
+    "backbone": "any timm model, by name",
+    "wrn_depth": "depth of the network for 32-pixel images (16)",
+    "wrn_widen": "width factor of the network for 32-pixel images (2)",
+    "averaging": "'sma' or 'swad': average the weights of any algorithm",
+    "upstream_exact": "true: DomainBed's numbers where its code has a known defect",
+    "class_names": "the classes as words, in label order, for methods that read text",
+}
+
+
+def _shared(dataset: str) -> dict:
+    """{name: (default, draw)} of the hparams that every algorithm has (DomainBed b93c22a)."""
+    small = dataset in SMALL_IMAGES
+    if small:
+        lr, lr_draw = 1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)
+        batch_size, batch_draw = 64, lambda r: int(2 ** r.uniform(3, 9))
+    else:
+        lr, lr_draw = 5e-5, lambda r: 10 ** r.uniform(-5, -3.5)
+        top = 5 if dataset == "DomainNet" else 5.5
+        batch_size, batch_draw = 32, lambda r: int(2 ** r.uniform(3, top))
+    return {
+        "data_augmentation": fixed(True),
+        "resnet18": fixed(False),
+        "resnet50_augmix": fixed(True),
+        "dinov2": fixed(False),
+        "vit": fixed(False),
+        "vit_attn_tune": fixed(False),
+        "freeze_bn": fixed(False),
+        "lars": fixed(False),
+        "linear_steps": fixed(500),
+        "resnet_dropout": (0.0, lambda r: r.choice([0.0, 0.1, 0.5])),
+        "vit_dropout": (0.0, lambda r: r.choice([0.0, 0.1, 0.5])),
+        "class_balanced": fixed(False),
+        "nonlinear_classifier": fixed(False),
+        "lr": (lr, lr_draw),
+        "weight_decay": (0.0, lambda r: 0.0 if small else 10 ** r.uniform(-6, -2)),
+        "batch_size": (batch_size, batch_draw),
+    }
+
+
+def search_space(algorithm: str, dataset: str) -> dict:
+    """{name: (default, draw)} of an algorithm on a data set; draw(RandomState) -> value."""
+    return _shared(dataset) | algorithms.get_algorithm_class(algorithm).search_space(dataset)
+
+
+def default_hparams(algorithm: str, dataset: str) -> dict:
+    """{name: value}, all at their defaults."""
+    return {name: default for name, (default, _) in search_space(algorithm, dataset).items()}
+
+
+def random_hparams(algorithm: str, dataset: str, seed: int) -> dict:
+    """{name: value}, each drawn from its own stream of `seed`."""
+    def draw(name, draw_value):
+        value = draw_value(np.random.RandomState(seed_hash(seed, name)))
+        return value.item() if isinstance(value, np.generic) else value
+
+    return {name: draw(name, draw_value)
+            for name, (_, draw_value) in search_space(algorithm, dataset).items()}
