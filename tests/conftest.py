@@ -1,0 +1,40 @@
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GOLDENS = Path(__file__).parent / "data" / "goldens"
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+# Small networks gain nothing from more; and tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def golden(name: str):
+    """The content of a golden file, made by running DomainBed (see data/goldens/README.md)."""
+    path = GOLDENS / name
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+    else:
+        text = gzip.decompress((GOLDENS / f"{name}.gz").read_bytes()).decode("utf-8")
+    return json.loads(text) if name.endswith(".json") else text
+
+
+def seed_everything(seed: int) -> None:
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture
+def pacs() -> Path:
+    """The folder that holds real PACS images; the test skips where there is none."""
+    if not (SHARED_DATA / "PACS").is_dir():
+        pytest.skip("no PACS images beside this checkout")
+    return SHARED_DATA

@@ -1,0 +1,14 @@
+import pytest
+from conftest import golden
+
+from domainbed_kd.seeds import seed_hash
+
+
+def as_argument(value):
+    return tuple(value["__tuple__"]) if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("vector", golden("seed_hash.json")["vectors"],
+                         ids=lambda v: v["hashed_text"])
+def test_seed_hash_equals_domainbeds(vector):
+    assert seed_hash(*map(as_argument, vector["args"])) == vector["hash"]
