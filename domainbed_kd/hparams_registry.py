@@ -4,6 +4,10 @@ Every random value has its own stream, seeded by (seed, name), as in DomainBed: 
 or reordering entries moves no other draw. Values are plain Python, so they survive JSON.
 """
 
+import difflib
+import json
+import warnings
+
 import numpy as np
 
 from domainbed_kd import algorithms
@@ -74,3 +78,40 @@ def random_hparams(algorithm: str, dataset: str, seed: int) -> dict:
 
     return {name: draw(name, draw_value)
             for name, (_, draw_value) in search_space(algorithm, dataset).items()}
+
+
+def override(hparams: dict, text: str | None) -> dict:
+    """`hparams` with those of a JSON object, such as '{"lr": 0.001}', on top.
+
+    Names that neither the algorithm nor `OPTIONAL` knows are taken, with a warning.
+
+    Raises:
+        ValueError: if the text is no JSON object, or a value is of another kind than the default.
+    """
+    if text is None:
+        return hparams
+    try:
+        changes = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--hparams is not JSON ({error}): {text}") from None
+    if not isinstance(changes, dict):
+        raise ValueError(f'--hparams takes a JSON object such as {{"lr": 0.001}}; found {text}')
+    for name, value in changes.items():
+        if name not in hparams and name not in OPTIONAL:
+            near = difflib.get_close_matches(name, [*hparams, *OPTIONAL], n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            warnings.warn(f"--hparams: nothing here reads {name!r}.{hint}", stacklevel=2)
+        default = hparams.get(name)
+        if default is not None and not _replaces(value, default):
+            raise ValueError(f"--hparams: {name} is {json.dumps(value)}, a "
+                             f"{type(value).__name__}; it takes a {type(default).__name__}.")
+    if not 0 < changes.get("batch_size", 1):
+        raise ValueError(f"--hparams: batch_size is {changes['batch_size']}; it takes at least 1.")
+    return hparams | changes
+
+
+def _replaces(value, default) -> bool:
+    """Whether a value is of its default's kind; an int does for a float."""
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(default)

@@ -68,14 +68,16 @@ class Algorithm(nn.Module):
         """The same as `predict`."""
         return self.predict(x)
 
-    def checkpoint(self, step: int, last: bool, validate) -> None:
+    def checkpoint(self, step: int, last: bool, validate, batches) -> None:
         """Called by the training loop after each update; does nothing unless overridden.
 
         Args:
             step: the update just made, from 0.
             last: whether it was the run's last.
-            validate: a function network -> mean cross-entropy over the training domains'
-                out-splits, images not augmented; it leaves every random stream as it was.
+            validate: a function of a predictor (x -> logits) that returns the mean over the
+                training domains of its cross-entropy on the out-split, images not augmented.
+            batches: a function of n that yields n lists of minibatches like those of `update`.
+                Both leave every random stream as it was.
         """
 
     def adam(self, *modules: nn.Module, lr: float | None = None,

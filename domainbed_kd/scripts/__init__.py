@@ -1,15 +1,31 @@
 """The commands: parse, call, print. Each module has `main(argv=None) -> int`."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+
+# What a user can mend: a missing folder, an unknown name, a value out of range.
+USER_ERRORS = (ValueError, OSError, NotImplementedError)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage, which --help shows."""
+
+    def error(self, message: str):
+        """Prints the message and exits with 2."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def one_line(error: Exception) -> str:
+    """An error as the line that a user sees."""
+    return f"error: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def run_main(main: Callable[[], int]) -> None:
     """Runs a command and exits with its status: 0 done, 1 some jobs failed, 2 misuse.
 
-    What a user can mend (a missing folder, an unknown name, a bad value) is said in one line.
-    Set DOMAINBED_KD_TRACEBACK=1 to see where it was raised.
+    A user's error is said in one line; DOMAINBED_KD_TRACEBACK=1 shows where it was raised.
     """
     try:
         status = main()
@@ -20,9 +36,9 @@ def run_main(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         status = 130
-    except (ValueError, OSError, NotImplementedError) as error:
+    except USER_ERRORS as error:
         if os.environ.get("DOMAINBED_KD_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         status = 2
     sys.exit(status)

@@ -1,0 +1,107 @@
+"""What a run leaves on disk besides its records: model.pkl, and the state that a restart needs.
+
+Everything is written beside and then renamed, so a file is whole or absent, and is read back
+with `weights_only=True`: no pickled code is ever run.
+"""
+
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a temporary neighbour of `path`, then renames it into place."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(path: Path, content: dict) -> None:
+    """torch.save, atomically."""
+    write_atomically(path, lambda beside: torch.save(content, beside))
+
+
+def load(path: Path) -> dict:
+    """What `save` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors and plain values ({reason}). "
+            "If it comes from DomainBed with random hparams, it holds NumPy scalars: load it there "
+            "once and save it with plain Python numbers.") from None
+
+
+def optimizers(algorithm) -> dict:
+    """{attribute path: optimiser or scheduler} of all that an algorithm holds as attributes."""
+    kinds = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+
+    def within(name, value):
+        if isinstance(value, kinds):
+            yield name, value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                yield from within(f"{name}.{key}", item)
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                yield from within(f"{name}.{i}", item)
+
+    found = {}
+    for name, value in vars(algorithm).items():
+        if not name.startswith("_"):
+            found.update(within(name, value))
+    return found
+
+
+def algorithm_state(algorithm) -> dict:
+    """Weights, buffers and optimisers, as tensors and plain values."""
+    return {"module": algorithm.state_dict(),
+            "optimizers": {k: o.state_dict() for k, o in optimizers(algorithm).items()}}
+
+
+def load_algorithm_state(algorithm, state: dict) -> None:
+    """Puts `algorithm_state` back into an algorithm built with the same arguments."""
+    algorithm.load_state_dict(state["module"])
+    for name, optimizer in optimizers(algorithm).items():
+        optimizer.load_state_dict(state["optimizers"][name])
+
+
+def random_state() -> dict:
+    """The global streams of random, numpy and torch (CPU and CUDA), as plain values."""
+    version, keys, gauss = random.getstate()
+    kind, words, *rest = np.random.get_state()
+    return {
+        "python": [version, list(keys), gauss],
+        "numpy": [kind, words.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Puts `random_state` back."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,130 @@
+"""Trains one algorithm on one data set, holding out the test domains."""
+
+import argparse
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from domainbed_kd.scripts import USER_ERRORS, Parser, one_line, run_main
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """DomainBed's flags, then ours."""
+    parser = Parser(
+        prog="python -m domainbed_kd.scripts.train", description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_dir", help="folder that holds the data sets")
+    parser.add_argument("--dataset", default="RotatedMNIST",
+                        help="a data set by name, or Folder:NAME for images of your own in "
+                             "DATA_DIR/NAME/DOMAIN/CLASS/")
+    parser.add_argument("--algorithm", default="ERM", help="an algorithm by name")
+    parser.add_argument("--task", default="domain_generalization",
+                        choices=["domain_generalization", "domain_adaptation"],
+                        help="domain_adaptation also gives unlabeled test-domain images to update")
+    parser.add_argument("--hparams", help="JSON object merged over the chosen hparams")
+    parser.add_argument("--hparams_seed", type=int, default=0,
+                        help="seed of the random hparams; 0 takes the defaults")
+    parser.add_argument("--trial_seed", type=int, default=0,
+                        help="seed of the splits and, with hparams_seed, of the random hparams")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything else")
+    parser.add_argument("--steps", type=int, help="updates; the data set's own number if absent")
+    parser.add_argument("--checkpoint_freq", type=int,
+                        help="steps between evaluations; the data set's own if absent")
+    parser.add_argument("--test_envs", type=int, nargs="+", default=[0],
+                        help="numbers of the domains to hold out")
+    parser.add_argument("--output_dir", default="train_output", help="folder of this run")
+    parser.add_argument("--holdout_fraction", type=float, default=0.2,
+                        help="share of each domain kept for validation")
+    parser.add_argument("--uda_holdout_fraction", type=float, default=0,
+                        help="share of the test domains given to update without labels")
+    parser.add_argument("--skip_model_save", action="store_true", help="write no model.pkl")
+    parser.add_argument("--save_model_every_checkpoint", action="store_true",
+                        help="write model_stepN.pkl at each evaluation")
+    ours = parser.add_argument_group("beyond DomainBed")
+    ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
+                      help="module or .py file with algorithms or data sets of your own")
+    ours.add_argument("--resume", choices=["auto", "never"], default="auto",
+                      help="auto continues an unfinished run; never starts again and appends")
+    ours.add_argument("--loader_processes", type=int, default=0, metavar="N",
+                      help="worker processes per training loader; results do not depend on it")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses values that no run can use.
+
+    Raises:
+        ValueError: naming the flag, what was found and what it takes.
+    """
+    for name in ("steps", "checkpoint_freq", "loader_processes"):
+        if (value := getattr(args, name)) is not None and value < 0:
+            raise ValueError(f"--{name} is {value}; it takes a number from 0 up.")
+    if not 0 < args.holdout_fraction < 1:
+        raise ValueError(f"--holdout_fraction is {args.holdout_fraction}; it takes a share "
+                         "between 0 and 1, both excluded, as validation needs images too.")
+    if not 0 <= args.uda_holdout_fraction < 1:
+        raise ValueError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}; it takes a "
+                         "share from 0 up to, but not including, 1.")
+    if len(set(args.test_envs)) < len(args.test_envs):
+        raise ValueError(f"--test_envs names an environment twice: {args.test_envs}.")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed is {args.seed}; it takes a number from 0 to {2**32 - 1}.")
+
+
+class Tee:
+    """A text stream that writes to two, and at once."""
+
+    def __init__(self, stream, path: Path):
+        self.stream, self.file = stream, path.open("a", encoding="utf-8")
+
+    def write(self, text: str) -> None:
+        """Writes to both."""
+        for out in (self.stream, self.file):
+            out.write(text)
+            out.flush()
+
+    def flush(self) -> None:
+        """Does nothing: every write is already flushed."""
+
+    def isatty(self) -> bool:
+        """Whether the first stream is a terminal."""
+        return self.stream.isatty()
+
+
+@contextlib.contextmanager
+def output_kept_in(folder: Path) -> Iterator[None]:
+    """Copies what is printed to out.txt and err.txt, and notes there why a run ended early."""
+    with contextlib.redirect_stdout(Tee(sys.stdout, folder / "out.txt")), \
+            contextlib.redirect_stderr(Tee(sys.stderr, folder / "err.txt")) as err:
+        try:
+            yield
+        except USER_ERRORS as error:
+            print(one_line(error), file=err.file, flush=True)
+            raise
+        except Exception:
+            traceback.print_exc(file=err.file)
+            err.file.flush()
+            raise
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, tees the output to out.txt and err.txt, and trains."""
+    args = build_parser().parse_args(argv)
+    check(args)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = ("plugin", "resume", "loader_processes")
+    on_record = {k: v for k, v in vars(args).items() if k not in ours}
+    with output_kept_in(folder):
+        from domainbed_kd import extensions
+
+        extensions.load(args.plugin)
+        from domainbed_kd import training
+
+        return training.train(on_record, args.resume, args.loader_processes)
+
+
+if __name__ == "__main__":
+    run_main(main)

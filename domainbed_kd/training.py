@@ -1,0 +1,426 @@
+"""One run, from its arguments to its last record: DomainBed's training loop, restartable.
+
+The order in which random numbers are drawn is DomainBed's (seeds, data set, splits, loaders,
+algorithm, steps), so that a run trains to the same losses from the same seeds.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from domainbed_kd import algorithms, averaging, checkpoints, datasets, hparams_registry, loaders
+from domainbed_kd.algorithms.base import forked_rng
+from domainbed_kd.seeds import seed_hash
+
+INTERRUPTED = 143  # 128 + SIGTERM, as a shell would report it
+
+
+def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
+    """Trains one algorithm and leaves results.jsonl, model.pkl, TensorBoard events and `done`.
+
+    Args:
+        args: the flags of scripts/train.py that go on record, by name.
+        resume: "auto" continues an unfinished run of the same args; "never" starts afresh and
+            appends to what is there, as DomainBed does.
+        loader_processes: worker processes per training loader; results do not depend on it.
+
+    Returns:
+        0 if the run is finished, 143 if a signal stopped it (its state is saved).
+    """
+    folder = Path(args["output_dir"])
+    if resume == "auto" and _already_finished(folder, args):
+        print(f"{folder} holds this run, finished. Delete the folder, choose another --output_dir, "
+              "or pass --resume never to train again.", file=sys.stderr)
+        return 0
+
+    hparams = choose_hparams(args)
+    print_settings("Environment", environment())
+    print_settings("Args", dict(sorted(args.items())))
+    print_settings("HParams", dict(sorted(hparams.items())))
+    seed_everything(args["seed"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = datasets.get_dataset_class(args["dataset"])(
+        args["data_dir"], args["test_envs"], hparams)
+    training = [i for i in range(len(dataset)) if i not in args["test_envs"]]
+    splits = make_splits(dataset, args)
+    load = make_loaders(dataset, splits, training, args, hparams, loader_processes)
+    n_steps = args["steps"] or dataset.N_STEPS
+    checkpoint_freq = args["checkpoint_freq"] or dataset.CHECKPOINT_FREQ
+    steps_per_epoch = min(len(split) / hparams["batch_size"] for split in splits.in_)
+    algorithm = make_algorithm(args, hparams, dataset, training, n_steps).to(device)
+    validate = functools.partial(validation_loss, algorithm, splits, training, device)
+    batches = functools.partial(
+        extra_minibatches, splits, training, hparams["batch_size"], args["seed"], device)
+
+    first_step, pending = 0, defaultdict(list)  # values since the last record, by name
+    if resume == "auto":
+        first_step = restore(folder, args, algorithm, load, pending)
+    header = None
+    with stop_signals() as stopped, SummaryWriter(folder, purge_step=first_step) as writer:
+        for step in tqdm(range(first_step, n_steps), initial=first_step, total=n_steps,
+                         unit="step", disable=not sys.stderr.isatty()):
+            start, last = time.time(), step == n_steps - 1
+            minibatches = [to_device(batch, device) for batch in map(next, load.train)]
+            unlabeled = None
+            if args["task"] == "domain_adaptation":
+                unlabeled = [to_device(batch, device)[0] for batch in map(next, load.uda)]
+            values = algorithm.update(minibatches, unlabeled)
+            values["step_time"] = time.time() - start
+            for name, value in values.items():
+                pending[name].append(value)
+            algorithm.checkpoint(step, last, validate, batches)
+
+            at_checkpoint = step % checkpoint_freq == 0 or last
+            if at_checkpoint:
+                record = {
+                    "step": step, "epoch": step / steps_per_epoch,
+                    **{name: float(np.mean(v)) for name, v in pending.items()},
+                    **{f"{name}_acc": accuracy(algorithm, loader, device)
+                       for name, loader in load.evaluation.items()},
+                    "mem_gb": peak_memory_gb(device)}
+                header = print_record(record, header)
+                log_scalars(writer, record, training, len(dataset))
+                if algorithm.selects_last:
+                    record["selection"] = "last"
+                append_record(folder, record | {"hparams": hparams, "args": args})
+                pending.clear()
+                if args["save_model_every_checkpoint"]:
+                    save_model(folder / f"model_step{step}.pkl", args, hparams, dataset, algorithm)
+            if resume == "auto" and not last and (at_checkpoint or stopped()):
+                save_state(folder, args, algorithm, load, pending, step + 1)
+            if stopped() and not last:
+                print(f"Stopped after step {step}. The same command continues.", file=sys.stderr)
+                return INTERRUPTED
+    if not args["skip_model_save"]:
+        save_model(folder / "model.pkl", args, hparams, dataset, algorithm)
+    checkpoints.write_atomically(folder / "done", lambda path: path.write_text("done"))
+    (folder / "resume.pt").unlink(missing_ok=True)
+    return 0
+
+
+# What a run is made of, in the order in which it is made.
+
+
+def choose_hparams(args: dict) -> dict:
+    """Defaults or a random draw, with --hparams merged on top."""
+    if args["hparams_seed"] == 0:
+        hparams = hparams_registry.default_hparams(args["algorithm"], args["dataset"])
+    else:
+        hparams = hparams_registry.random_hparams(
+            args["algorithm"], args["dataset"],
+            seed_hash(args["hparams_seed"], args["trial_seed"]))
+    return hparams_registry.override(hparams, args["hparams"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global streams and makes cuDNN deterministic."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def make_splits(dataset, args: dict) -> loaders.Splits:
+    """The run's splits.
+
+    Raises:
+        ValueError: if a test env does not exist, none is left for training, or a split is empty.
+    """
+    n_envs, test_envs = len(dataset), args["test_envs"]
+    if not set(test_envs) <= set(range(n_envs)):
+        raise ValueError(f"--test_envs {' '.join(map(str, test_envs))}: {args['dataset']} has "
+                         f"environments 0 to {n_envs - 1}.")
+    if len(set(test_envs)) == n_envs:
+        raise ValueError(f"--test_envs {' '.join(map(str, test_envs))} holds out all of "
+                         f"{args['dataset']}: no environment is left to train on.")
+    splits = loaders.make_splits(dataset, test_envs, args["trial_seed"],
+                                 args["holdout_fraction"], args["uda_holdout_fraction"])
+    if args["task"] == "domain_adaptation" and not any(splits.uda):
+        raise ValueError("Not enough unlabeled samples for domain adaptation. "
+                         "Pass --uda_holdout_fraction, for example 0.5.")
+    return splits
+
+
+class Loaders(NamedTuple):
+    """Endless training and unlabeled loaders, and one-pass evaluation loaders by split."""
+
+    train: list
+    uda: list
+    evaluation: dict
+
+    def all(self) -> list:
+        """Every loader, in the order in which they were made."""
+        return [*self.train, *self.uda, *self.evaluation.values()]
+
+
+def make_loaders(dataset, splits: loaders.Splits, training: list[int], args: dict, hparams: dict,
+                 processes: int) -> Loaders:
+    """The loaders, made in DomainBed's order, since each draws from the global stream."""
+    uda = [split for split in splits.uda if split is not None]
+    in_weights, uda_weights = [None] * len(dataset), [None] * len(uda)
+    if hparams["class_balanced"]:
+        in_weights, uda_weights = [], []
+        for split, out_split, uda_split in zip(*splits):
+            in_weights.append(loaders.class_weights(split))
+            loaders.class_weights(out_split)  # not used, but it may draw random numbers
+            if uda_split is not None:
+                uda_weights.append(loaders.class_weights(uda_split))
+
+    def infinite(split, weights):
+        return iter(loaders.InfiniteDataLoader(
+            split, weights, hparams["batch_size"], dataset.N_WORKERS, n_processes=processes))
+
+    def one_pass(split):
+        return loaders.FastDataLoader(split, 64, dataset.N_WORKERS)
+
+    train = [infinite(splits.in_[i], in_weights[i]) for i in training]
+    unlabeled = [infinite(split, weights) for split, weights in zip(uda, uda_weights)]
+    evaluation = {f"env{i}_{name}": one_pass(split)
+                  for name, group in (("in", splits.in_), ("out", splits.out), ("uda", uda))
+                  for i, split in enumerate(group)}
+    return Loaders(train, unlabeled, evaluation)
+
+
+def make_algorithm(args: dict, hparams: dict, dataset, training: list[int], n_steps: int):
+    """The algorithm, which also learns through its hparams what it cannot know otherwise.
+
+    Class names, the training domains' names (never the test domain's), the number of steps and
+    how images were normalized are not hparams of the run and do not go on record.
+    """
+    context = {"total_steps": n_steps, "class_names": dataset.class_names}
+    if dataset.domain_names is not None:
+        context["domain_names"] = [dataset.domain_names[i] for i in training]
+    cls = averaging.averaged(
+        algorithms.get_algorithm_class(args["algorithm"]), hparams.get("averaging"))
+    return cls(dataset.input_shape, dataset.num_classes, len(training), context | hparams)
+
+
+# What a step needs.
+
+
+def to_device(batch, device):
+    """An (x, y) pair on the device."""
+    return [part.to(device) for part in batch]
+
+
+def accuracy(algorithm, loader, device) -> float:
+    """Share of the loader's images, in [0, 1], whose class `predict` finds."""
+    correct = total = 0
+    algorithm.eval()
+    with torch.no_grad():
+        for x, y in loader:
+            logits = algorithm.predict(x.to(device))
+            guess = logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0
+            correct += (guess == y.to(device)).sum().item()
+            total += len(y)
+    algorithm.train()
+    return correct / total
+
+
+def validation_loss(algorithm, splits: loaders.Splits, training: list[int], device,
+                    predict: Callable[[Tensor], Tensor]) -> float:
+    """Mean over the training domains of the cross-entropy on the out-split, not augmented."""
+    losses = []
+    algorithm.eval()
+    with torch.no_grad():
+        for i in training:
+            split, total = datasets.plain(splits.out[i]), 0.0
+            for x, y in DataLoader(split, batch_size=64, generator=torch.Generator()):
+                logits = predict(x.to(device))
+                total += F.cross_entropy(logits, y.to(device), reduction="sum").item()
+            losses.append(total / len(split))
+    algorithm.train()
+    return sum(losses) / len(losses)
+
+
+def extra_minibatches(splits: loaders.Splits, training: list[int], batch_size: int, seed: int,
+                      device, n: int) -> Iterator[list]:
+    """`n` lists of minibatches like those of training, from random streams of their own."""
+    def indices(i):
+        generator = torch.Generator().manual_seed(seed_hash(seed, "extra minibatches", i))
+        return iter(RandomSampler(splits.in_[i], True, n * batch_size, generator=generator))
+
+    samplers = {i: indices(i) for i in training}
+    for k in range(n):
+        with forked_rng():
+            torch.manual_seed(seed_hash(seed, "extra augmentation", k))
+            minibatches = []
+            for i, sampler in samplers.items():
+                x, y = zip(*(splits.in_[i][next(sampler)] for _ in range(batch_size)))
+                minibatches.append(to_device((torch.stack(x), torch.tensor(y)), device))
+        yield minibatches
+
+
+def peak_memory_gb(device) -> float:
+    """The GPU memory that the run has held at most so far, in GiB; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() / 1024**3 if device.type == "cuda" else 0.0
+
+
+# What a run prints and writes.
+
+
+def environment() -> dict:
+    """Versions that results may depend on."""
+    return {"Python": platform.python_version(), "PyTorch": torch.__version__,
+            "Torchvision": torchvision.__version__, "CUDA": torch.version.cuda,
+            "CUDNN": torch.backends.cudnn.version(), "NumPy": np.__version__,
+            "PIL": PIL.__version__}
+
+
+def print_settings(title: str, settings: dict) -> None:
+    """A heading and one indented line per setting."""
+    print(f"{title}:")
+    for name, value in settings.items():
+        print(f"\t{name}: {value}")
+
+
+def print_record(record: dict, header: list[str] | None) -> list[str]:
+    """A row of 12-column cells, under their names where these changed; returns the names."""
+    def row(cells):
+        texts = (f"{c:.10f}" if isinstance(c, float) else str(c) for c in cells)
+        print("  ".join(text.ljust(12)[:12] for text in texts), "")
+
+    names = sorted(record)
+    if names != header:
+        row(names)
+    row(record[name] for name in names)
+    return names
+
+
+def log_scalars(writer: SummaryWriter, record: dict, training: list[int], n_envs: int) -> None:
+    """Losses, time and memory, and the training domains' accuracies, for TensorBoard."""
+    step = record["step"]
+    accuracies = {f"env{i}_{split}_acc": f"acc/env{i}/{split}"
+                  for i in training for split in ("in", "out")}
+    names = accuracies | {"step_time": "time/step_s", "mem_gb": "memory/gb", "epoch": "epoch"}
+    for name, value in record.items():
+        if name in names:
+            writer.add_scalar(names[name], value, step)
+        elif not name.startswith("env") and name != "step":
+            writer.add_scalar(f"train/{name}", value, step)
+    validation = [record[f"env{i}_out_acc"] for i in training]
+    writer.add_scalar("acc/validation", sum(validation) / len(validation), step)
+    writer.flush()
+
+
+def append_record(folder: Path, record: dict) -> None:
+    """Adds a whole line to results.jsonl, on disk before this returns."""
+    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_model(path: Path, args: dict, hparams: dict, dataset, algorithm) -> None:
+    """The predictor in DomainBed's layout, and what its classes are called."""
+    content = {
+        "args": args,
+        "model_input_shape": tuple(dataset.input_shape),
+        "model_num_classes": dataset.num_classes,
+        "model_num_domains": len(dataset) - len(args["test_envs"]),
+        "model_hparams": hparams,
+        "model_dict": algorithm.state_dict()}
+    if dataset.class_names is not None:
+        content["class_names"] = dataset.class_names
+    checkpoints.save(path, content)
+
+
+# What survives a restart.
+
+
+def _identity(args: dict) -> dict:
+    """The args that make a run what it is; data and results may move."""
+    return {k: v for k, v in args.items() if k not in ("data_dir", "output_dir")}
+
+
+def _refuse_other_run(folder: Path, found: dict, args: dict) -> None:
+    found, asked = _identity(found), _identity(args)
+    changed = sorted(k for k in found | asked if found.get(k) != asked.get(k))
+    if changed:
+        changes = ", ".join(f"{k} {found.get(k)} instead of {asked.get(k)}" for k in changed)
+        raise ValueError(f"{folder} holds another run ({changes}). Choose another --output_dir, "
+                         "or pass --resume never to append to it.")
+
+
+def _already_finished(folder: Path, args: dict) -> bool:
+    if not (folder / "done").exists() or not (folder / "results.jsonl").exists():
+        return False
+    with (folder / "results.jsonl").open(encoding="utf-8") as file:
+        _refuse_other_run(folder, json.loads(file.readline())["args"], args)
+    return True
+
+
+def save_state(folder: Path, args: dict, algorithm, load: Loaders, pending: dict,
+               next_step: int) -> None:
+    """Everything that the steps from `next_step` on depend on."""
+    results = folder / "results.jsonl"
+    checkpoints.save(folder / "resume.pt", {
+        "args": args,
+        "next_step": next_step,
+        "algorithm": checkpoints.algorithm_state(algorithm),
+        "loaders": [loader.state_dict() for loader in load.all()],
+        "random": checkpoints.random_state(),
+        "pending": dict(pending),
+        "results_bytes": results.stat().st_size if results.exists() else 0})
+
+
+def restore(folder: Path, args: dict, algorithm, load: Loaders, pending: dict) -> int:
+    """Puts back what `save_state` left, and returns the step to go on with.
+
+    Records written after the state was saved are cut off: they will be written again. Where
+    there is no state, records of an unfinished run are set aside as results.jsonl.old.
+    """
+    results, state_path = folder / "results.jsonl", folder / "resume.pt"
+    if not state_path.exists():
+        if results.exists():
+            results.replace(folder / "results.jsonl.old")
+        return 0
+    state = checkpoints.load(state_path)
+    _refuse_other_run(folder, state["args"], args)
+    checkpoints.load_algorithm_state(algorithm, state["algorithm"])
+    for loader, loader_state in zip(load.all(), state["loaders"]):
+        loader.load_state_dict(loader_state)
+    checkpoints.set_random_state(state["random"])
+    pending.update(state["pending"])
+    if results.exists():
+        os.truncate(results, state["results_bytes"])
+    print(f"Continuing at step {state['next_step']}.", file=sys.stderr)
+    return state["next_step"]
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM and SIGUSR1 do not kill: they make the yielded function return True."""
+    received = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = {number: signal.signal(number, lambda *_: received.append(True))
+                for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
