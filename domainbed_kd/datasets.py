@@ -1,0 +1,491 @@
+"""The data sets: DomainBed's, image folders of one's own, and digits that ship with the package.
+
+Names, order of domains, transforms, folder layouts and frequencies are DomainBed's
+(https://github.com/facebookresearch/DomainBed). A data set is a list of domains ("environments");
+a domain is a map-style data set of (x, y): float32 (C, H, W) and a class index.
+torch is imported when a data set is built, not with this module.
+"""
+
+import copy
+import difflib
+from pathlib import Path
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+DATASETS: list[str] = []
+_CLASSES: dict[str, type] = {}
+
+
+def register(cls: type) -> type:
+    """Adds a data set class under its name; usable as a decorator."""
+    if cls.__name__ not in DATASETS:
+        DATASETS.append(cls.__name__)
+    _CLASSES[cls.__name__] = cls
+    return cls
+
+
+def get_dataset_class(name: str) -> type:
+    """The class of that name; for "Folder:NAME", one that reads `<data_dir>/NAME`.
+
+    Raises:
+        NotImplementedError: if there is none; the message names the nearest known.
+        ValueError: if NAME is not the name of a folder.
+    """
+    if name.startswith("Folder:"):
+        folder = name.removeprefix("Folder:")
+        if folder in ("", ".", "..") or "/" in folder or "\\" in folder:
+            raise ValueError(f"{name}: after 'Folder:' comes the name of a folder in the data "
+                             "directory, without a path.")
+        return type(name, (ImageFolders,), {"FOLDER": folder, "__doc__": f"Images in {folder}."})
+    if name not in _CLASSES:
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise NotImplementedError(
+            f"Dataset not found: {name}.{hint} Known: {', '.join(DATASETS)}, Folder:NAME.")
+    return _CLASSES[name]
+
+
+def environments(name: str, data_dir: str | Path | None = None) -> list[str]:
+    """Short labels of a data set's domains, in order; "Folder:NAME" has its folders' names.
+
+    Raises:
+        ValueError, FileNotFoundError: if the folder is needed and is not given or not there.
+    """
+    cls = get_dataset_class(name)
+    return list(cls.ENVIRONMENTS or cls.domain_folders(data_dir))
+
+
+def num_environments(name: str, data_dir: str | Path | None = None) -> int:
+    """How many domains a data set has; "Folder:NAME" needs `data_dir`."""
+    return len(environments(name, data_dir))
+
+
+def class_names(name: str, data_dir: str | Path | None = None) -> list[str]:
+    """A data set's classes as words, in label order; "Folder:NAME" needs `data_dir`."""
+    cls = get_dataset_class(name)
+    if cls.CLASSES:
+        return cls.words(cls.CLASSES)
+    first_domain = cls.folder(data_dir) / cls.domain_folders(data_dir)[0]
+    return cls.words(_subfolders(first_domain))
+
+
+def domain_names(name: str) -> list[str] | None:
+    """A data set's domains as words, in order; None where their names say nothing of their look."""
+    names = get_dataset_class(name).DOMAIN_NAMES
+    return None if names is None else list(names)
+
+
+def plain(dataset):
+    """The same images without augmentation, of a domain or of a split of one.
+
+    A shallow copy; where there is no augmentation to leave out, the argument itself.
+    """
+    if hasattr(dataset, "underlying_dataset"):
+        same = copy.copy(dataset)
+        same.underlying_dataset = plain(dataset.underlying_dataset)
+        return same
+    if not hasattr(dataset, "plain_transform"):
+        return dataset
+    same = copy.copy(dataset)
+    same.transform = dataset.plain_transform
+    return same
+
+
+class MultipleDomainDataset:
+    """A list of domains.
+
+    A subclass fills `self.datasets`, `self.input_shape` (C, H, W) and `self.num_classes` in
+    `__init__(root, test_envs, hparams)`. Its class attributes answer what is asked before the
+    images are there.
+    """
+
+    #: Updates in a run, and between two evaluations.
+    N_STEPS = 5001
+    CHECKPOINT_FREQ = 100
+    #: Streams of random numbers that a loader simulates, as DomainBed's eight workers have them.
+    N_WORKERS = 8
+    #: Short labels of the domains, in order.
+    ENVIRONMENTS: list[str] | None = None
+    #: Where DomainBed states the shape (C, H, W) on the class.
+    INPUT_SHAPE: tuple | None = None
+    #: The classes' folder names in label order, and words for those that do not speak.
+    CLASSES: tuple = ()
+    WORDS: dict[str, str] = {}
+    #: The domains as words, in order.
+    DOMAIN_NAMES: tuple | None = None
+
+    datasets: list
+    input_shape: tuple
+    num_classes: int
+
+    @classmethod
+    def words(cls, classes) -> list[str]:
+        """The words for classes' folder names: "Alarm_Clock" is an "alarm clock"."""
+        return [cls.WORDS.get(c, c.replace("_", " ").lower()) for c in classes]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes as words, in label order."""
+        return self.words(self.CLASSES) or None
+
+    @property
+    def domain_names(self) -> list[str] | None:
+        """The domains as words, in order; None where their names say nothing of their look."""
+        return None if self.DOMAIN_NAMES is None else list(self.DOMAIN_NAMES)
+
+    def __getitem__(self, index):
+        return self.datasets[index]
+
+    def __len__(self):
+        return len(self.datasets)
+
+
+class _Debug(MultipleDomainDataset):
+    ENVIRONMENTS = ["0", "1", "2"]
+    CLASSES = DIGITS[:2]
+
+    def __init__(self, root, test_envs, hparams):
+        import torch
+        from torch.utils.data import TensorDataset
+
+        self.input_shape = self.INPUT_SHAPE
+        self.num_classes = 2
+        self.datasets = [
+            TensorDataset(torch.randn(16, *self.INPUT_SHAPE), torch.randint(0, 2, (16,)))
+            for _ in self.ENVIRONMENTS]
+
+
+@register
+class Debug28(_Debug):
+    """Noise of 28 pixels, to try code on; needs no files."""
+
+    INPUT_SHAPE = (3, 28, 28)
+
+
+@register
+class Debug224(_Debug):
+    """Noise of 224 pixels, to try code on; needs no files."""
+
+    INPUT_SHAPE = (3, 224, 224)
+
+
+def _folder(name: str, root) -> Path:
+    """`root` as a path.
+
+    Raises:
+        ValueError: if it is None.
+    """
+    if root is None:
+        raise ValueError(f"{name}: no data directory is given. Pass --data_dir.")
+    return Path(root)
+
+
+class _MNIST(MultipleDomainDataset):
+    """MNIST's 70,000 digits, shuffled and dealt out to the domains."""
+
+    def __init__(self, root, test_envs, hparams):
+        import torch
+        from torchvision.datasets import MNIST
+
+        root = _folder(type(self).__name__, root)
+        try:
+            parts = [MNIST(root, train=train, download=True) for train in (True, False)]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{type(self).__name__}: {root / 'MNIST' / 'raw'} does not hold MNIST's four "
+                f"files, and fetching them failed ({error}). Put them there.") from error
+        images = torch.cat([part.data for part in parts])
+        labels = torch.cat([part.targets for part in parts])
+        order = torch.randperm(len(images))
+        n = len(self.ENVIRONMENTS)
+        self.datasets = [self.domain(images[order[i::n]], labels[order[i::n]], i)
+                         for i in range(n)]
+
+
+@register
+class ColoredMNIST(_MNIST):
+    """Is the digit below five? Colour says so too, with a sign that differs between domains.
+
+    Arjovsky et al., "Invariant Risk Minimization", 2019, https://arxiv.org/abs/1907.02893; at 28
+    pixels, with 25 % of the labels wrong. The label is 1 for digits below five.
+    """
+
+    ENVIRONMENTS = ["+90%", "+80%", "-90%"]
+    CLASSES = ("digit_of_five_or_more", "digit_below_five")
+
+    def __init__(self, root, test_envs, hparams):
+        super().__init__(root, test_envs, hparams)
+        self.input_shape = (2, 28, 28)
+        self.num_classes = 2
+
+    def domain(self, images, digits, i):
+        """Domain i of images (N, 28, 28): one of two channels is black."""
+        import torch
+        from torch.utils.data import TensorDataset
+
+        y = (digits < 5) ^ (torch.rand(len(digits)) < 0.25)
+        color = y ^ (torch.rand(len(digits)) < (0.1, 0.2, 0.9)[i])
+        x = torch.stack([images, images], dim=1)
+        x[torch.arange(len(x)), 1 - color.long()] = 0
+        return TensorDataset(x.float() / 255, y.long())
+
+
+@register
+class RotatedMNIST(_MNIST):
+    """MNIST at six angles, in degrees.
+
+    Ghifary et al., "Domain Generalization for Object Recognition with Multi-task Autoencoders",
+    ICCV 2015, https://arxiv.org/abs/1508.07680.
+    """
+
+    ENVIRONMENTS = ["0", "15", "30", "45", "60", "75"]
+    CLASSES = DIGITS
+
+    def __init__(self, root, test_envs, hparams):
+        super().__init__(root, test_envs, hparams)
+        self.input_shape = (1, 28, 28)
+        self.num_classes = 10
+
+    def domain(self, images, digits, i):
+        """Domain i of images (N, 28, 28): turned."""
+        import torch
+        from torch.utils.data import TensorDataset
+        from torchvision.transforms import InterpolationMode, functional
+
+        angle = int(self.ENVIRONMENTS[i])
+        x = torch.stack([
+            functional.to_tensor(functional.rotate(
+                functional.to_pil_image(image), angle, InterpolationMode.BILINEAR, fill=0))
+            for image in images])
+        return TensorDataset(x, digits)
+
+
+def load_image(path: str):
+    """The image as RGB; a truncated file gives what there is of it, as in DomainBed.
+
+    Raises:
+        ValueError: if the file is not an image.
+    """
+    from PIL import Image, ImageFile
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an image. Replace it.") from error
+
+
+def _transform(first: list, size: int, augment: bool):
+    """Resizing or cropping, DomainBed's augmentation if asked for, ImageNet's normalization."""
+    from torchvision import transforms as T
+
+    distortions = [T.RandomHorizontalFlip(), T.ColorJitter(0.3, 0.3, 0.3, 0.3),
+                   T.RandomGrayscale()] if augment else []
+    return T.Compose([*first, *distortions, T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def _subfolders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+class ImageFolders(MultipleDomainDataset):
+    """Images in `<data_dir>/FOLDER/<domain>/<class>/`, domains and classes in the order of names.
+
+    Side in pixels: `hparams["image_size"]`, 224 if absent. Training domains are augmented if
+    `hparams["data_augmentation"]` says so.
+
+    Raises:
+        FileNotFoundError: if the folder, its domains or its images are not there.
+        ValueError: if domains are missing or have different classes.
+    """
+
+    CHECKPOINT_FREQ = 300
+    FOLDER = ""
+
+    def __init__(self, root, test_envs, hparams):
+        from torchvision import transforms as T
+        from torchvision.datasets import ImageFolder
+
+        size = hparams.get("image_size", 224)
+        plain_transform = _transform([T.Resize((size, size))], size, augment=False)
+        augmented = _transform(
+            [T.RandomResizedCrop(size, scale=(0.7, 1.0))], size, augment=True)
+        self.input_shape = (3, size, size)
+        self.datasets = []
+        folders = self.domain_folders(root)
+        self._check_domains(self.folder(root), folders)
+        for i, name in enumerate(folders):
+            augment = hparams["data_augmentation"] and i not in test_envs
+            domain = ImageFolder(
+                self.folder(root) / name, augmented if augment else plain_transform,
+                loader=load_image, allow_empty=True)
+            domain.plain_transform = plain_transform
+            self._check_images(domain)
+            self.datasets.append(domain)
+        self.num_classes = len(domain.classes)
+        self.ENVIRONMENTS = self.ENVIRONMENTS or folders
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes as words, in label order."""
+        return self.words(self.datasets[-1].classes)
+
+    @classmethod
+    def folder(cls, data_dir) -> Path:
+        """The data set's folder in `data_dir`."""
+        return _folder(cls.__name__, data_dir) / cls.FOLDER
+
+    @classmethod
+    def domain_folders(cls, data_dir) -> list[str]:
+        """The names of the domains' folders, in order; hidden ones are left out.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        folder = cls.folder(data_dir)
+        names = _subfolders(folder) if folder.is_dir() else []
+        if not names:
+            raise FileNotFoundError(
+                f"{cls.__name__}: {folder} {'holds no domains' if folder.is_dir() else 'is absent'}"
+                f". Images belong in {folder}/<domain>/<class>/; python -m "
+                "domainbed_kd.scripts.download fetches what can be fetched.")
+        return names
+
+    def _check_domains(self, folder: Path, names: list[str]) -> None:
+        expected = self.ENVIRONMENTS
+        if expected and len(names) != len(expected):
+            raise ValueError(
+                f"{type(self).__name__}: {folder} holds {len(names)} domains ({', '.join(names)}) "
+                f"instead of {len(expected)} ({', '.join(expected)}). Complete it, or move what "
+                "does not belong there.")
+        first = _subfolders(folder / names[0])
+        for name in names:
+            classes = _subfolders(folder / name)
+            if not classes:
+                raise FileNotFoundError(f"{type(self).__name__}: {folder / name} holds no class "
+                                        f"folders. Images belong in {folder / name}/<class>/.")
+            if classes != first:
+                here, there = set(classes) - set(first), set(first) - set(classes)
+                raise ValueError(
+                    f"{type(self).__name__}: domains must have the same classes, but "
+                    + " and ".join(
+                        f"{', '.join(sorted(some))} only in {folder / where}"
+                        for some, where in ((here, name), (there, names[0])) if some)
+                    + ". Add images there, or remove the class everywhere.")
+
+    def _check_images(self, domain) -> None:
+        empty = sorted(set(range(len(domain.classes))) - set(domain.targets))
+        if empty:
+            raise FileNotFoundError(
+                f"{type(self).__name__}: {Path(domain.root, domain.classes[empty[0]])} holds no "
+                "images. Add some, or remove the class everywhere.")
+
+
+@register
+class VLCS(ImageFolders):
+    """Five classes in photographs of four collections (Fang et al., ICCV 2013)."""
+
+    FOLDER = "VLCS"
+    ENVIRONMENTS = ["C", "L", "S", "V"]
+    CLASSES = ("bird", "car", "chair", "dog", "person")
+
+
+@register
+class PACS(ImageFolders):
+    """Seven classes in four styles (Li et al., ICCV 2017)."""
+
+    FOLDER = "PACS"
+    ENVIRONMENTS = ["A", "C", "P", "S"]
+    CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
+    DOMAIN_NAMES = ("art painting", "cartoon", "photo", "sketch")
+
+
+@register
+class OfficeHome(ImageFolders):
+    """65 everyday objects in four styles (Venkateswara et al., CVPR 2017)."""
+
+    FOLDER = "office_home"
+    ENVIRONMENTS = ["A", "C", "P", "R"]
+    CLASSES = tuple("""
+        Alarm_Clock Backpack Batteries Bed Bike Bottle Bucket Calculator Calendar Candles Chair
+        Clipboards Computer Couch Curtains Desk_Lamp Drill Eraser Exit_Sign Fan File_Cabinet
+        Flipflops Flowers Folder Fork Glasses Hammer Helmet Kettle Keyboard Knives Lamp_Shade
+        Laptop Marker Monitor Mop Mouse Mug Notebook Oven Pan Paper_Clip Pen Pencil Postit_Notes
+        Printer Push_Pin Radio Refrigerator Ruler Scissors Screwdriver Shelf Sink Sneakers Soda
+        Speaker Spoon TV Table Telephone ToothBrush Toys Trash_Can Webcam""".split())
+    WORDS = {"Flipflops": "flip-flops", "Postit_Notes": "post-it notes", "TV": "television"}
+    DOMAIN_NAMES = ("art", "clipart", "product", "real world")
+
+
+@register
+class TerraIncognita(ImageFolders):
+    """Ten kinds of animals in the pictures of four camera traps (Beery et al., ECCV 2018)."""
+
+    FOLDER = "terra_incognita"
+    ENVIRONMENTS = ["L100", "L38", "L43", "L46"]
+    CLASSES = ("bird", "bobcat", "cat", "coyote", "dog", "empty", "opossum", "rabbit", "raccoon",
+               "squirrel")
+    WORDS = {"empty": "empty scene"}
+
+
+@register
+class DomainNet(ImageFolders):
+    """345 classes in six styles (Peng et al., ICCV 2019)."""
+
+    CHECKPOINT_FREQ = 1000
+    FOLDER = "domain_net"
+    ENVIRONMENTS = ["clip", "info", "paint", "quick", "real", "sketch"]
+    CLASSES = tuple("""
+        The_Eiffel_Tower The_Great_Wall_of_China The_Mona_Lisa aircraft_carrier airplane
+        alarm_clock ambulance angel animal_migration ant anvil apple arm asparagus axe backpack
+        banana bandage barn baseball baseball_bat basket basketball bat bathtub beach bear beard
+        bed bee belt bench bicycle binoculars bird birthday_cake blackberry blueberry book
+        boomerang bottlecap bowtie bracelet brain bread bridge broccoli broom bucket bulldozer bus
+        bush butterfly cactus cake calculator calendar camel camera camouflage campfire candle
+        cannon canoe car carrot castle cat ceiling_fan cell_phone cello chair chandelier church
+        circle clarinet clock cloud coffee_cup compass computer cookie cooler couch cow crab
+        crayon crocodile crown cruise_ship cup diamond dishwasher diving_board dog dolphin donut
+        door dragon dresser drill drums duck dumbbell ear elbow elephant envelope eraser eye
+        eyeglasses face fan feather fence finger fire_hydrant fireplace firetruck fish flamingo
+        flashlight flip_flops floor_lamp flower flying_saucer foot fork frog frying_pan garden
+        garden_hose giraffe goatee golf_club grapes grass guitar hamburger hammer hand harp hat
+        headphones hedgehog helicopter helmet hexagon hockey_puck hockey_stick horse hospital
+        hot_air_balloon hot_dog hot_tub hourglass house house_plant hurricane ice_cream jacket
+        jail kangaroo key keyboard knee knife ladder lantern laptop leaf leg light_bulb lighter
+        lighthouse lightning line lion lipstick lobster lollipop mailbox map marker matches
+        megaphone mermaid microphone microwave monkey moon mosquito motorbike mountain mouse
+        moustache mouth mug mushroom nail necklace nose ocean octagon octopus onion oven owl
+        paint_can paintbrush palm_tree panda pants paper_clip parachute parrot passport peanut
+        pear peas pencil penguin piano pickup_truck picture_frame pig pillow pineapple pizza
+        pliers police_car pond pool popsicle postcard potato power_outlet purse rabbit raccoon
+        radio rain rainbow rake remote_control rhinoceros rifle river roller_coaster rollerskates
+        sailboat sandwich saw saxophone school_bus scissors scorpion screwdriver sea_turtle
+        see_saw shark sheep shoe shorts shovel sink skateboard skull skyscraper sleeping_bag
+        smiley_face snail snake snorkel snowflake snowman soccer_ball sock speedboat spider spoon
+        spreadsheet square squiggle squirrel stairs star steak stereo stethoscope stitches
+        stop_sign stove strawberry streetlight string_bean submarine suitcase sun swan sweater
+        swing_set sword syringe t-shirt table teapot teddy-bear telephone television
+        tennis_racquet tent tiger toaster toe toilet tooth toothbrush toothpaste tornado tractor
+        traffic_light train tree triangle trombone truck trumpet umbrella underwear van vase
+        violin washing_machine watermelon waterslide whale wheel windmill wine_bottle wine_glass
+        wristwatch yoga zebra zigzag""".split())
+    WORDS = {"teddy-bear": "teddy bear", "The_Eiffel_Tower": "the Eiffel Tower",
+             "The_Great_Wall_of_China": "the Great Wall of China",
+             "The_Mona_Lisa": "the Mona Lisa"}
+    DOMAIN_NAMES = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+
+
+@register
+class SVIRO(ImageFolders):
+    """Rear seats of ten cars, rendered: who sits there? (Cruz et al., WACV 2020)."""
+
+    FOLDER = "sviro"
+    ENVIRONMENTS = ["aclass", "escape", "hilux", "i3", "lexus", "tesla", "tiguan", "tucson", "x5",
+                    "zoe"]
+    CLASSES = tuple("0123456")
+    WORDS = {"0": "empty seat", "1": "infant in an infant seat", "2": "child in a child seat",
+             "3": "adult passenger", "4": "everyday object", "5": "empty infant seat",
+             "6": "empty child seat"}
