@@ -278,7 +278,7 @@ def load_image(path: str):
         raise ValueError(f"{path} cannot be read as an image. Replace it.") from error
 
 
-def _transform(first: list, size: int, augment: bool):
+def _transform(first: list, augment: bool):
     """Resizing or cropping, DomainBed's augmentation if asked for, ImageNet's normalization."""
     from torchvision import transforms as T
 
@@ -310,9 +310,8 @@ class ImageFolders(MultipleDomainDataset):
         from torchvision.datasets import ImageFolder
 
         size = hparams.get("image_size", 224)
-        plain_transform = _transform([T.Resize((size, size))], size, augment=False)
-        augmented = _transform(
-            [T.RandomResizedCrop(size, scale=(0.7, 1.0))], size, augment=True)
+        plain_transform = _transform([T.Resize((size, size))], augment=False)
+        augmented = _transform([T.RandomResizedCrop(size, scale=(0.7, 1.0))], augment=True)
         self.input_shape = (3, size, size)
         self.datasets = []
         folders = self.domain_folders(root)
@@ -348,10 +347,10 @@ class ImageFolders(MultipleDomainDataset):
         folder = cls.folder(data_dir)
         names = _subfolders(folder) if folder.is_dir() else []
         if not names:
+            problem = "holds no domains" if folder.is_dir() else "is not there"
             raise FileNotFoundError(
-                f"{cls.__name__}: {folder} {'holds no domains' if folder.is_dir() else 'is absent'}"
-                f". Images belong in {folder}/<domain>/<class>/; python -m "
-                "domainbed_kd.scripts.download fetches what can be fetched.")
+                f"{cls.__name__}: {folder} {problem}. Images belong in {folder}/<domain>/<class>/; "
+                "python -m domainbed_kd.scripts.download says what it can fetch.")
         return names
 
     def _check_domains(self, folder: Path, names: list[str]) -> None:
@@ -367,14 +366,13 @@ class ImageFolders(MultipleDomainDataset):
             if not classes:
                 raise FileNotFoundError(f"{type(self).__name__}: {folder / name} holds no class "
                                         f"folders. Images belong in {folder / name}/<class>/.")
-            if classes != first:
-                here, there = set(classes) - set(first), set(first) - set(classes)
-                raise ValueError(
-                    f"{type(self).__name__}: domains must have the same classes, but "
-                    + " and ".join(
-                        f"{', '.join(sorted(some))} only in {folder / where}"
-                        for some, where in ((here, name), (there, names[0])) if some)
-                    + ". Add images there, or remove the class everywhere.")
+            for only, here, there in ((set(classes) - set(first), name, names[0]),
+                                      (set(first) - set(classes), names[0], name)):
+                if only:
+                    raise ValueError(
+                        f"{type(self).__name__}: {folder / here} has classes that "
+                        f"{folder / there} has not: {', '.join(sorted(only))}. Domains must have "
+                        "the same classes: add images, or remove the class everywhere.")
 
     def _check_images(self, domain) -> None:
         empty = sorted(set(range(len(domain.classes))) - set(domain.targets))
@@ -489,3 +487,264 @@ class SVIRO(ImageFolders):
     WORDS = {"0": "empty seat", "1": "infant in an infant seat", "2": "child in a child seat",
              "3": "adult passenger", "4": "everyday object", "5": "empty infant seat",
              "6": "empty child seat"}
+
+
+class _WILDSDomain:
+    """The images of a WILDS data set at `indices`."""
+
+    def __init__(self, dataset, indices: list[int], transform, plain_transform):
+        self.dataset = dataset
+        self.indices = indices
+        self.transform = transform
+        self.plain_transform = plain_transform
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        index = self.indices[i]
+        image = self.dataset.get_input(index).convert("RGB")
+        return self.transform(image), int(self.dataset.y_array[index])
+
+
+class _WILDS(MultipleDomainDataset):
+    """A data set of the package wilds, one domain per value of a metadata field."""
+
+    INPUT_SHAPE = (3, 224, 224)
+    FIELD = ""
+
+    def __init__(self, root, test_envs, hparams):
+        from torchvision import transforms as T
+
+        size = hparams.get("image_size", 224)
+        resize = T.Resize((size, size))
+        plain_transform = _transform([resize], augment=False)
+        augmented = _transform(
+            [resize, T.RandomResizedCrop(size, scale=(0.7, 1.0))], augment=True)
+        root = _folder(type(self).__name__, root)
+        try:
+            dataset = self.load(root)
+        except ImportError as error:
+            raise ValueError(f"{type(self).__name__} needs the package wilds ({error}). "
+                             "Run: pip install domainbed_kd[wilds]") from error
+        values = dataset.metadata_array[:, dataset.metadata_fields.index(self.FIELD)]
+        self.datasets = []
+        for i, value in enumerate(values.unique(sorted=True)):
+            augment = hparams["data_augmentation"] and i not in test_envs
+            indices = (values == value).nonzero().flatten().tolist()
+            self.datasets.append(_WILDSDomain(
+                dataset, indices, augmented if augment else plain_transform, plain_transform))
+        self.input_shape = (3, size, size)
+        self.num_classes = dataset.n_classes
+
+
+@register
+class WILDSCamelyon(_WILDS):
+    """Is there a tumour in the slide? Five hospitals (Koh et al., ICML 2021)."""
+
+    ENVIRONMENTS = ["hospital_0", "hospital_1", "hospital_2", "hospital_3", "hospital_4"]
+    CLASSES = ("normal_tissue", "tumor_tissue")
+    FIELD = "hospital"
+
+    @staticmethod
+    def load(root: Path):
+        """Camelyon17 in `root/camelyon17_v1.0`, as wilds names it."""
+        from wilds.datasets.camelyon17_dataset import Camelyon17Dataset
+
+        return Camelyon17Dataset(root_dir=str(root))
+
+
+@register
+class WILDSFMoW(_WILDS):
+    """62 uses of land and buildings seen from above, in six regions (Koh et al., ICML 2021)."""
+
+    ENVIRONMENTS = ["region_0", "region_1", "region_2", "region_3", "region_4", "region_5"]
+    CLASSES = tuple("""
+        airport airport_hangar airport_terminal amusement_park aquaculture archaeological_site
+        barn border_checkpoint burial_site car_dealership construction_site crop_field dam
+        debris_or_rubble educational_institution electric_substation factory_or_powerplant
+        fire_station flooded_road fountain gas_station golf_course ground_transportation_station
+        helipad hospital impoverished_settlement interchange lake_or_pond lighthouse
+        military_facility multi-unit_residential nuclear_powerplant office_building
+        oil_or_gas_facility park parking_lot_or_garage place_of_worship police_station port prison
+        race_track railway_bridge recreational_facility road_bridge runway shipyard shopping_mall
+        single-unit_residential smokestack solar_farm space_facility stadium storage_tank
+        surface_mine swimming_pool toll_booth tower tunnel_opening waste_disposal
+        water_treatment_facility wind_farm zoo""".split())
+    FIELD = "region"
+
+    @staticmethod
+    def load(root: Path):
+        """FMoW in `root/fmow_v1.1`, as wilds names it."""
+        from wilds.datasets.fmow_dataset import FMoWDataset
+
+        return FMoWDataset(root_dir=str(root))
+
+
+class ImageList:
+    """Images by (path, label), with the attributes of torchvision's ImageFolder."""
+
+    loader = staticmethod(load_image)
+
+    def __init__(self, samples: list[tuple[str, int]], classes, transform, plain_transform):
+        self.samples = samples
+        self.targets = [y for _, y in samples]
+        self.classes = list(classes)
+        self.class_to_idx = {c: y for y, c in enumerate(classes)}
+        self.transform = transform
+        self.plain_transform = plain_transform
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        path, y = self.samples[i]
+        return self.transform(self.loader(path)), y
+
+
+class _Spawrious(MultipleDomainDataset):
+    """Four breeds of dogs, on backgrounds that change place between training and test.
+
+    Lynch et al., "Spawrious", 2023, https://arxiv.org/abs/2303.05470. Images are read from
+    `<data_dir>/{0|1}/<background>/<breed>/`. The first domain is the test, whatever `test_envs`
+    says. Files are taken in the order of their names; DomainBed takes them as the disk lists them.
+    """
+
+    ENVIRONMENTS = ["Test", "SC_group_1", "SC_group_2"]
+    CLASSES = ("bulldog", "corgi", "dachshund", "labrador")
+    #: The order in which backgrounds are listed below.
+    BREEDS = ("bulldog", "dachshund", "labrador", "corgi")
+    N_IMAGES = 3168
+    #: Backgrounds by breed in training and test, and the one that all breeds share in training.
+    TRAIN: tuple = ()
+    TEST: tuple = ()
+    FILLER = ""
+
+    def __init__(self, root, test_envs, hparams):
+        from torchvision import transforms as T
+
+        size = hparams.get("image_size", 224)
+        resize = T.Resize((size, size))
+        plain_transform = _transform([resize], augment=False)
+        training_transform = _transform([resize], augment=hparams["data_augmentation"])
+        root = _folder(type(self).__name__, root)
+        self.datasets = [ImageList(
+            self._test_group(root, 0) + self._test_group(root, 1), self.CLASSES,
+            plain_transform, plain_transform)]
+        self.datasets += [ImageList(
+            self._training_group(root, group), self.CLASSES, training_transform, plain_transform)
+            for group in (0, 1)]
+        self.input_shape = (3, size, size)
+        self.num_classes = len(self.CLASSES)
+
+    def _samples(self, root: Path, folder: int, background: str, breed: str,
+                 limit: int | None = None) -> list[tuple[str, int]]:
+        path = root / str(folder) / background / breed
+        files = sorted(path.iterdir()) if path.is_dir() else []
+        images = [str(f) for f in files if f.suffix in (".png", ".jpg", ".jpeg")]
+        if not images:
+            raise FileNotFoundError(
+                f"{type(self).__name__}: there are no images in {path}. Spawrious belongs in "
+                f"{root}/0/<background>/<breed>/ and {root}/1/...; "
+                "python -m domainbed_kd.scripts.download says where it comes from.")
+        return [(image, self.CLASSES.index(breed)) for image in images[:limit]]
+
+    def _group(self, root: Path, backgrounds: tuple, group: int, limit: int | None = None) -> list:
+        """One background per breed; many-to-many swaps neighbours in the second group."""
+        samples = []
+        for k, breed in enumerate(self.BREEDS):
+            if self.FILLER:
+                samples += self._samples(root, group, backgrounds[k], breed, limit)
+            else:
+                samples += self._samples(root, 0, backgrounds[k ^ group], breed, limit)
+        return samples
+
+    def _test_group(self, root: Path, group: int) -> list:
+        return self._group(root, self.TEST, group)
+
+    def _training_group(self, root: Path, group: int) -> list:
+        if not self.FILLER:
+            return self._group(root, self.TRAIN, group, self.N_IMAGES)
+        correlated = int((0.97, 0.87)[group] * self.N_IMAGES)
+        samples = self._group(root, self.TRAIN, group, correlated)
+        for breed in self.BREEDS:
+            samples += self._samples(
+                root, group, self.FILLER, breed, self.N_IMAGES - correlated)
+        return samples
+
+
+@register
+class SpawriousO2O_easy(_Spawrious):
+    """One background per breed, and others in the test."""
+
+    TRAIN = ("desert", "jungle", "dirt", "snow")
+    TEST = ("dirt", "snow", "desert", "jungle")
+    FILLER = "beach"
+
+
+@register
+class SpawriousO2O_medium(_Spawrious):
+    """One background per breed, and others in the test."""
+
+    TRAIN = ("mountain", "beach", "dirt", "jungle")
+    TEST = ("jungle", "dirt", "beach", "snow")
+    FILLER = "desert"
+
+
+@register
+class SpawriousO2O_hard(_Spawrious):
+    """One background per breed, and others in the test."""
+
+    TRAIN = ("jungle", "mountain", "snow", "desert")
+    TEST = ("mountain", "snow", "desert", "jungle")
+    FILLER = "beach"
+
+
+@register
+class SpawriousM2M_easy(_Spawrious):
+    """Two breeds share two backgrounds, and two others in the test."""
+
+    TRAIN = ("desert", "mountain", "dirt", "jungle")
+    TEST = ("dirt", "jungle", "mountain", "desert")
+
+
+@register
+class SpawriousM2M_medium(_Spawrious):
+    """Two breeds share two backgrounds, and two others in the test."""
+
+    TRAIN = ("beach", "snow", "mountain", "desert")
+    TEST = ("desert", "mountain", "beach", "snow")
+
+
+@register
+class SpawriousM2M_hard(_Spawrious):
+    """Two breeds share two backgrounds, and two others in the test."""
+
+    TRAIN = ("dirt", "jungle", "snow", "beach")
+    TEST = ("snow", "beach", "dirt", "jungle")
+
+
+@register
+class DigitsDG(MultipleDomainDataset):
+    """1,797 real handwritten digits in four looks, 3x32x32 in [0, 1]; ships with the package.
+
+    No digit occurs in two domains. See assets/digits.md for the source, digits.py for the looks.
+    """
+
+    ENVIRONMENTS = ["plain", "colour", "texture", "sketch"]
+    CLASSES = DIGITS
+    DOMAIN_NAMES = ("plain drawing", "colourful drawing", "textured picture", "sketch")
+    INPUT_SHAPE = (3, 32, 32)
+
+    def __init__(self, root, test_envs, hparams):
+        import torch
+        from torch.utils.data import TensorDataset
+
+        from domainbed_kd import digits
+
+        self.input_shape = self.INPUT_SHAPE
+        self.num_classes = 10
+        self.datasets = [
+            TensorDataset(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255,
+                          torch.from_numpy(labels))
+            for images, labels in digits.domains()]
