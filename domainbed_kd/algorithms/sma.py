@@ -1,0 +1,14 @@
+"""SMA: ERM, evaluated with the simple moving average of its weights.
+
+Arpit et al., "Ensemble of Averages: Improving Model Selection and Boosting Performance in Domain
+Generalization", NeurIPS 2022, https://arxiv.org/abs/2110.10832. Averaging starts at update 100,
+as in the paper. Departure: BatchNorm's statistics are averaged too.
+On top of another algorithm: `--hparams '{"averaging": "sma"}'`.
+"""
+
+from domainbed_kd.algorithms.erm import ERM
+from domainbed_kd.averaging import WithMovingAverage
+
+
+class SMA(WithMovingAverage, ERM):
+    """ERM whose predictions are those of the mean of its weights since update `sma_start`."""

@@ -1,0 +1,324 @@
+"""Averages of a network's weights over its training: a running mean, and SWAD's loss valley.
+
+SMA: Arpit et al., "Ensemble of Averages: Improving Model Selection and Boosting Performance in
+Domain Generalization", NeurIPS 2022, https://arxiv.org/abs/2110.10832.
+SWAD: Cha et al., "SWAD: Domain Generalization by Seeking Flat Minima", NeurIPS 2021,
+https://arxiv.org/abs/2102.08604. Constants and the order of events from the authors' code
+(github.com/khanrc/swad).
+
+Only `algorithm.network` is averaged, never optimisers or teachers, and no gradient changes: the
+live network trains to the same bits as without. `averaged` puts either on top of any algorithm.
+"""
+
+import contextlib
+import copy
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+
+def add_to_mean(mean: dict[str, Tensor], new: dict[str, Tensor], n: int) -> None:
+    """Turns, in place, the mean of n - 1 state dicts into that of n; integers become the new's."""
+    for name, tensor in new.items():
+        if n > 1 and tensor.is_floating_point():
+            mean[name].lerp_(tensor, 1 / n)
+        else:
+            mean[name].copy_(tensor)
+
+
+class MovingAverage(nn.Module):
+    """The uniform mean of a network's weights after updates `start`, `start` + 1, ...
+
+    Updates count from 1; until `start` it is the live network (Arpit et al., equation 1). Every
+    floating-point entry of the state dict is averaged, BatchNorm's statistics too. Count and mean
+    are in the state dict, so a resumed run ends in the same average.
+    """
+
+    def __init__(self, network: nn.Module, start: int = 1):
+        super().__init__()
+        self.start = start
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.register_buffer("n_updates", torch.tensor(0))
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Takes in the network's weights; call it once after each optimisation step."""
+        self.n_updates += 1
+        n = max(1, self.n_updates.item() - self.start + 1)
+        add_to_mean(self.network.state_dict(), network.state_dict(), n)
+
+    def restart(self) -> None:
+        """Forgets all updates: the next one is the first."""
+        self.n_updates.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the averaged network makes of x."""
+        return self.network(x)
+
+    @contextlib.contextmanager
+    def in_place_of(self, network: nn.Module) -> Iterator[None]:
+        """Inside, `network` has the average's weights; outside it is as it was, to the bit.
+
+        So whatever `predict` does around its network, it does around the averaged one.
+        """
+        def swap():
+            for live, mean in zip(*(itertools.chain(module.parameters(), module.buffers())
+                                    for module in (network, self.network))):
+                live.data, mean.data = mean.data, live.data
+
+        swap()
+        try:
+            yield
+        finally:
+            swap()
+
+
+@dataclass
+class Segment:
+    """The mean weights after steps `start` to `end`, and the live network's loss after `end`."""
+
+    weights: dict[str, Tensor]
+    start: int
+    end: int
+    loss: float
+
+
+class LossValley(nn.Module):
+    """Which segments SWAD averages, found from their validation losses as training goes on.
+
+    Training has converged at the end of a segment whose loss none of the next `n_converge` - 1
+    undercuts. The valley lasts until the lowest of `n_tolerance` losses in a row is above
+    1 + `tolerance_ratio` times the mean loss at convergence. Segments weigh the same, however long
+    they are. As in the authors' code, those around convergence can be counted more than once:
+    `averaged` lists the (start, end) steps of all that were, in order.
+
+    It holds at most `n_tolerance` segments and their average, on the CPU. All of its state is in
+    its state dict, as plain numbers and tensors.
+
+    Raises:
+        ValueError: if not 1 <= n_converge <= n_tolerance, or if tolerance_ratio is negative.
+    """
+
+    def __init__(self, n_converge: int = 3, n_tolerance: int = 6, tolerance_ratio: float = 0.3):
+        super().__init__()
+        if not 1 <= n_converge <= n_tolerance or tolerance_ratio < 0:
+            raise ValueError(
+                f"SWAD: n_converge is {n_converge}, n_tolerance {n_tolerance}, tolerance_ratio "
+                f"{tolerance_ratio}. Choose 1 <= n_converge <= n_tolerance and a ratio >= 0.")
+        self.n_converge = n_converge
+        self.n_tolerance = n_tolerance
+        self.tolerance_ratio = tolerance_ratio
+        self.segments: deque[Segment] = deque(maxlen=n_tolerance)
+        self.converged_at: int | None = None
+        self.threshold: float | None = None
+        self.dead = False
+        self.mean: dict[str, Tensor] = {}
+        self.averaged: list[tuple[int, int]] = []
+
+    def add(self, segment: Segment) -> None:
+        """Looks at the next segment; a dead valley ignores it."""
+        if self.dead:
+            return
+        self.segments.append(segment)
+        if self.converged_at is None:
+            self._try_to_converge()
+        elif self.segments[0].end >= self.converged_at:
+            if self._lowest_loss() > self.threshold:
+                self.dead = True
+            else:
+                self._average(self.segments[0])
+
+    def finish(self) -> dict[str, Tensor]:
+        """The averaged weights at the end of training; the segments are forgotten.
+
+        Without convergence they are the last segment's, with a warning.
+        """
+        if self.converged_at is None:
+            warnings.warn(
+                "SWAD: the validation loss never converged, so the last segment is the model. "
+                "Train longer or lower swad_interval.", stacklevel=2)
+            self._average(self.segments[-1])
+        elif not self.dead:
+            self.segments.popleft()
+            while self.segments and self._lowest_loss() <= self.threshold:
+                self._average(self.segments.popleft())
+        self.segments.clear()
+        return self.mean
+
+    def _try_to_converge(self) -> None:
+        latest = list(self.segments)[-self.n_converge:]
+        losses = [segment.loss for segment in latest]
+        if len(latest) < self.n_converge or losses[0] > min(losses):
+            return
+        self.converged_at = latest[0].end
+        self.threshold = sum(losses) / len(losses) * (1 + self.tolerance_ratio)
+        self._average(latest[0])
+        before = list(self.segments)[:self.n_tolerance - self.n_converge + 1]
+        above = [i for i, segment in enumerate(before) if segment.loss > self.threshold]
+        first = above[-1] + 1 if above else 0
+        for segment in before[first + 1:]:
+            self._average(segment)
+
+    def _lowest_loss(self) -> float:
+        return min(segment.loss for segment in self.segments)
+
+    def _average(self, segment: Segment) -> None:
+        self.averaged.append((segment.start, segment.end))
+        if not self.mean:
+            self.mean = {name: tensor.clone() for name, tensor in segment.weights.items()}
+        else:
+            add_to_mean(self.mean, segment.weights, len(self.averaged))
+
+    def get_extra_state(self) -> dict:
+        """What torch stores of this module: everything that a resumed run needs."""
+        return {
+            "segments": [dict(vars(segment)) for segment in self.segments],
+            "converged_at": self.converged_at,
+            "threshold": self.threshold,
+            "dead": self.dead,
+            "mean": dict(self.mean),
+            "averaged": list(self.averaged),
+        }
+
+    def set_extra_state(self, state: dict) -> None:
+        """The inverse of `get_extra_state`."""
+        self.segments = deque(
+            (Segment(**segment) for segment in state["segments"]), maxlen=self.n_tolerance)
+        self.converged_at = state["converged_at"]
+        self.threshold = state["threshold"]
+        self.dead = state["dead"]
+        self.mean = {name: tensor.clone() for name, tensor in state["mean"].items()}
+        self.averaged = list(state["averaged"])
+
+
+class WithMovingAverage:
+    """An Algorithm that predicts, whenever it is evaluated, with its weights' moving average."""
+
+    averages_weights = True
+
+    @classmethod
+    def search_space(cls, dataset: str) -> dict:
+        """The algorithm's own hparams, and `sma_start`: the update from which to average."""
+        return super().search_space(dataset) | _fixed(sma_start=100)
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.average = MovingAverage(self.network, start=hparams.get("sma_start", 100))
+
+    def update(self, minibatches, unlabeled=None):
+        """The algorithm's step; then the average takes it in."""
+        values = super().update(minibatches, unlabeled)
+        self.average.update(self.network)
+        return values
+
+    def predict(self, x):
+        """Logits (B, C): the live network's in train mode, the average's in eval mode."""
+        if self.training:
+            return super().predict(x)
+        with self.average.in_place_of(self.network):
+            return super().predict(x)
+
+
+class WithLossValley:
+    """An Algorithm whose result is the mean of its weights over the loss valley.
+
+    While it trains it predicts with the live network; with the run's last step it becomes the SWAD
+    model, so only a run's last record counts in model selection. `swad_interval` is the length of
+    a segment in steps: a validation of the live network ends it.
+    """
+
+    averages_weights = True
+    selects_last = True
+
+    @classmethod
+    def search_space(cls, dataset: str) -> dict:
+        """The algorithm's own hparams, and SWAD's at its authors' values."""
+        return super().search_space(dataset) | _fixed(
+            swad_n_converge=3,
+            swad_n_tolerance=6,
+            swad_tolerance_ratio=0.2 if dataset == "VLCS" else 0.3,
+            swad_interval={"VLCS": 50, "DomainNet": 500}.get(dataset, 100))
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.interval = hparams.get("swad_interval", 100)
+        # The running segment's mean; with the run's last step, the SWAD model.
+        self.average = MovingAverage(self.network)
+        self.valley = LossValley(
+            hparams.get("swad_n_converge", 3), hparams.get("swad_n_tolerance", 6),
+            hparams.get("swad_tolerance_ratio", 0.3))
+        self.register_buffer("finished", torch.tensor(False))
+
+    def update(self, minibatches, unlabeled=None):
+        """The algorithm's step; then the running segment takes it in."""
+        values = super().update(minibatches, unlabeled)
+        if not self.valley.dead:
+            self.average.update(self.network)
+        return values
+
+    def checkpoint(self, step: int, last: bool, validate, batches) -> None:
+        """Ends a segment every `swad_interval` steps, and training with the last step."""
+        super().checkpoint(step, last, validate, batches)
+        if (last or (step > 0 and step % self.interval == 0)) and not self.valley.dead:
+            n = self.average.n_updates.item()
+            self.valley.add(Segment(
+                {name: tensor.to("cpu", copy=True)
+                 for name, tensor in self.average.network.state_dict().items()},
+                step - n + 1, step, validate(super().predict)))
+            self.average.restart()
+        if last:
+            self.average.network.load_state_dict(self.valley.finish())
+            self._estimate_batch_norm(batches(min(500, step + 1)))  # 500: authors' number
+            self.finished.fill_(True)
+
+    def predict(self, x):
+        """Logits (B, C): the live network's, and after the run's last step the SWAD model's."""
+        if self.training or not self.finished:
+            return super().predict(x)
+        with self.average.in_place_of(self.network):
+            return super().predict(x)
+
+    def _estimate_batch_norm(self, batches) -> None:
+        """Re-estimates the SWAD model's BatchNorm statistics, unless they are frozen."""
+        predictor = nn.Module()
+        predictor.network = self.network
+        predictor.forward = super().predict
+        predictor.train()
+        learning = [module for module in self.network.modules()
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
+        if learning:
+            images = (torch.cat([x for x, _ in minibatches]) for minibatches in batches)
+            with torch.random.fork_rng(), self.average.in_place_of(self.network):
+                update_bn(images, predictor)
+
+
+KINDS = {"sma": WithMovingAverage, "swad": WithLossValley}
+
+
+def averaged(algorithm_class: type, kind: str | None) -> type:
+    """The algorithm with its weights averaged: `kind` is "sma", "swad", or None for as it is.
+
+    Raises:
+        ValueError: if the kind is unknown, or the algorithm already averages its weights.
+    """
+    if kind is None:
+        return algorithm_class
+    if kind not in KINDS:
+        raise ValueError(
+            f"hparams['averaging'] is {kind!r}; known are {', '.join(KINDS)}.")
+    if getattr(algorithm_class, "averages_weights", False):
+        raise ValueError(
+            f"{algorithm_class.__name__} averages its weights already: leave out the hparam "
+            f"'averaging' ({kind!r}).")
+    return type(algorithm_class.__name__, (KINDS[kind], algorithm_class), {})
+
+
+def _fixed(**values) -> dict:
+    """Search-space entries that every draw leaves at these values."""
+    return {name: (value, lambda r, value=value: value) for name, value in values.items()}
