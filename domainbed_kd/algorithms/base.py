@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+# Data sets of small images, which DomainBed trains with larger steps and batches.
+SMALL_IMAGES = ("Debug28", "RotatedMNIST", "ColoredMNIST", "DigitsDG")
+
 
 def fixed(value) -> tuple:
     """A search-space entry that every draw leaves at `value`."""

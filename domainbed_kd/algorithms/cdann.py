@@ -1,0 +1,40 @@
+"""CDANN: features from which, class by class, a discriminator cannot tell the domain.
+
+Li et al., "Deep Domain Generalization via Conditional Invariant Adversarial Networks", ECCV 2018,
+https://openaccess.thecvf.com/content_ECCV_2018/html/Ya_Li_Deep_Domain_Generalization_ECCV_2018_paper.html.
+Constants and the order of turns from DomainBed.
+Departures, as in DomainBed: one discriminator, told the class by an embedding that it learns and
+that is added to the features, instead of one discriminator per class and one for all.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from domainbed_kd.algorithms.dann import DANN
+
+
+def class_balanced_cross_entropy(logits: Tensor, domains: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of the domains, to which every class in the batch contributes the same.
+
+    With all classes up to the batch's highest label present it is the mean of the classes' means.
+
+    Args:
+        logits: (B, n_domains).
+        domains: (B,), the images' own domains.
+        y: (B,), the images' classes.
+    """
+    counts = y.bincount()
+    weights = 1 / (counts[y] * len(counts))
+    return (weights * F.cross_entropy(logits, domains, reduction="none")).sum()
+
+
+class CDANN(DANN):
+    """DANN, with a discriminator that knows the class and counts classes equally."""
+
+    def discriminator_input(self, features, y):
+        """Features plus their class's embedding, (B, D)."""
+        return features + self.class_embeddings(y)
+
+    def discriminator_loss(self, logits, domains, y):
+        """Class-balanced cross-entropy of the domains, a scalar."""
+        return class_balanced_cross_entropy(logits, domains, y)

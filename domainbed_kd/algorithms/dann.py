@@ -1,0 +1,117 @@
+"""DANN: features from which a discriminator cannot tell the domain.
+
+Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 2016,
+https://arxiv.org/abs/1505.07818. Constants and the order of turns from DomainBed.
+Departures, as in DomainBed: discriminator and student take turns, a step each, instead of a
+gradient-reversal layer; every training domain is told from every other, and unlabeled images of
+the target are not used; the discriminator's input gradients can be penalized (Mescheder et al.,
+"Which Training Methods for GANs do actually Converge?", ICML 2018).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed_kd import networks
+from domainbed_kd.algorithms.base import SMALL_IMAGES, Algorithm, fixed
+
+
+def gradient_penalty(logits: Tensor, domains: Tensor, features: Tensor) -> Tensor:
+    """Mean over images of |d cross-entropy / d features|^2; differentiable, >= 0.
+
+    Args:
+        logits: (B, n_domains), computed from the features.
+        domains: (B,), the images' own domains.
+        features: (B, D).
+    """
+    loss = F.cross_entropy(logits, domains, reduction="sum")
+    gradient, = torch.autograd.grad(loss, features, create_graph=True)
+    return gradient.square().sum(dim=1).mean()
+
+
+class DANN(Algorithm):
+    """The student minimises its cross-entropy minus the discriminator's, which minimises its own.
+
+    Of 1 + `d_steps_per_g_step` updates one is the student's, the others are the discriminator's.
+    """
+
+    @staticmethod
+    def search_space(dataset):
+        """Weights, turns and shapes of the discriminator, and both players' optimisers."""
+        small = dataset in SMALL_IMAGES
+        if small:
+            lr = 1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)
+        else:
+            lr = 5e-5, lambda r: 10 ** r.uniform(-5, -3.5)
+        return {
+            "lambda": (1.0, lambda r: 10 ** r.uniform(-2, 2)),
+            "weight_decay_d": (0.0, lambda r: 10 ** r.uniform(-6, -2)),
+            "d_steps_per_g_step": (1, lambda r: int(2 ** r.uniform(0, 3))),
+            "grad_penalty": (0.0, lambda r: 10 ** r.uniform(-2, 1)),
+            "beta1": (0.5, lambda r: r.choice([0.0, 0.5])),
+            "mlp_width": (256, lambda r: int(2 ** r.uniform(6, 10))),
+            "mlp_depth": (3, lambda r: int(r.choice([3, 4, 5]))),
+            "mlp_dropout": (0.0, lambda r: r.choice([0.0, 0.1, 0.5])),
+            "lr_g": lr,
+            "lr_d": lr,
+            "weight_decay_g": fixed(0.0) if small else (0.0, lambda r: 10 ** r.uniform(-6, -2)),
+        }
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.register_buffer("update_count", torch.tensor([0]))
+        self.featurizer = networks.Featurizer(input_shape, hparams)
+        self.classifier = networks.Classifier(
+            self.featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
+        self.discriminator = networks.MLP(self.featurizer.n_outputs, num_domains, hparams)
+        # Only CDANN uses it; DomainBed's checkpoints have it in both.
+        self.class_embeddings = nn.Embedding(num_classes, self.featurizer.n_outputs)
+        betas = (hparams["beta1"], 0.9)
+        self.disc_opt = self.adam(
+            self.discriminator, self.class_embeddings,
+            lr=hparams["lr_d"], weight_decay=hparams["weight_decay_d"], betas=betas)
+        self.gen_opt = self.adam(
+            self.network, lr=hparams["lr_g"], weight_decay=hparams["weight_decay_g"], betas=betas)
+
+    @property
+    def network(self):
+        """Featurizer and classifier; the discriminator is not part of the predictor."""
+        return nn.Sequential(self.featurizer, self.classifier)
+
+    def discriminator_input(self, features: Tensor, y: Tensor) -> Tensor:
+        """What the discriminator sees, (B, D)."""
+        return features
+
+    def discriminator_loss(self, logits: Tensor, domains: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of the domains, a scalar."""
+        return F.cross_entropy(logits, domains)
+
+    def update(self, minibatches, unlabeled=None):
+        """One step of the player whose turn it is: `disc_loss` or `gen_loss`."""
+        self.update_count += 1
+        x, y = (torch.cat(part) for part in zip(*minibatches))
+        domains = torch.cat([torch.full_like(labels, i)
+                             for i, (_, labels) in enumerate(minibatches)])
+        features = self.featurizer(x)
+        seen = self.discriminator_input(features, y)
+        logits = self.discriminator(seen)
+        disc_loss = self.discriminator_loss(logits, domains, y)
+        if self.hparams["grad_penalty"]:
+            disc_loss = disc_loss + (
+                self.hparams["grad_penalty"] * gradient_penalty(logits, domains, seen))
+
+        n_turns = self.hparams["d_steps_per_g_step"]
+        self.zero_grad()
+        if self.update_count.item() % (1 + n_turns) < n_turns:
+            disc_loss.backward()
+            self.disc_opt.step()
+            return {"disc_loss": disc_loss.item()}
+        classify = F.cross_entropy(self.classifier(features), y)
+        gen_loss = classify - self.hparams["lambda"] * disc_loss
+        gen_loss.backward()
+        self.gen_opt.step()
+        return {"gen_loss": gen_loss.item()}
+
+    def predict(self, x):
+        """Logits (B, C) of images (B, ...)."""
+        return self.classifier(self.featurizer(x))

@@ -1,0 +1,73 @@
+"""MTL: a classifier that also sees the mean feature of the image's domain.
+
+Blanchard et al., "Domain Generalization by Marginal Transfer Learning", JMLR 2021,
+https://arxiv.org/abs/1711.07910. Constants from DomainBed.
+Departures, as in DomainBed: the marginal's kernel embedding is the mean of learned features, in
+training an exponential moving average over a domain's batches; the loss is summed over domains.
+Departure from DomainBed: it overwrites the embedding by N(0, 1) noise, in evaluation too;
+the hparam `upstream_exact`: true does so here.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed_kd import networks
+from domainbed_kd.algorithms.base import Algorithm
+
+
+class MTL(Algorithm):
+    """Cross-entropy of a classifier on [features, domain embedding].
+
+    The embedding of a domain that is not trained on is the mean feature of the images given to
+    `predict`, so predictions depend on the batch, as the method intends: give it images of one
+    domain. Evaluation by the training loop does.
+    """
+
+    #: DomainBed's golden values need the hparam `upstream_exact`.
+    upstream_exact_differs = True
+
+    @staticmethod
+    def search_space(dataset):
+        """`mtl_ema`: the share of the newest batch in a domain's embedding."""
+        return {"mtl_ema": (0.99, lambda r: r.choice([0.5, 0.9, 0.99, 1.0]))}
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.featurizer = networks.Featurizer(input_shape, hparams)
+        n_features = self.featurizer.n_outputs
+        self.classifier = networks.Classifier(
+            2 * n_features, num_classes, hparams["nonlinear_classifier"])
+        self.optimizer = self.adam(self.network)
+        self.register_buffer("embeddings", torch.randn(num_domains, n_features))
+
+    @property
+    def network(self):
+        """What is trained; call `predict`, which puts the embedding between the two."""
+        return nn.Sequential(self.featurizer, self.classifier)
+
+    def update(self, minibatches, unlabeled=None):
+        """One step on the sum over domains of the mean cross-entropy."""
+        return self.descend(sum(
+            F.cross_entropy(self._classify(x, domain), y)
+            for domain, (x, y) in enumerate(minibatches)))
+
+    def predict(self, x):
+        """Logits (B, C) of images (B, ...) of one domain."""
+        return self._classify(x)
+
+    def _classify(self, x: Tensor, domain: int | None = None) -> Tensor:
+        features = self.featurizer(x)
+        embedding = self._embed(features, domain).expand_as(features)
+        if self.hparams.get("upstream_exact"):
+            embedding = torch.randn_like(features)
+        return self.classifier(torch.cat((features, embedding), dim=1))
+
+    def _embed(self, features: Tensor, domain: int | None) -> Tensor:
+        """The mean of features (B, D), (D,); a known domain's moving average takes it in."""
+        embedding = features.mean(dim=0)
+        if domain is not None:
+            share = self.hparams["mtl_ema"]
+            embedding = share * embedding + (1 - share) * self.embeddings[domain]
+            self.embeddings[domain] = embedding.detach()
+        return embedding
