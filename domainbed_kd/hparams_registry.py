@@ -11,11 +11,8 @@ import warnings
 import numpy as np
 
 from domainbed_kd import algorithms
-from domainbed_kd.algorithms.base import fixed
+from domainbed_kd.algorithms.base import SMALL_IMAGES, fixed
 from domainbed_kd.seeds import seed_hash
-
-# Data sets of small images, which DomainBed trains with larger steps and batches.
-SMALL_IMAGES = ("Debug28", "RotatedMNIST", "ColoredMNIST", "DigitsDG")
 
 # Hparams that change behaviour when given with --hparams and are in no draw: {name: meaning}.
 OPTIONAL = {
