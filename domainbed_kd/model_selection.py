@@ -1,0 +1,215 @@
+"""Which of a search's checkpoints counts: DomainBed's rules, with its ways of breaking ties.
+
+Gulrajani & Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021,
+https://arxiv.org/abs/2007.01434, section 3. The test accuracy is always that on the test
+domain's in-split, so that the oracle may look at the out-split.
+"""
+
+import math
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+from domainbed_kd import records as sweeps
+
+
+class SelectionMethod:
+    """A rule that picks a checkpoint of each run, then a run of each cell.
+
+    `records` are those of one cell: one trial, dataset, algorithm and test env.
+    """
+
+    name: str
+    #: True if runs that hold out two domains take part.
+    uses_pairs = False
+
+    @classmethod
+    def run_acc(cls, run_records: list[dict]) -> dict[str, float] | None:
+        """The `val_acc` and `test_acc` in [0, 1] of one draw of hparams; None if it lacks runs."""
+        raise NotImplementedError(f"{cls.__name__} does not implement run_acc().")
+
+    @classmethod
+    def hparams_accs(cls, records: list[dict]) -> list[tuple[dict[str, float], list[dict]]]:
+        """The (run_acc, records) of each draw of hparams, best validation accuracy first.
+
+        Of equals, the larger hparams_seed comes first; NaN comes last.
+        """
+        runs = defaultdict(list)
+        for record in records:
+            runs[record["args"]["hparams_seed"]].append(record)
+        accs = [(cls.run_acc(runs[seed]), runs[seed]) for seed in sorted(runs)]
+        accs = [(acc, run) for acc, run in accs if acc is not None]
+
+        def val_acc(item):
+            value = item[0]["val_acc"]
+            return -math.inf if math.isnan(value) else value
+
+        return sorted(accs, key=val_acc)[::-1]
+
+    @classmethod
+    def sweep_acc(cls, records: list[dict]) -> float | None:
+        """The test accuracy in [0, 1] of the best draw of hparams; None if there is none."""
+        accs = cls.hparams_accs(records)
+        return accs[0][0]["test_acc"] if accs else None
+
+
+def _n_envs(record: dict) -> int:
+    n = 0
+    while f"env{n}_out_acc" in record:
+        n += 1
+    return n
+
+
+def _mean(values: list[float]) -> float:
+    """The mean, to the last bit of numpy's, in a third of its time."""
+    return float(np.add.reduce(values)) / len(values)
+
+
+def _single(run_records: list[dict]) -> list[dict]:
+    """The records that hold out one domain only, and have its accuracy."""
+    return [record for record in run_records if len(record["args"]["test_envs"]) == 1
+            and f"env{record['args']['test_envs'][0]}_in_acc" in record]
+
+
+def _only_last_counts(run_records: list[dict]) -> bool:
+    """Whether the run's predictor is the one it ends with, as an average of weights is."""
+    return any(record.get("selection") == "last" for record in run_records)
+
+
+def _step(record: dict) -> int:
+    return record["step"]
+
+
+def _val_acc(acc: dict[str, float]) -> float:
+    return acc["val_acc"]
+
+
+class IIDAccuracySelectionMethod(SelectionMethod):
+    """The best mean accuracy on the training domains' out-splits, early stopping included.
+
+    Of equals, the earliest checkpoint. A record that says `"selection": "last"` (SWAD) makes its
+    run's last record the only candidate.
+    """
+
+    name = "training-domain validation set"
+    test_key = "env{}_in_acc"
+
+    @classmethod
+    def run_acc(cls, run_records):
+        """See `SelectionMethod.run_acc`."""
+        candidates = [record for record in _single(run_records)
+                      if cls.test_key.format(record["args"]["test_envs"][0]) in record]
+        if _only_last_counts(candidates):
+            candidates = sorted(candidates, key=_step)[-1:]
+        return max(map(cls._record_acc, candidates), key=_val_acc, default=None)
+
+    @classmethod
+    def _record_acc(cls, record):
+        test_env, = record["args"]["test_envs"]
+        validation = [record[f"env{i}_out_acc"] for i in range(_n_envs(record)) if i != test_env]
+        return {"val_acc": _mean(validation),
+                "test_acc": record[cls.test_key.format(test_env)]}
+
+
+class LeaveOneOutSelectionMethod(SelectionMethod):
+    """The best mean accuracy on each other domain when it was held out too, at the same step.
+
+    A step counts if it has exactly one record that holds out the test env alone, and one for each
+    pair of the test env and another. Of equals, the earliest step; `"selection": "last"` as above.
+    """
+
+    name = "leave-one-domain-out cross-validation"
+    uses_pairs = True
+
+    @classmethod
+    def run_acc(cls, run_records):
+        """See `SelectionMethod.run_acc`."""
+        steps = defaultdict(list)
+        for record in run_records:
+            steps[record["step"]].append(record)
+        candidates = sorted(steps)
+        if _only_last_counts(run_records):
+            candidates = candidates[-1:]
+        accs = [cls._step_acc(steps[step]) for step in candidates]
+        return max((acc for acc in accs if acc is not None), key=_val_acc, default=None)
+
+    @classmethod
+    def _step_acc(cls, step_records):
+        single = _single(step_records)
+        if len(single) != 1:
+            return None
+        test_env, = single[0]["args"]["test_envs"]
+        validation = {}
+        for record in step_records:
+            if len(record["args"]["test_envs"]) == 2:
+                other, = set(record["args"]["test_envs"]) - {test_env}
+                validation[other] = record[f"env{other}_in_acc"]
+        others = [i for i in range(_n_envs(step_records[0])) if i != test_env]
+        if not others or set(others) - set(validation):
+            return None
+        return {"val_acc": _mean([validation[i] for i in others]),
+                "test_acc": single[0][f"env{test_env}_in_acc"]}
+
+
+class OracleSelectionMethod(SelectionMethod):
+    """The test domain's own out-split, at the last step: what no honest method may look at."""
+
+    name = "test-domain validation set (oracle)"
+
+    @classmethod
+    def run_acc(cls, run_records):
+        """See `SelectionMethod.run_acc`."""
+        candidates = sorted(_single(run_records), key=_step)
+        if not candidates:
+            return None
+        test_env, = candidates[-1]["args"]["test_envs"]
+        return {"val_acc": candidates[-1][f"env{test_env}_out_acc"],
+                "test_acc": candidates[-1][f"env{test_env}_in_acc"]}
+
+
+class IIDAutoLRAccuracySelectionMethod(IIDAccuracySelectionMethod):
+    """The rule for ERM++'s two stages: the second trains on all data, and its test accuracy counts.
+
+    Records whose args differ in `holdout_fraction` only are one: later values replace earlier.
+    """
+
+    name = "auto lr training-domain validation set"
+    test_key = "fd_env{}_in_acc"
+
+    @classmethod
+    def run_acc(cls, run_records):
+        """See `SelectionMethod.run_acc`."""
+        merged = []
+        for record in run_records:
+            same = (other for other in merged if _stage(other) == _stage(record))
+            if (found := next(same, None)) is None:
+                merged.append(dict(record))
+            else:
+                found.update(record)
+        return super().run_acc(merged)
+
+
+def _stage(record: dict) -> dict:
+    return {k: v for k, v in record["args"].items() if k != "holdout_fraction"}
+
+
+METHODS = (IIDAccuracySelectionMethod, LeaveOneOutSelectionMethod, OracleSelectionMethod)
+
+
+class Outcome(NamedTuple):
+    """What a method selects for one algorithm on one test env, and from how many runs."""
+
+    #: {trial_seed: accuracy in [0, 1]}, for the trials that have one.
+    accs: dict[int, float]
+    coverage: sweeps.Coverage
+
+
+def outcomes(cells: dict, grid: sweeps.Grid, method: type[SelectionMethod]) -> dict:
+    """{(dataset, algorithm, test env): Outcome} of `records.by_cell` and its `records.Grid`."""
+    accs = defaultdict(dict)
+    for (trial_seed, *cell), records in cells.items():
+        if (acc := method.sweep_acc(records)) is not None:
+            accs[tuple(cell)][trial_seed] = acc
+    return {cell: Outcome(by_trial, grid.coverage(*cell, method.uses_pairs))
+            for cell, by_trial in accs.items()}

@@ -1,0 +1,220 @@
+"""A sweep's folder read back: the records of its runs, and the runs that it lacks."""
+
+import contextlib
+import functools
+import gc
+import itertools
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+#: Arguments in which runs of one cell must agree for their accuracies to be compared.
+PROTOCOL = ("steps", "hparams", "task")
+# What collect_results leaves beside the runs.
+_OURS = ("results.txt", "results.tex", "results.csv", "results.md")
+_MOST_WARNINGS = 10
+
+
+def load(input_dir: str | Path) -> list[dict]:
+    """The records in `<input_dir>/*/results.jsonl`, in order of folder, then of line.
+
+    A record keeps `args`, `hparams`, `step`, `selection` and its accuracies; losses and times
+    are dropped, and `args` and `hparams` are shared by the records of a run. What cannot be read
+    is named on stderr and skipped.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+    """
+    input_dir = Path(input_dir)
+    if not input_dir.is_dir():
+        raise FileNotFoundError(f"--input_dir {input_dir}: there is no such folder.")
+    with os.scandir(input_dir) as entries:
+        entries = sorted((e for e in entries if not e.name.startswith(".") and e.name not in _OURS),
+                         key=lambda entry: entry.name)
+    records, skipped = [], []
+    with _no_garbage():
+        for entry in tqdm(entries, unit="run", disable=None, leave=False):
+            if not entry.is_dir():
+                skipped.append(f"{entry.path}: not the folder of a run")
+                continue
+            path = os.path.join(entry.path, "results.jsonl")
+            try:
+                found, problem = _read(path)
+            except FileNotFoundError:
+                found, problem = [], f"{entry.path}: no results.jsonl yet"
+            except OSError as error:
+                found, problem = [], f"{path}: {error.strerror}"
+            records += found
+            if problem:
+                skipped.append(problem)
+    for line in skipped[:_MOST_WARNINGS]:
+        print(f"skipped {line}", file=sys.stderr)
+    if len(skipped) > _MOST_WARNINGS:
+        print(f"skipped {len(skipped) - _MOST_WARNINGS} more in {input_dir}", file=sys.stderr)
+    return records
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Inside, nothing looks for cycles: among 100,000 records it takes as long as parsing them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read(path: str) -> tuple[list[dict], str]:
+    """A file's records, and what is wrong with it ("" if nothing)."""
+    records, broken = [], []
+    args = hparams = None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(str(line, "utf-8"))
+            except ValueError:
+                record = None
+            if not _is_record(record):
+                broken.append(number)
+                continue
+            # One object for all of a run's records: they are most of its memory.
+            if record["args"] != args:
+                args = record["args"]
+            if record["hparams"] != hparams:
+                hparams = record["hparams"]
+            kept = {name: record[name] for name in _kept_names(tuple(record))}
+            kept["args"], kept["hparams"] = args, hparams
+            records.append(kept)
+    if not broken:
+        return records, "" if records else f"{path}: empty"
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    return records, f"{path}: line {broken[0]}{more}, no record of DomainBed's"
+
+
+@functools.cache
+def _kept_names(names: tuple[str, ...]) -> list[str]:
+    return [n for n in names if n in ("step", "selection") or n.endswith("_acc")]
+
+
+def _is_record(record) -> bool:
+    """Whether model selection can read it; ERM++'s second stage only has `fd_` accuracies."""
+    try:
+        args = record["args"]
+        for i in args["test_envs"]:
+            if f"env{i}_in_acc" in record:
+                accuracies = record[f"env{i}_in_acc"], record[f"env{i}_out_acc"]
+            else:
+                accuracies = record[f"fd_env{i}_in_acc"],
+            if not isinstance(i, int) or set(map(type, accuracies)) != {float}:
+                return False
+        return (isinstance(args["dataset"], str) and isinstance(args["algorithm"], str)
+                and isinstance(args["trial_seed"], int) and isinstance(args["hparams_seed"], int)
+                and isinstance(record["step"], int) and isinstance(record["hparams"], dict)
+                and len(args["test_envs"]) > 0)
+    except (TypeError, KeyError):
+        return False
+
+
+def by_cell(records: Iterable[dict]) -> dict[tuple[int, str, str, int], list[dict]]:
+    """Records by (trial_seed, dataset, algorithm, test env), in the order of these keys.
+
+    A run with two test envs belongs to two cells.
+    """
+    cells = defaultdict(list)
+    for record in records:
+        args = record["args"]
+        for env in args["test_envs"]:
+            cells[args["trial_seed"], args["dataset"], args["algorithm"], env].append(record)
+    return dict(sorted(cells.items()))
+
+
+@functools.cache
+def _n_envs(names: tuple[str, ...]) -> int:
+    return sum(name.startswith("env") and name.endswith("_in_acc") for name in names)
+
+
+class Run(NamedTuple):
+    """What tells the runs of a sweep apart."""
+
+    dataset: str
+    algorithm: str
+    test_envs: tuple[int, ...]
+    trial_seed: int
+    hparams_seed: int
+
+
+class Coverage(NamedTuple):
+    """How many of a cell's runs have finished, of how many, and by which protocols they ran."""
+
+    n_finished: int
+    n_expected: int
+    protocols: frozenset[tuple]
+
+
+class Grid:
+    """The runs that a sweep has, and those that it would have if it were whole.
+
+    Whole means every trial seed x hparams seed x algorithm x dataset that occurs anywhere, on
+    every environment, and on every pair of them if any pair occurs. A run has finished when its
+    last record is at step `args.steps - 1` or, without that argument, where the longest of its
+    dataset's runs ends. `args` has the arguments of each run that is there.
+    """
+
+    def __init__(self, records: Iterable[dict]):
+        self.n_envs, self.args = Counter(), {}
+        last_step, longest = Counter(), Counter()
+        for _, group in itertools.groupby(records, key=lambda record: id(record["args"])):
+            group = list(group)
+            args = group[0]["args"]
+            run = Run(args["dataset"], args["algorithm"], tuple(args["test_envs"]),
+                      args["trial_seed"], args["hparams_seed"])
+            self.n_envs[run.dataset] = max(self.n_envs[run.dataset], _n_envs(tuple(group[0])))
+            self.args[run] = args
+            protocol, steps = tuple(str(args.get(name)) for name in PROTOCOL), args.get("steps")
+            step = max(record["step"] for record in group)
+            key = run, protocol, steps
+            last_step[key] = max(last_step[key], step)
+            longest[run.dataset, steps] = max(longest[run.dataset, steps], step)
+
+        self.protocols: dict[Run, set[tuple]] = defaultdict(set)
+        self.finished: set[Run] = set()
+        for (run, protocol, steps), step in last_step.items():
+            self.protocols[run].add(protocol)
+            if step >= (steps - 1 if steps else longest[run.dataset, steps]):
+                self.finished.add(run)
+        self.datasets, self.algorithms, _, self.trial_seeds, self.hparams_seeds = (
+            sorted(set(values)) for values in zip(*self.protocols)
+        ) if self.protocols else ([],) * 5
+        self.has_pairs = any(len(run.test_envs) == 2 for run in self.protocols)
+
+    def test_env_sets(self, dataset: str) -> list[tuple[int, ...]]:
+        """The sets of test envs that the dataset's runs would hold out, in DomainBed's order."""
+        envs = range(self.n_envs[dataset])
+        return sorted([(i,) for i in envs]
+                      + (list(itertools.combinations(envs, 2)) if self.has_pairs else []))
+
+    def runs(self, dataset: str, algorithm: str) -> list[Run]:
+        """All runs that the sweep would have of an algorithm on a dataset."""
+        return [Run(dataset, algorithm, *rest) for rest in itertools.product(
+            self.test_env_sets(dataset), self.trial_seeds, self.hparams_seeds)]
+
+    def coverage(self, dataset: str, algorithm: str, env: int, pairs: bool) -> Coverage:
+        """Of the runs that hold out `env` alone and, with `pairs`, together with another."""
+        runs = [run for run in self.runs(dataset, algorithm)
+                if env in run.test_envs and (pairs or len(run.test_envs) == 1)]
+        protocols = [self.protocols[run] for run in runs if run in self.protocols]
+        return Coverage(sum(run in self.finished for run in runs), len(runs),
+                        frozenset().union(*protocols))
+
+    def absent(self) -> list[Run]:
+        """The runs that are not there or have not finished."""
+        return [run for dataset in self.datasets for algorithm in self.algorithms
+                for run in self.runs(dataset, algorithm) if run not in self.finished]

@@ -1,0 +1,265 @@
+"""Prints the tables of a sweep, and writes them beside its runs."""
+
+import argparse
+import shlex
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from domainbed_kd import datasets, model_selection, tables
+from domainbed_kd import records as sweeps
+from domainbed_kd.scripts import Parser, run_main
+
+EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
+# What `sweep launch` assumes of the arguments that all runs of a sweep share.
+SWEEP_DEFAULTS = {"data_dir": None, "task": "domain_generalization", "holdout_fraction": 0.2,
+                  "steps": None, "hparams": None}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """DomainBed's flags, then ours."""
+    parser = Parser(prog="python -m domainbed_kd.scripts.collect_results", description=__doc__)
+    parser.add_argument("--input_dir", required=True, help="folder of the sweep")
+    parser.add_argument("--latex", action="store_true", help="the same as --format latex")
+    parser.add_argument("--auto_lr", action="store_true",
+                        help="select by the rule for ERM++'s two stages only")
+    ours = parser.add_argument_group("beyond DomainBed")
+    ours.add_argument("--format", choices=EXTENSIONS,
+                      help="text (the default), latex, csv or markdown; also written to "
+                           "INPUT_DIR/results.{txt,tex,csv,md}")
+    ours.add_argument("--upstream", action="store_true",
+                      help="exactly what DomainBed prints: no marks, no notes, cells cut to width")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Loads, selects, prints and writes."""
+    args = build_parser().parse_args(argv)
+    style = args.format or ("latex" if args.latex else "text")
+    if args.latex and style != "latex":
+        raise ValueError(f"--latex and --format {style} contradict each other; give one.")
+    if args.upstream and style not in ("text", "latex"):
+        raise ValueError(f"--upstream: DomainBed prints text or latex, not {style}.")
+
+    records = sweeps.load(args.input_dir)
+    if not records:
+        print(f"{args.input_dir} holds no results yet.", file=sys.stderr)
+    if args.upstream:  # DomainBed does not know that an average of weights ends a run
+        for record in records:
+            record.pop("selection", None)
+    grid = sweeps.Grid(records)
+    methods = model_selection.METHODS
+    if args.auto_lr:
+        methods = (model_selection.IIDAutoLRAccuracySelectionMethod,)
+    made = make_tables(records, grid, methods, keep_unregistered=not args.upstream)
+
+    if args.upstream:
+        output = render_upstream(made, len(records), style)
+    elif style == "csv":
+        output = tables.as_csv(table for group in made.values() for table in group)
+        sys.stderr.writelines(f"{line}\n" for line in notes(grid, made, args.input_dir))
+    else:
+        output = RENDER[style](made, grid, len(records), notes(grid, made, args.input_dir))
+    sys.stdout.write(output)
+    path = Path(args.input_dir, f"results.{EXTENSIONS[style]}")
+    try:
+        path.write_text(output, encoding="utf-8")
+    except OSError as error:
+        print(f"Not written to {path}: {error.strerror}.", file=sys.stderr)
+    return 0
+
+
+def make_tables(records: list[dict], grid: sweeps.Grid, methods: Iterable[type],
+                keep_unregistered: bool) -> dict[type, list[tables.Table]]:
+    """{selection method: its tables}."""
+    seen = [record["args"] for record in records]
+    rows = tables.row_order(args["algorithm"] for args in seen)
+    columns = tables.ordered((args["dataset"] for args in seen), datasets.DATASETS)
+    if not keep_unregistered:
+        columns = [name for name in columns if name in datasets.DATASETS]
+    cells = sweeps.by_cell(records)
+    return {method: tables.build(method, model_selection.outcomes(cells, grid, method),
+                                 rows, columns, grid.n_envs)
+            for method in methods}
+
+
+def render_upstream(made: dict, n_records: int, style: str) -> str:
+    """DomainBed's own output, byte for byte."""
+    if style == "text":
+        return f"Total records: {n_records}\n" + "".join(
+            tables.upstream_text(table) for group in made.values() for table in group)
+    return tables.latex_document(
+        (part for method, group in made.items()
+         for part in (tables.latex_section(method.name), *map(tables.upstream_latex, group))),
+        n_records)
+
+
+def needs_pairs(method: type, grid: sweeps.Grid) -> str | None:
+    """Why a method has no table, if the sweep has runs but none of the kind that it needs."""
+    if not method.uses_pairs or grid.has_pairs or not grid.args:
+        return None
+    return (f"{method.name}: needs runs with two test envs "
+            "(launch the sweep without --single_test_envs).")
+
+
+def render_text(made: dict, grid: sweeps.Grid, n_records: int, remarks: list[str]) -> str:
+    """The tables, then the remarks."""
+    parts = [f"Total records: {n_records}\n"]
+    for method, group in made.items():
+        why = needs_pairs(method, grid)
+        parts += [f"\n{why}\n"] if why else map(tables.text, group)
+    return "".join(parts) + "".join(f"{line}\n" for line in remarks)
+
+
+def render_latex(made: dict, grid: sweeps.Grid, n_records: int, remarks: list[str]) -> str:
+    """A whole document; the remarks are comments at its end."""
+    parts = []
+    for method, group in made.items():
+        why = needs_pairs(method, grid)
+        parts.append(tables.latex_section(method.name))
+        parts += ["\n" + tables.escape_latex(why)] if why else map(tables.latex, group)
+    return tables.latex_document([*parts, *(f"% {line}".rstrip() for line in remarks)], n_records)
+
+
+def render_markdown(made: dict, grid: sweeps.Grid, n_records: int, remarks: list[str]) -> str:
+    """The tables, then the remarks as they stand."""
+    parts = [f"Total records: {n_records}\n"]
+    for method, group in made.items():
+        why = needs_pairs(method, grid)
+        parts += [f"\n{why}\n"] if why else map(tables.markdown, group)
+    if remarks:
+        parts += ["\n```text", *(f"\n{line}" for line in remarks[1:]), "\n```\n"]
+    return "".join(parts)
+
+
+RENDER = {"text": render_text, "latex": render_latex, "markdown": render_markdown}
+
+
+def notes(grid: sweeps.Grid, made: dict, input_dir: str) -> list[str]:
+    """Lines on what the tables' marks mean, which runs are absent, and what completes them.
+
+    No line for a whole sweep; else an empty one first.
+    """
+    cells = [cell for group in made.values() for table in group
+             for row in table.rows.values() for cell in row if cell.mean is not None]
+    lines = []
+    if any(cell.incomplete for cell in cells):
+        lines.append("* n/m: n of the m runs behind the number have finished.")
+    if any(cell.differs for cell in cells):
+        lines.append("! trained by another protocol than most of the column:")
+        lines += [f"    {line}" for line in describe_protocols(grid)]
+    if absent := grid.absent():
+        total = len(absent) + len(grid.finished.intersection(
+            run for d in grid.datasets for a in grid.algorithms for run in grid.runs(d, a)))
+        lines.append(f"Absent or unfinished: {len(absent)} of {total} runs")
+        lines += [f"    {line}" for line in describe_absent(grid, absent)]
+        lines.append("This completes them:")
+        lines += [f"    {line}" for line in completing_commands(grid, absent, input_dir)]
+    return ["", *lines] if lines else []
+
+
+def describe_protocols(grid: sweeps.Grid) -> list[str]:
+    """A line per algorithm on each dataset whose runs were trained by several protocols."""
+    counts = defaultdict(Counter)
+    for run, protocols in grid.protocols.items():
+        for protocol in protocols:
+            counts[run.dataset, run.algorithm][protocol] += 1
+    lines = []
+    for dataset in grid.datasets:
+        rows = {algorithm: counts[dataset, algorithm] for algorithm in grid.algorithms}
+        values = list(zip(*(protocol for row in rows.values() for protocol in row)))
+        told = [i for i, column in enumerate(values) if len(set(column)) > 1]
+        if not told:
+            continue
+        for algorithm, row in rows.items():
+            kinds = "; ".join(
+                ", ".join(f"{sweeps.PROTOCOL[i]} {'default' if p[i] == 'None' else p[i]}"
+                          for i in told) + f" ({n} run{'s' if n > 1 else ''})"
+                for p, n in sorted(row.items()))
+            if kinds:
+                lines.append(f"{dataset}, {tables.display_name(algorithm)}: {kinds}")
+    return lines
+
+
+def describe_absent(grid: sweeps.Grid, absent: list[sweeps.Run]) -> list[str]:
+    """The runs in as few lines as their regularity allows."""
+    lacking = defaultdict(lambda: defaultdict(set))  # {(dataset, algorithm): {test envs: seeds}}
+    for run in absent:
+        lacking[run.dataset, run.algorithm][run.test_envs].add((run.trial_seed, run.hparams_seed))
+    alike = defaultdict(list)  # {(dataset, what it lacks): algorithms}
+    for (dataset, algorithm), by_envs in lacking.items():
+        env_sets = defaultdict(list)
+        for envs, seeds in by_envs.items():
+            env_sets[frozenset(seeds)].append(envs)
+        everything = len(grid.test_env_sets(dataset))
+        parts = []
+        for seeds, sets in env_sets.items():
+            where = "all test envs" if len(sets) == everything else (
+                "test envs " + " ".join("+".join(map(str, envs)) for envs in sets))
+            parts.append(f"{where}: {_describe_seeds(seeds)}")
+        alike[dataset, tuple(parts)].append(tables.display_name(algorithm))
+    return [f"{dataset}, {' '.join(names)}, {part}"
+            for (dataset, parts), names in alike.items() for part in parts]
+
+
+def _describe_seeds(seeds: Iterable[tuple[int, int]]) -> str:
+    """Pairs of trial and hparams seed, as "trials 0-2, hparams 0-19; trial 3, hparams 1"."""
+    by_trial = defaultdict(set)
+    for trial, hparams in seeds:
+        by_trial[trial].add(hparams)
+    trials = defaultdict(list)
+    for trial in sorted(by_trial):
+        trials[tuple(sorted(by_trial[trial]))].append(trial)
+    return "; ".join(f"trial{'s' if len(same) > 1 else ''} {_ranges(same)}, "
+                     f"hparams {_ranges(hparams)}" for hparams, same in trials.items())
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as "0-2 5"."""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def completing_commands(grid: sweeps.Grid, absent: list[sweeps.Run], input_dir: str) -> list[str]:
+    """The `sweep launch` commands that run what is absent, with the arguments of the others.
+
+    The arguments are those of most runs of the same algorithm and dataset, else of the dataset.
+    """
+    used = defaultdict(Counter)
+    for run, args in grid.args.items():
+        settings = tuple(args.get(name, value) for name, value in SWEEP_DEFAULTS.items())
+        used[run.dataset, run.algorithm][settings] += 1
+        used[run.dataset, None][settings] += 1
+    needed = defaultdict(lambda: defaultdict(list))  # {settings: {dataset: algorithms}}
+    for dataset, algorithm in dict.fromkeys((run.dataset, run.algorithm) for run in absent):
+        counts = used.get((dataset, algorithm)) or used[dataset, None]
+        needed[counts.most_common(1)[0][0]][dataset].append(algorithm)
+
+    commands = []
+    for settings, by_dataset in needed.items():
+        alike = defaultdict(list)
+        for dataset, names in by_dataset.items():
+            alike[tuple(names)].append(dataset)
+        for names, on in alike.items():
+            words = ["python", "-m", "domainbed_kd.scripts.sweep", "launch",
+                     "--datasets", *on, "--algorithms", *names,
+                     "--n_trials", max(grid.trial_seeds) + 1,
+                     "--n_hparams", max(grid.hparams_seeds) + 1]
+            if min(grid.hparams_seeds):
+                words += ["--n_hparams_from", min(grid.hparams_seeds)]
+            for (name, default), value in zip(SWEEP_DEFAULTS.items(), settings):
+                words += [f"--{name}", value] if value != default else []
+            words += [] if grid.has_pairs else ["--single_test_envs"]
+            words += ["--output_dir", input_dir, "--command_launcher", "local"]
+            commands.append(shlex.join(map(str, words)))
+    return commands
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,71 @@
+"""Prints the hparams of one cell of the tables, best validation accuracy first."""
+
+import argparse
+
+from domainbed_kd import model_selection, tables
+from domainbed_kd import records as sweeps
+from domainbed_kd.scripts import Parser, run_main
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """DomainBed's flags."""
+    parser = Parser(prog="python -m domainbed_kd.scripts.list_top_hparams", description=__doc__)
+    parser.add_argument("--input_dir", required=True, help="folder of the sweep")
+    parser.add_argument("--dataset", required=True, help="a data set by name")
+    parser.add_argument("--algorithm", required=True, help="an algorithm by name")
+    parser.add_argument("--test_env", type=int, required=True, help="number of a held-out domain")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Loads, selects and prints."""
+    args = build_parser().parse_args(argv)
+    records = sweeps.load(args.input_dir)
+    cells = find_cells(sweeps.by_cell(records), args)
+    print(f"Total records: {len(records)}")
+    for method in model_selection.METHODS:
+        print(f"Model selection: {method.name}")
+        for trial_seed, cell in cells.items():
+            print(f"trial_seed: {trial_seed}")
+            for accs, run_records in method.hparams_accs(cell):
+                print_run(accs, run_records)
+    return 0
+
+
+def find_cells(cells: dict, args: argparse.Namespace) -> dict[int, list[dict]]:
+    """{trial_seed: records} of the cell that the flags name.
+
+    Raises:
+        ValueError: naming what there is instead.
+    """
+    shown = {tables.display_name(algorithm): algorithm for _, _, algorithm, _ in cells}
+    asked = {"dataset": args.dataset, "algorithm": shown.get(args.algorithm, args.algorithm),
+             "test_env": args.test_env}
+    remaining = list(cells)
+    for position, (name, value) in enumerate(asked.items(), 1):
+        there = sorted({cell[position] for cell in remaining})
+        remaining = [cell for cell in remaining if cell[position] == value]
+        if not remaining:
+            raise ValueError(f"--{name} {value}: {args.input_dir} has no such results; it has "
+                             f"{', '.join(map(str, there)) or 'none at all'}.")
+    return {cell[0]: cells[cell] for cell in remaining}
+
+
+def print_run(accs: dict, run_records: list[dict]) -> None:
+    """A draw's accuracies, hparams and folders."""
+    print(f"\t{accs}")
+    distinct = []
+    for record in run_records:
+        if record["hparams"] not in distinct:
+            distinct.append(record["hparams"])
+    for hparams in distinct:  # one, unless the draw was run with several --hparams
+        print("\t\thparams:")
+        for name, value in sorted(hparams.items()):
+            print(f"\t\t\t{name}: {value}")
+    print("\t\toutput_dirs:")
+    for folder in sorted({record["args"].get("output_dir", "") for record in run_records}):
+        print(f"\t\t\t{folder}")
+
+
+if __name__ == "__main__":
+    run_main(main)
