@@ -135,7 +135,7 @@ class LossValley(nn.Module):
                 self._average(self.segments[0])
 
     def finish(self) -> dict[str, Tensor]:
-        """The averaged weights at the end of training; the segments are forgotten.
+        """The averaged weights at the end of training; they and the segments are then forgotten.
 
         Without convergence they are the last segment's, with a warning.
         """
@@ -149,7 +149,8 @@ class LossValley(nn.Module):
             while self.segments and self._lowest_loss() <= self.threshold:
                 self._average(self.segments.popleft())
         self.segments.clear()
-        return self.mean
+        mean, self.mean = self.mean, {}
+        return mean
 
     def _try_to_converge(self) -> None:
         latest = list(self.segments)[-self.n_converge:]
@@ -248,6 +249,9 @@ class WithLossValley:
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.interval = hparams.get("swad_interval", 100)
+        if self.interval < 1:
+            raise ValueError(f"SWAD: swad_interval is {self.interval}; give a number of steps, "
+                             "at least 1.")
         # The running segment's mean; with the run's last step, the SWAD model.
         self.average = MovingAverage(self.network)
         self.valley = LossValley(
@@ -310,8 +314,7 @@ def averaged(algorithm_class: type, kind: str | None) -> type:
     if kind is None:
         return algorithm_class
     if kind not in KINDS:
-        raise ValueError(
-            f"hparams['averaging'] is {kind!r}; known are {', '.join(KINDS)}.")
+        raise ValueError(f"hparams['averaging'] is {kind!r}; known are {', '.join(KINDS)}.")
     if getattr(algorithm_class, "averages_weights", False):
         raise ValueError(
             f"{algorithm_class.__name__} averages its weights already: leave out the hparam "

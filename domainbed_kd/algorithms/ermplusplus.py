@@ -35,7 +35,7 @@ class ERMPlusPlus(ERM):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.linear_optimizer = self.adam(
             self.classifier, lr=hparams["linear_lr"], weight_decay=0.0)
-        self.network_sma = copy.deepcopy(self.network)
+        self.network_sma = copy.deepcopy(self.network).requires_grad_(False)
         self.register_buffer("global_iter", torch.tensor(0))
 
     def update(self, minibatches, unlabeled=None):

@@ -1,0 +1,216 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import golden, seed_everything
+from torch import nn
+
+from domainbed_kd import averaging, hparams_registry
+from domainbed_kd.algorithms import ALGORITHMS, get_algorithm_class
+from domainbed_kd.algorithms.base import Algorithm
+
+UPSTREAMS = [name for name in ALGORITHMS if name in golden("default_hparams.json")]
+AVERAGEABLE = [name for name in UPSTREAMS
+               if not getattr(get_algorithm_class(name), "averages_weights", False)]
+
+
+class Toy(Algorithm):
+    """A linear classifier behind BatchNorm, trained with momentum."""
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.network = nn.Sequential(
+            nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, num_classes))
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.3, momentum=0.9)
+
+    def update(self, minibatches, unlabeled=None):
+        x, y = (torch.cat(part) for part in zip(*minibatches))
+        return self.descend(F.cross_entropy(self.predict(x), y))
+
+    def predict(self, x):
+        return self.network(x)
+
+
+def toy(kind, **hparams):
+    torch.manual_seed(0)
+    return averaging.averaged(Toy, kind)((4,), 3, 2, hparams)
+
+
+def toy_minibatches(step, n_domains=2):
+    generator = torch.Generator().manual_seed(step)
+    return [(torch.randn(6, 4, generator=generator) + i,
+             torch.randint(3, (6,), generator=generator)) for i in range(n_domains)]
+
+
+def weights_of(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def offline_mean(states):
+    return {name: torch.stack([state[name] for state in states]).mean(0)
+            if states[0][name].is_floating_point() else states[-1][name] for name in states[0]}
+
+
+@pytest.mark.parametrize("start", [1, 4, 9])
+def test_the_moving_average_is_the_mean_of_all_weights_since_its_start(start):
+    algorithm = toy(None)
+    average, seen = averaging.MovingAverage(algorithm.network, start), []
+    for step in range(12):
+        algorithm.update(toy_minibatches(step))
+        average.update(algorithm.network)
+        seen.append(weights_of(algorithm.network))
+        expected = offline_mean(seen[start - 1:]) if step + 1 >= start else seen[-1]
+        torch.testing.assert_close(weights_of(average.network), expected)
+
+
+def test_a_restarted_average_knows_nothing_of_earlier_weights():
+    algorithm = toy(None)
+    average = averaging.MovingAverage(algorithm.network)
+    for step in range(3):
+        algorithm.update(toy_minibatches(step))
+        average.update(algorithm.network)
+    average.restart()
+    algorithm.update(toy_minibatches(3))
+    average.update(algorithm.network)
+    assert_same(weights_of(average.network), weights_of(algorithm.network))
+
+
+def test_the_average_is_no_view_of_the_network_and_asks_for_no_gradient():
+    network = nn.Linear(2, 2)
+    average = averaging.MovingAverage(network)
+    average.update(network)
+    before = weights_of(average.network)
+    nn.init.zeros_(network.weight)
+    assert_same(weights_of(average.network), before)
+    assert not any(p.requires_grad for p in average.parameters())
+
+
+def test_inside_in_place_of_the_network_computes_with_the_average_and_afterwards_as_before():
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
+    average = averaging.MovingAverage(network).eval()
+    for tensor in average.network.state_dict().values():
+        tensor.add_(1)
+    x = torch.randn(5, 3)
+    live, mean = network(x), average(x)
+    parameters = list(network.parameters())
+    with pytest.raises(KeyboardInterrupt), average.in_place_of(network):
+        assert_same(network(x), mean)
+        assert list(map(id, network.parameters())) == list(map(id, parameters))
+        raise KeyboardInterrupt
+    assert_same(network(x), live)
+    assert_same(average(x), mean)
+    assert not torch.equal(live, mean)
+
+
+def test_sma_predicts_with_the_average_and_trains_with_the_live_network():
+    algorithm, plain, seen = toy("sma", sma_start=3), toy(None), []
+    for step in range(8):
+        torch.manual_seed(step)
+        ours = algorithm.update(toy_minibatches(step))
+        torch.manual_seed(step)
+        assert ours == plain.update(toy_minibatches(step))
+        seen.append(weights_of(plain.network))
+    x = torch.randn(5, 4)
+    plain.network.load_state_dict(offline_mean(seen[2:]))
+    torch.testing.assert_close(algorithm.eval().predict(x), plain.eval().predict(x))
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return [[(torch.randn(4, 3, 28, 28, generator=generator),
+              torch.randint(2, (4,), generator=generator)) for _ in range(3)] for _ in range(3)]
+
+
+def trained(name, kind, images):
+    """The algorithm after 3 updates, each followed by the hook and an evaluation."""
+    hparams = hparams_registry.default_hparams(name, "Debug28") | {
+        "batch_size": 4, "sma_start": 2, "swad_interval": 1, "swad_n_converge": 1}
+    seed_everything(1)
+    algorithm = averaging.averaged(get_algorithm_class(name), kind)((3, 28, 28), 2, 3, hparams)
+
+    def validate(predict):
+        algorithm.eval()
+        with torch.no_grad():
+            loss = sum(F.cross_entropy(predict(x), y).item() for x, y in images[0])
+        algorithm.train()
+        return loss
+
+    values = []
+    for step, minibatches in enumerate(images):
+        values.append(algorithm.update(minibatches))
+        algorithm.checkpoint(step, step == 2, validate, lambda n: iter(images[:n]))
+    return algorithm, values
+
+
+@pytest.mark.parametrize("kind", averaging.KINDS)
+@pytest.mark.parametrize("name", AVERAGEABLE)
+def test_averaging_leaves_the_live_trajectory_and_the_random_streams_as_they_are(
+        name, kind, images):
+    plain, expected = trained(name, None, images)
+    streams = torch.get_rng_state(), np.random.get_state()[1]
+    algorithm, values = trained(name, kind, images)
+    assert values == expected
+    assert_same(weights_of(algorithm.network), weights_of(plain.network))
+    assert torch.equal(torch.get_rng_state(), streams[0])
+    assert (np.random.get_state()[1] == streams[1]).all()
+
+
+@pytest.mark.parametrize("kind", averaging.KINDS)
+@pytest.mark.parametrize("name", AVERAGEABLE)
+def test_only_the_network_is_averaged_and_the_average_is_what_predicts(name, kind, images):
+    algorithm, _ = trained(name, kind, images)
+    assert algorithm.average.network.state_dict().keys() == algorithm.network.state_dict().keys()
+    x = images[0][0][0]
+    algorithm.eval()
+    before = weights_of(algorithm.network)
+    with torch.no_grad():
+        averaged = algorithm.predict(x)
+        assert_same(weights_of(algorithm.network), before)
+        algorithm.network.load_state_dict(algorithm.average.network.state_dict())
+        assert_same(averaged, super(type(algorithm).__mro__[1], algorithm).predict(x))
+
+
+@pytest.mark.parametrize("name", [n for n in ALGORITHMS if n in ("SMA", "SWAD")])
+def test_a_row_of_its_own_is_erm_averaged(name):
+    row, made = get_algorithm_class(name), averaging.averaged(get_algorithm_class("ERM"),
+                                                              name.lower())
+    for method in ("update", "predict", "checkpoint", "__init__"):
+        assert getattr(row, method) is getattr(made, method)
+    assert row.search_space("VLCS").keys() == made.search_space("VLCS").keys()
+    assert row.selects_last == made.selects_last == (name == "SWAD")
+
+
+def test_without_a_kind_the_class_is_returned_as_it_is():
+    assert averaging.averaged(Toy, None) is Toy
+
+
+def test_an_unknown_kind_is_refused_and_the_known_are_named():
+    with pytest.raises(ValueError, match="'ema'; known are sma, swad"):
+        averaging.averaged(Toy, "ema")
+
+
+@pytest.mark.parametrize("name", ["SMA", "SWAD", "ERMPlusPlus"])
+def test_what_averages_its_weights_already_is_not_averaged_again(name):
+    with pytest.raises(ValueError, match=f"{name} averages its weights already"):
+        averaging.averaged(get_algorithm_class(name), "sma")
+
+
+def test_a_reloaded_average_goes_on_as_if_never_interrupted():
+    quiet, restarted = toy("sma", sma_start=3), toy("sma", sma_start=3)
+    for step in range(6):
+        quiet.update(toy_minibatches(step))
+    states = copy.deepcopy((quiet.state_dict(), quiet.optimizer.state_dict()))
+    restarted.load_state_dict(states[0])
+    restarted.optimizer.load_state_dict(states[1])
+    for algorithm in (quiet, restarted):
+        torch.manual_seed(5)
+        for step in range(6, 10):
+            algorithm.update(toy_minibatches(step))
+    assert_same(quiet.state_dict(), restarted.state_dict())
