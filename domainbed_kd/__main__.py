@@ -1,0 +1,42 @@
+"""`domainbed-kd COMMAND`, or `python -m domainbed_kd COMMAND`: the scripts under one name."""
+
+import importlib
+import sys
+
+from domainbed_kd import __version__
+from domainbed_kd.scripts import Parser, run_main
+
+COMMANDS = {
+    "train": "train one algorithm on one data set, holding out test domains",
+    "sweep": "launch many runs, count them, delete incomplete ones",
+    "collect_results": "print a sweep's tables",
+    "list_top_hparams": "list the hparams that model selection chose",
+    "download": "fetch data sets and verify them",
+}
+
+
+def build_parser() -> Parser:
+    """The names of the commands; each command parses its own flags."""
+    parser = Parser(
+        prog="domainbed-kd", usage="%(prog)s [-h] [--version] COMMAND ...", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, what in COMMANDS.items():
+        commands.add_parser(name, help=what, add_help=False)
+    return parser
+
+
+def dispatch(argv: list[str] | None = None) -> int:
+    """Runs a command with the flags after its name."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = build_parser().parse_args(argv[:1]).command
+    return importlib.import_module(f"domainbed_kd.scripts.{command}").main(argv[1:])
+
+
+def main() -> None:
+    """The console script: exits with the command's status."""
+    run_main(dispatch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""A sweep as a list of jobs: what each trains, the folder it trains in, what became of it.
+
+Folder names, seeds and order are DomainBed's (scripts/sweep.py at b93c22a), so a sweep begun there
+can be finished here. A folder's name depends on `data_dir`; what a run *is* does not, so a run
+made from data in another place is found by the arguments on record in its results.jsonl.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+
+from domainbed_kd import datasets
+from domainbed_kd.seeds import seed_hash
+
+# Arguments that make a run what it is, with what DomainBed's records mean where they are absent.
+_IDENTITY = {
+    "dataset": None, "algorithm": None, "test_envs": None, "hparams_seed": 0, "trial_seed": 0,
+    "seed": 0, "task": "domain_generalization", "steps": None, "hparams": None,
+    "holdout_fraction": 0.2, "uda_holdout_fraction": 0, "checkpoint_freq": None,
+    "skip_model_save": False}
+
+_encode = json.JSONEncoder(sort_keys=True).encode
+
+
+def test_env_sets(n_envs: int, single: bool) -> list[list[int]]:
+    """The sets of domains to hold out: [0], [0, 1], [0, 2], ..., [1], [1, 2], ...
+
+    The pairs serve leave-one-domain-out model selection; `single` leaves them out.
+    """
+    return [[i, j] if j > i else [i]
+            for i in range(n_envs) for j in range(i, i + 1 if single else n_envs)]
+
+
+def _env_sets_of(dataset: str, data_dir: str | None, single: bool) -> list[list[int]]:
+    n_envs = datasets.num_environments(dataset, data_dir)
+    if n_envs < 2:
+        raise ValueError(f"{dataset} has {n_envs} domain: with it held out, none is left to train "
+                         "on. Give it two domains or more.")
+    if n_envs < 3 and not single:
+        raise ValueError(f"{dataset} has {n_envs} domains: with a pair held out, none is left to "
+                         "train on. Pass --single_test_envs, which holds out no pairs.")
+    return test_env_sets(n_envs, single)
+
+
+def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparams, steps, data_dir,
+                   task, holdout_fraction, single_test_envs, hparams, **more) -> list[dict]:
+    """The train arguments of every job of a sweep, in DomainBed's order.
+
+    Args:
+        n_trials: trial seeds 0 to n_trials - 1.
+        dataset_names: names of data sets.
+        algorithms: names of algorithms.
+        n_hparams_from: the first hparams seed.
+        n_hparams: the hparams seed after the last.
+        steps: updates in a run; None for the data set's own number.
+        data_dir: the folder of the data sets.
+        task: "domain_generalization" or "domain_adaptation".
+        holdout_fraction: share of each domain that is kept for validation.
+        single_test_envs: hold out single domains only, no pairs.
+        hparams: JSON object that goes to train as it is; None for none.
+        more: further flags of train by name, such as checkpoint_freq=10. Those that are None
+            stay out, so that folders keep the names that DomainBed gives them.
+
+    Raises:
+        ValueError: if a data set has too few domains.
+    """
+    optional = {"steps": steps, "hparams": hparams, **more}
+    given = {name: value for name, value in optional.items() if value is not None}
+    env_sets = {name: _env_sets_of(name, data_dir, single_test_envs) for name in dataset_names}
+    return [
+        {"dataset": dataset, "algorithm": algorithm, "test_envs": test_envs,
+         "holdout_fraction": holdout_fraction, "hparams_seed": hparams_seed, "data_dir": data_dir,
+         "task": task, "trial_seed": trial_seed,
+         "seed": seed_hash(dataset, algorithm, test_envs, hparams_seed, trial_seed), **given}
+        for trial_seed in range(n_trials)
+        for dataset in dataset_names
+        for algorithm in algorithms
+        for test_envs in env_sets[dataset]
+        for hparams_seed in range(n_hparams_from, n_hparams)]
+
+
+def _identity(args: dict) -> tuple:
+    """What a run trains, wherever its data and results lie; hashable."""
+    return tuple(
+        tuple(value) if isinstance(value, list) else value
+        for value in (args.get(name, absent) for name, absent in _IDENTITY.items()))
+
+
+class Runs:
+    """The runs in a sweep's folder, found by folder name or else by what they train."""
+
+    def __init__(self, sweep_output_dir: str):
+        self.folder = sweep_output_dir
+        self.names = set(os.listdir(sweep_output_dir)) if os.path.isdir(sweep_output_dir) else set()
+
+    def find(self, name: str, train_args: dict) -> str | None:
+        """The name of the folder with that name, else of one with the same run, else None."""
+        if name in self.names or not self.names:
+            return name if self.names else None
+        return self._by_identity.get(_identity(train_args))
+
+    @functools.cached_property
+    def _by_identity(self) -> dict[tuple, str]:
+        """{what is trained: folder name}, by the first records; a finished run comes first."""
+        found = {}
+        for name in sorted(self.names):
+            path = os.path.join(self.folder, name)
+            if not os.path.isfile(os.path.join(path, "results.jsonl")):
+                continue
+            with open(os.path.join(path, "results.jsonl"), encoding="utf-8") as file:
+                try:
+                    identity = _identity(json.loads(file.readline())["args"])
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # torn or not a record: nothing tells what it trained
+            if identity not in found or os.path.exists(os.path.join(path, "done")):
+                found[identity] = name
+        return found
+
+
+class Job:
+    """A run of a sweep.
+
+    Its folder is `<sweep_output_dir>/<md5 of the sorted JSON of train_args>`, as DomainBed's, or
+    where there is none, the folder of a run that differs in nothing but `data_dir`. `state` is
+    looked up once, here.
+
+    Args:
+        train_args: an entry of `make_args_list`.
+        sweep_output_dir: the sweep's folder.
+        runs: what that folder holds; share one among many jobs.
+        plugins: modules that train loads first; they are no part of the folder's name.
+    """
+
+    NOT_LAUNCHED = "Not launched"
+    INCOMPLETE = "Incomplete"
+    DONE = "Done"
+
+    def __init__(self, train_args: dict, sweep_output_dir: str, runs: Runs | None = None,
+                 plugins: list[str] | tuple = ()):
+        name = hashlib.md5(_encode(train_args).encode()).hexdigest()
+        found = (runs or Runs(sweep_output_dir)).find(name, train_args)
+        self.output_dir = os.path.join(sweep_output_dir, found or name)
+        self.train_args = {**train_args, "output_dir": self.output_dir}
+        self.plugins = plugins
+        if found is None:
+            self.state = self.NOT_LAUNCHED
+        elif os.path.exists(os.path.join(self.output_dir, "done")):
+            self.state = self.DONE
+        else:
+            self.state = self.INCOMPLETE
+
+    @property
+    def command_str(self) -> str:
+        """The command line that trains it."""
+        words = ["python", "-m", "domainbed_kd.scripts.train"]
+        for name, value in sorted(self.train_args.items()):
+            if isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
+            elif value is True:
+                words.append(f"--{name}")
+            elif value is not None:
+                words += [f"--{name}", str(value)]
+        for plugin in self.plugins:
+            words += ["--plugin", plugin]
+        return shlex.join(words)
+
+    def __str__(self):
+        args = self.train_args
+        what = (args["dataset"], args["algorithm"], args["test_envs"], args["hparams_seed"])
+        return f"{self.state}: {self.output_dir} {what}"
+
+    def wrote_within(self, seconds: float) -> bool:
+        """Whether anything in its folder changed that recently: a hint that it is running."""
+        if self.state == self.NOT_LAUNCHED:
+            return False
+        with os.scandir(self.output_dir) as entries:
+            newest = max((entry.stat().st_mtime for entry in entries),
+                         default=os.stat(self.output_dir).st_mtime)
+        return time.time() - newest < seconds
+
+    def last_error(self) -> str:
+        """The last line that it wrote to err.txt; empty if there is none."""
+        path = os.path.join(self.output_dir, "err.txt")
+        if not os.path.exists(path):
+            return ""
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return next((line.strip() for line in reversed(file.readlines()) if line.strip()), "")
+
+    @staticmethod
+    def launch(jobs: list["Job"], launcher_fn: Callable) -> list["Job"]:
+        """Makes the jobs' folders and hands their commands to a launcher.
+
+        Returns the jobs that failed, which is empty if the launcher returns no exit statuses.
+        Folders that are still empty when the launcher gives up are removed, so that their jobs
+        count as not launched.
+        """
+        print("Launching...")
+        print("Making job directories:")
+        for job in jobs:
+            os.makedirs(job.output_dir, exist_ok=True)
+        try:
+            statuses = launcher_fn([job.command_str for job in jobs])
+        except BaseException:
+            for job in jobs:
+                if not os.listdir(job.output_dir):
+                    os.rmdir(job.output_dir)
+            raise
+        print(f"Launched {len(jobs)} jobs!")
+        if not isinstance(statuses, list):
+            return []
+        return [job for job, status in zip(jobs, statuses) if status != 0]
+
+    @staticmethod
+    def delete(jobs: list["Job"]) -> None:
+        """Removes the jobs' folders, with all that is in them."""
+        print("Deleting...")
+        for job in jobs:
+            shutil.rmtree(job.output_dir)
+        print(f"Deleted {len(jobs)} jobs!")

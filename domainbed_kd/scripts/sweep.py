@@ -1,0 +1,286 @@
+"""Launches the many runs behind a table, counts them, or deletes incomplete ones.
+
+`launch` runs what has no folder yet, in the order of the list (DomainBed shuffles it without a
+seed, which only changes who waits for whom). Flags may stand in a file, given as @FILE: any
+number a line, quoted as in a shell, with # comments; flags after it on the command line win.
+"""
+
+import argparse
+import functools
+import inspect
+import json
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+from domainbed_kd import algorithms, command_launchers, datasets, extensions, jobs
+from domainbed_kd.jobs import Job
+from domainbed_kd.scripts import Parser, run_main
+
+# Data sets that need no files; DigitsDG is not DomainBed's, so no default sweep has it.
+FILELESS = ("Debug28", "Debug224", "DigitsDG")
+DEFAULT_DATASETS = [name for name in datasets.DATASETS if name not in FILELESS]
+# A folder in which something changed this recently probably belongs to a running job.
+RUNNING_S = 600
+
+
+class _Parser(Parser):
+    """Reads the lines of an @FILE as a shell would."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """DomainBed's flags, then ours."""
+    parser = _Parser(
+        prog="python -m domainbed_kd.scripts.sweep", description=__doc__,
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(
+            f"{kind}: {', '.join([*known, *extensions.names(kind)])}"
+            for kind, known in (("algorithms", algorithms.ALGORITHMS),
+                                ("datasets", [*datasets.DATASETS, "Folder:NAME"]),
+                                ("launchers", [*command_launchers.REGISTRY, "module:function"]))))
+    parser.add_argument("command", choices=["launch", "delete_incomplete", "status"],
+                        help="run what has no folder yet; delete the folders of jobs that are not "
+                             "done; count jobs by state")
+    parser.add_argument("--datasets", nargs="+", default=DEFAULT_DATASETS, metavar="NAME",
+                        help="default: all of DomainBed's but the Debug ones")
+    parser.add_argument("--algorithms", nargs="+", default=list(algorithms.ALGORITHMS),
+                        metavar="NAME", help="default: all that ship")
+    parser.add_argument("--task", default="domain_generalization",
+                        choices=["domain_generalization", "domain_adaptation"],
+                        help="default: domain_generalization")
+    parser.add_argument("--n_hparams_from", type=int, default=0, metavar="SEED",
+                        help="first hparams seed, 0 being the defaults; default: 0")
+    parser.add_argument("--n_hparams", type=int, default=20, metavar="SEED",
+                        help="hparams seed after the last; default: 20")
+    parser.add_argument("--output_dir", required=True, help="folder of the sweep")
+    parser.add_argument("--data_dir", help="folder that holds the data sets")
+    parser.add_argument("--seed", type=int, default=0, help="has no effect, as in DomainBed")
+    parser.add_argument("--n_trials", type=int, default=3, metavar="N",
+                        help="trials, that is splits and random hparams, of each; default: 3")
+    parser.add_argument("--command_launcher", default="local", metavar="NAME",
+                        help="default: local")
+    parser.add_argument("--steps", type=int, metavar="N",
+                        help="updates in a run; default: the data set's own")
+    parser.add_argument("--hparams", metavar="JSON",
+                        help="object merged over every run's hparams")
+    parser.add_argument("--holdout_fraction", type=float, default=0.2, metavar="SHARE",
+                        help="share of each domain kept for validation; default: 0.2")
+    parser.add_argument("--single_test_envs", action="store_true",
+                        help="hold out single domains only; leave-one-out model selection needs "
+                             "the pairs too")
+    parser.add_argument("--skip_confirmation", action="store_true", help="ask nothing")
+    ours = parser.add_argument_group("beyond DomainBed")
+    ours.add_argument("--checkpoint_freq", type=int, metavar="N",
+                      help="steps between evaluations; default: the data set's own")
+    ours.add_argument("--uda_holdout_fraction", type=float, metavar="SHARE",
+                      help="share of the test domains given without labels; default: 0")
+    ours.add_argument("--skip_model_save", action="store_const", const=True,
+                      help="write no model.pkl")
+    ours.add_argument("--jobs_per_device", type=int, metavar="N",
+                      help="jobs at a time, on each GPU if there are several; default: 1")
+    ours.add_argument("--threads_per_job", type=int, metavar="N",
+                      help="CPU threads of a job; default: the cores shared out evenly")
+    ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
+                      help="module or .py file with algorithms, data sets or launchers of your "
+                           "own; may be given again")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses values that no sweep can use.
+
+    Raises:
+        ValueError: naming the flag, what was found and what it takes.
+    """
+    lowest = {"n_trials": 1, "n_hparams_from": 0, "steps": 0, "checkpoint_freq": 0,
+              "jobs_per_device": 1, "threads_per_job": 1}
+    for name, low in lowest.items():
+        if (value := getattr(args, name)) is not None and value < low:
+            raise ValueError(f"--{name} is {value}; it takes a number from {low} up.")
+    if args.n_hparams <= args.n_hparams_from:
+        raise ValueError(
+            f"--n_hparams is {args.n_hparams} and --n_hparams_from {args.n_hparams_from}: no seed "
+            "is left. The one is the hparams seed after the last, not a count.")
+    if not 0 < args.holdout_fraction < 1:
+        raise ValueError(f"--holdout_fraction is {args.holdout_fraction}; it takes a share "
+                         "between 0 and 1, both excluded, as validation needs images too.")
+    if not 0 <= (args.uda_holdout_fraction or 0) < 1:
+        raise ValueError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}; it takes a "
+                         "share from 0 up to, but not including, 1.")
+    if args.task == "domain_adaptation" and not args.uda_holdout_fraction:
+        raise ValueError("--task domain_adaptation needs unlabeled images of the test domains. "
+                         "Pass --uda_holdout_fraction, for example 0.5.")
+    if args.hparams is not None:
+        try:
+            is_object = isinstance(json.loads(args.hparams), dict)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--hparams is not JSON ({error}): {args.hparams}") from None
+        if not is_object:
+            raise ValueError('--hparams takes a JSON object such as {"lr": 0.001}; found '
+                             f"{args.hparams}")
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; it takes a folder.")
+
+
+def resolve_names(args: argparse.Namespace) -> None:
+    """Loads plug-ins and puts each name as it is registered, once.
+
+    Raises:
+        NotImplementedError: if a name is unknown.
+    """
+    extensions.load(args.plugin, [*args.algorithms, *args.datasets, args.command_launcher])
+    args.algorithms = list(dict.fromkeys(
+        name if name in algorithms.ALGORITHMS else algorithms.get_algorithm_class(name).__name__
+        for name in args.algorithms))
+    args.datasets = list(dict.fromkeys(
+        datasets.get_dataset_class(name).__name__ for name in args.datasets))
+
+
+def make_launcher(args: argparse.Namespace) -> Callable:
+    """The launcher with the options it takes.
+
+    Raises:
+        NotImplementedError: if it is unknown.
+        ValueError: if an option is given that it does not take.
+    """
+    launcher = command_launchers.get_launcher(args.command_launcher)
+    options = {name: getattr(args, name) for name in ("jobs_per_device", "threads_per_job")
+               if getattr(args, name) is not None}
+    if unknown := sorted(options.keys() - inspect.signature(launcher).parameters.keys()):
+        raise ValueError(f"The launcher {args.command_launcher} does not take --{unknown[0]}.")
+    return functools.partial(launcher, **options)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuses a sweep whose data are not on this machine.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the data set and the folder.
+    """
+    for name in args.datasets:
+        cls = datasets.get_dataset_class(name)
+        if hasattr(cls, "folder"):
+            folder = cls.folder(args.data_dir)
+        elif cls.__module__ == datasets.__name__ and name not in FILELESS:
+            folder = args.data_dir
+        else:
+            continue
+        if folder is None or not os.path.isdir(folder):
+            found = "--data_dir is not given" if folder is None else f"there is no folder {folder}"
+            raise FileNotFoundError(f"{name}: {found}. Pass --data_dir, or fetch the data with "
+                                    "`domainbed-kd download`.")
+
+
+def confirmed(args: argparse.Namespace) -> bool:
+    """Whether the user agrees.
+
+    Raises:
+        ValueError: if nobody can be asked.
+    """
+    if args.skip_confirmation:
+        return True
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise ValueError("Nobody can be asked, as the input is no terminal. Pass "
+                         "--skip_confirmation to go ahead.")
+    if input("Are you sure? (y/n) ").strip().lower().startswith("y"):
+        return True
+    print("Nevermind!")
+    return False
+
+
+def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
+    """Runs the jobs that have no folder."""
+    launcher = make_launcher(args)
+    new = [job for job in all_jobs if job.state == Job.NOT_LAUNCHED]
+    n_incomplete = sum(job.state == Job.INCOMPLETE for job in all_jobs)
+    print(f"About to launch {len(new)} jobs.")
+    if n_incomplete:
+        print(f"{n_incomplete} incomplete jobs are left as they are: they are running, or ended "
+              "early. `delete_incomplete` with the same flags removes them, so that they can be "
+              "launched again.", file=sys.stderr)
+    if not new:
+        return 0
+    if launcher.func is command_launchers.dummy:
+        launcher([job.command_str for job in new])
+        return 0
+    if launcher.func in (command_launchers.local, command_launchers.multi_gpu):
+        check_data(args)
+    if not confirmed(args):
+        return 0
+    failed = Job.launch(new, launcher)
+    if failed:
+        print(f"{len(failed)} of {len(new)} jobs failed:", file=sys.stderr)
+        for job in failed:
+            print(f"  {job.output_dir}: {job.last_error() or 'no message'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def delete_incomplete(args: argparse.Namespace, all_jobs: list[Job]) -> int:
+    """Removes the folders of jobs that are not done."""
+    incomplete = [job for job in all_jobs if job.state == Job.INCOMPLETE]
+    print(f"About to delete {len(incomplete)} jobs.")
+    if not incomplete:
+        return 0
+    if n_fresh := sum(job.wrote_within(RUNNING_S) for job in incomplete):
+        print(f"{n_fresh} of them wrote in the last {RUNNING_S // 60} minutes and may be running.",
+              file=sys.stderr)
+    if confirmed(args):
+        Job.delete(incomplete)
+    return 0
+
+
+def status(all_jobs: list[Job]) -> int:
+    """Prints how many jobs are in each state, by algorithm and by data set."""
+    states = ("done", "running", "incomplete", "absent")
+
+    def state_of(job):
+        if job.state == Job.INCOMPLETE:
+            return "running" if job.wrote_within(RUNNING_S) else "incomplete"
+        return "done" if job.state == Job.DONE else "absent"
+
+    counts = Counter()
+    for job in all_jobs:
+        state = state_of(job)
+        counts.update((kind, job.train_args[kind], state) for kind in ("algorithm", "dataset"))
+    for kind in ("algorithm", "dataset"):
+        names = list(dict.fromkeys(job.train_args[kind] for job in all_jobs))
+        width = max(map(len, [kind, *names]))
+        print(kind.ljust(width), *(state.rjust(10) for state in states))
+        for name in names:
+            print(name.ljust(width), *(str(counts[kind, name, s]).rjust(10) for s in states))
+        print()
+    print(f"running: wrote in the last {RUNNING_S // 60} minutes; absent: not launched.")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, lists the jobs, and launches, deletes or counts them."""
+    args = build_parser().parse_args(argv)
+    check(args)
+    resolve_names(args)
+    args_list = jobs.make_args_list(
+        n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
+        n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams, steps=args.steps,
+        data_dir=args.data_dir, task=args.task, holdout_fraction=args.holdout_fraction,
+        single_test_envs=args.single_test_envs, hparams=args.hparams,
+        checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
+        skip_model_save=args.skip_model_save)
+    runs = jobs.Runs(args.output_dir)
+    all_jobs = [Job(train_args, args.output_dir, runs, args.plugin) for train_args in args_list]
+    if args.command == "status":
+        return status(all_jobs)
+    for job in all_jobs:
+        print(job)
+    n = Counter(job.state for job in all_jobs)
+    print(f"{len(all_jobs)} jobs: {n[Job.DONE]} done, {n[Job.INCOMPLETE]} incomplete, "
+          f"{n[Job.NOT_LAUNCHED]} not launched.")
+    return (launch if args.command == "launch" else delete_incomplete)(args, all_jobs)
+
+
+if __name__ == "__main__":
+    run_main(main)
