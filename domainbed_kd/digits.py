@@ -38,10 +38,10 @@ def domains() -> list[tuple[np.ndarray, np.ndarray]]:
 def strokes(images: np.ndarray, random: np.random.RandomState) -> np.ndarray:
     """Ink in [0, 1], (N, 32, 32), of images (N, 8, 8) in [0, 1], each moved a little."""
     n = len(images)
-    angle = random.uniform(-0.2, 0.2, (n, 1, 1))
-    slant = random.uniform(-0.2, 0.2, (n, 1, 1))
-    scale = 8 / random.uniform(26, 31, (n, 1, 1))  # source pixels per target pixel
-    shift = random.uniform(-1.5, 1.5, (2, n, 1, 1))
+    angle = random.uniform(-0.1, 0.1, (n, 1, 1))
+    slant = random.uniform(-0.1, 0.1, (n, 1, 1))
+    scale = 8 / random.uniform(28, 32, (n, 1, 1))  # source pixels per target pixel
+    shift = random.uniform(-1, 1, (2, n, 1, 1))
     y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
     y, x = y - shift[0], x - shift[1]
     x = x + slant * y
@@ -76,15 +76,15 @@ def plain(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
 
 def colour(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
     """One flat colour on another, light on dark or dark on light."""
-    background, pen = _two_colours(len(ink), random)
+    background, pen = _two_colours(len(ink), random, 0.5)
     return _mix(background, pen, ink)
 
 
 def texture(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """A dark or light pen on waves of two similar colours."""
+    """A dark pen on stripes or a chequer of two light colours."""
     n = len(ink)
-    background, pen = _two_colours(n, random)
-    other = (background + random.uniform(-0.35, 0.35, background.shape)).clip(0, 1)
+    background, pen = _two_colours(n, random, 0.0)
+    other = random.uniform(0.45, 1, background.shape)
     direction, phase = random.uniform(0, 2 * np.pi, (2, n, 1, 1))
     length = random.uniform(4, 9, (n, 1, 1))  # pixels
     y, x = np.mgrid[:SIZE, :SIZE]
@@ -96,20 +96,23 @@ def texture(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
 
 
 def sketch(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """The outline of the strokes in pencil on grainy white paper."""
-    n = len(ink)
+    """The strokes' outline in pencil, hatched inside, on grainy white paper."""
     outline = (4 * ink * (1 - ink)) ** 0.7
-    pressure = random.uniform(0.6, 1, (n, 1, 1))
+    y, x = np.mgrid[:SIZE, :SIZE]
+    hatching = 0.8 * ink * ((x + y) % 4 > 0)
+    pressure = random.uniform(0.7, 1, (len(ink), 1, 1))
     grain = random.uniform(-0.06, 0.06, ink.shape)
-    return np.repeat((0.95 - pressure * outline + grain)[..., None], 3, axis=-1)
+    grey = 0.95 - pressure * np.maximum(outline, hatching) + grain
+    return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def _two_colours(n: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours per image, each (n, 1, 1, 3), far apart in brightness; either may be lighter."""
+def _two_colours(n: int, random: np.random.RandomState,
+                 light_pens: float) -> tuple[np.ndarray, np.ndarray]:
+    """Background and pen per image, each (n, 1, 1, 3), the pen lighter with that probability."""
     dark = random.uniform(0, 0.45, (n, 1, 1, 3))
     light = random.uniform(0.55, 1, (n, 1, 1, 3))
-    swap = random.uniform(size=(n, 1, 1, 1)) < 0.5
-    return np.where(swap, light, dark), np.where(swap, dark, light)
+    lighter = random.uniform(size=(n, 1, 1, 1)) < light_pens
+    return np.where(lighter, dark, light), np.where(lighter, light, dark)
 
 
 def _mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
