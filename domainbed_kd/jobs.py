@@ -87,7 +87,7 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
 def _identity(args: dict) -> tuple:
     """What a run trains, wherever its data and results lie; hashable."""
     return tuple(
-        tuple(value) if isinstance(value, list) else value
+        str(value) if isinstance(value, (list, dict)) else value
         for value in (args.get(name, absent) for name, absent in _IDENTITY.items()))
 
 

@@ -1,0 +1,202 @@
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from domainbed_kd import command_launchers
+from domainbed_kd.command_launchers import dummy, get_launcher, local, multi_gpu
+
+TRAIN = "python -m domainbed_kd.scripts.train"
+
+
+def python(code, *args):
+    return shlex.join(["python", "-c", code, *map(str, args)])
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(") ", 1)[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_commands_run_in_order_one_at_a_time_and_their_statuses_are_returned(tmp_path):
+    log = tmp_path / "log"
+    code = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); sys.exit(int(sys.argv[2]))"
+    assert local([python(code, log, status) for status in (0, 3, 0, 1)]) == [0, 3, 0, 1]
+    assert log.read_text() == "0301"
+
+
+def test_no_shell_reads_a_command(tmp_path):
+    target = tmp_path / "a'; touch b; $(touch c) `touch d` * \"e\".txt"
+    assert local([python("import sys; open(sys.argv[1], 'w')", target)]) == [0]
+    assert os.listdir(tmp_path) == [target.name]
+
+
+def test_python_is_the_one_that_runs_the_sweep(tmp_path):
+    local([python(f"import sys; open({str(tmp_path / 'x')!r}, 'w').write(sys.executable)")])
+    assert (tmp_path / "x").read_text() == sys.executable
+
+
+def test_a_killed_job_harms_no_other_and_is_reported(capfd):
+    suicide = python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert local([suicide, python(""), suicide]) == [-9, 0, -9]
+    assert capfd.readouterr().err.count("killed by SIGKILL") == 2
+
+
+def test_a_program_that_is_not_there_is_a_failed_job(tmp_path):
+    assert local([str(tmp_path / "nothing"), python("")]) == [127, 0]
+
+
+def test_jobs_at_a_time_are_as_many_as_asked_for(tmp_path):
+    # Each job waits until it has seen another at work, so one at a time would time out.
+    code = ("import os, sys, time; d, me = sys.argv[1:]; open(d + '/' + me, 'w')\n"
+            "for _ in range(2000):\n"
+            "    if len(os.listdir(d)) > 1: sys.exit(0)\n"
+            "    time.sleep(0.01)\n"
+            "sys.exit(9)")
+    assert local([python(code, tmp_path, i) for i in range(2)], jobs_per_device=2) == [0, 0]
+
+
+def test_with_several_at_a_time_each_job_gets_one_line_and_its_last_error(capfd):
+    commands = [python("print('chatter')"),
+                python("import sys; sys.exit('line one\\nno such thing')")]
+    assert local(commands, jobs_per_device=2) == [0, 1]
+    out, err = capfd.readouterr()
+    assert "chatter" not in out
+    lines = sorted(line.split("] ")[1].split("  ")[0] + line[:4] for line in err.splitlines())
+    assert [line[:-4] for line in lines] == ["done", "failed"]
+    assert {line[-4:] for line in lines} == {"[1/2", "[2/2"}
+    assert re.search(r"failed .*\(\d+ s\)  exit status 1: no such thing\n", err)
+    assert "line one" not in err.replace(shlex.quote(shlex.split(commands[1])[2]), "")
+
+
+def test_threads_are_shared_out_evenly_unless_given(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(command_launchers, "_cores", lambda: 9)
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ.get('OMP_NUM_THREADS', '-'))"
+
+    def threads(n, **options):
+        local([python(code, tmp_path / str(i)) for i in range(n)], **options)
+        return {(tmp_path / str(i)).read_text() for i in range(n)}
+
+    assert threads(2, jobs_per_device=2) == {"4"}
+    assert threads(2, jobs_per_device=2, threads_per_job=3) == {"3"}
+    assert threads(1, jobs_per_device=2) == {"-"}  # one job has torch's own default
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert threads(2, jobs_per_device=2) == {"5"}
+
+
+def test_multi_gpu_gives_each_job_a_gpu_of_its_own(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7,")
+    # As in the test above: a job ends when it has seen one on the other GPU.
+    code = ("import os, sys, time; d = sys.argv[1]\n"
+            "open(os.path.join(d, os.environ['CUDA_VISIBLE_DEVICES']), 'w')\n"
+            "for _ in range(2000):\n"
+            "    if len(os.listdir(d)) == 2: sys.exit(0)\n"
+            "    time.sleep(0.01)\n"
+            "sys.exit(9)")
+    commands = [python(code, tmp_path)] * 3
+    assert multi_gpu(commands) == [0, 0, 0]
+    assert sorted(os.listdir(tmp_path)) == ["4", "7"]
+    assert len(commands) == 3  # the caller's list is the caller's
+
+
+def test_multi_gpu_packs_several_jobs_on_a_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    seen = []
+    monkeypatch.setattr(command_launchers, "_run_all",
+                        lambda commands, slots, threads: seen.extend(slots))
+    multi_gpu(["x"] * 9, jobs_per_device=2)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in seen] == ["0", "1", "0", "1"]
+
+
+def test_multi_gpu_without_a_gpu_says_so(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="sees no GPU.*--command_launcher local"):
+        multi_gpu(["x"])
+
+
+def test_no_jobs_at_a_time_is_refused():
+    with pytest.raises(ValueError, match="from 1 up"):
+        local(["x"], jobs_per_device=0)
+
+
+def test_no_commands_take_no_time():
+    assert local([]) == []
+
+
+def test_dummy_prints_the_commands(capsys):
+    dummy(["python -m x", "python -m 'y z'"])
+    assert capsys.readouterr().out == "Dummy launcher: python -m x\nDummy launcher: python -m 'y z'\n"
+
+
+def test_launchers_are_found_by_name_and_by_module():
+    assert get_launcher("local") is local
+    assert get_launcher("os:listdir") is os.listdir
+
+
+@pytest.mark.parametrize("name, message", [
+    ("locl", "Did you mean local"), ("os:nothing", "nothing"), ("no.module:f", "no"),
+    ("os:sep", "no function"), ("slurm", "Known: local, dummy, multi_gpu")])
+def test_an_unknown_launcher_is_named(name, message):
+    with pytest.raises(NotImplementedError, match=f"Launcher not found: {name}.*{message}"):
+        get_launcher(name)
+
+
+PARENT = """
+import sys
+from domainbed_kd import command_launchers, scripts
+scripts.run_main(lambda: command_launchers.local(sys.argv[1:], jobs_per_device=2))
+"""
+
+
+@pytest.mark.parametrize("number, to_group", [
+    (signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False),
+    (signal.SIGHUP, False)])
+def test_an_interrupted_sweep_leaves_no_process(number, to_group, tmp_path):
+    # A job that has started a process of its own, as loaders do.
+    code = ("import os, subprocess, sys, time\n"
+            "child = subprocess.Popen(['sleep', '100'])\n"
+            "open(f'{sys.argv[1]}/{os.getpid()} {child.pid}', 'w')\n"
+            "time.sleep(100)")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, *[python(code, tmp_path)] * 3],
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(os.listdir(tmp_path)) == 2)
+    (os.killpg if to_group else os.kill)(parent.pid, number)
+    _, err = parent.communicate(timeout=20)
+    assert parent.returncode == 130
+    assert "Stopping 2 jobs" in err and err.endswith("Interrupted.\n")
+    assert "Traceback" not in err
+    assert len(os.listdir(tmp_path)) == 2  # the third never began
+    pids = [int(pid) for name in os.listdir(tmp_path) for pid in name.split()]
+    wait_for(lambda: not any(map(alive, pids)), seconds=5)
+
+
+def test_a_label_says_what_is_trained():
+    command = (f"{TRAIN} --algorithm RISE --dataset PACS --hparams '{{\"lr\": 1}}' "
+               "--hparams_seed 3 --test_envs 0 2 --trial_seed 1")
+    label = command_launchers._label(command_launchers._argv(command))
+    assert label == "RISE PACS test env 0 2, trial 1, hparams 3"

@@ -1,0 +1,193 @@
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+from conftest import GOLDENS, golden
+
+from domainbed_kd import datasets, jobs
+from domainbed_kd.jobs import Job
+
+CASES = golden("jobs.json")["cases"]
+SHIPPED = next(case for case in CASES if case["label"] == "test_sweep_data")
+
+
+def make(case, sweep_output_dir, **changes):
+    args_list = jobs.make_args_list(**case["make_args_list"] | changes)
+    return [Job(args, str(sweep_output_dir)) for args in args_list]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["label"])
+def test_jobs_have_domainbeds_arguments_folders_commands_and_texts(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args_list = jobs.make_args_list(**case["make_args_list"])
+    assert args_list == [job["train_args"] for job in case["jobs"]]
+    for args, theirs in zip(args_list, case["jobs"]):
+        job = Job(args, case["output_dir"])
+        assert job.output_dir == theirs["output_dir"]
+        assert job.command_str == theirs["command"].replace(
+            "-m domainbed.scripts.train", "-m domainbed_kd.scripts.train")
+        assert str(job).split(": ", 1)[1] == theirs["str"].split(": ", 1)[1]
+        assert job.state == "Not launched"
+
+
+@pytest.mark.slow
+def test_the_whole_default_sweep_has_domainbeds_folders_in_domainbeds_order():
+    full = golden("jobs_full_default.json")
+    sizes = {}
+    for single in (True, False):
+        args_list = jobs.make_args_list(
+            n_trials=3, dataset_names=full["sweep_DATASETS"], algorithms=full["ALGORITHMS"],
+            n_hparams_from=0, n_hparams=20, steps=None, data_dir=full["data_dir"],
+            task="domain_generalization", holdout_fraction=0.2, single_test_envs=single,
+            hparams=None)
+        sizes[single] = len(args_list)
+    assert sizes == {True: full["n_jobs_single_test_envs"], False: full["n_jobs_default"]}
+    runs, digest = jobs.Runs(full["output_dir"]), hashlib.sha256()
+    for args in args_list:
+        digest.update(f"{Job(args, full['output_dir'], runs).output_dir}\n".encode())
+    assert digest.hexdigest() == full["sha256_of_output_dirs_newline_terminated"]
+
+
+@pytest.mark.parametrize("n_envs, single, expected", [
+    (3, False, [[0], [0, 1], [0, 2], [1], [1, 2], [2]]),
+    (3, True, [[0], [1], [2]]),
+    (2, True, [[0], [1]])])
+def test_held_out_sets_are_single_domains_and_each_followed_by_its_pairs(n_envs, single, expected):
+    assert jobs.test_env_sets(n_envs, single) == expected
+
+
+def test_a_data_set_of_two_domains_has_no_pairs_to_hold_out(monkeypatch):
+    monkeypatch.setattr(datasets.get_dataset_class("Debug28"), "ENVIRONMENTS", ["0", "1"])
+    case = CASES[1] | {"make_args_list": CASES[1]["make_args_list"] | {
+        "dataset_names": ["Debug28"]}}
+    with pytest.raises(ValueError, match="Debug28 has 2 domains.*--single_test_envs"):
+        make(case, "o", single_test_envs=False)
+    assert {tuple(job.train_args["test_envs"]) for job in make(case, "o")} == {(0,), (1,)}
+
+
+def test_further_flags_rename_the_folder_only_when_they_are_given():
+    plain = make(CASES[0], "o")[0]
+    none = make(CASES[0], "o", checkpoint_freq=None, skip_model_save=None)[0]
+    given = make(CASES[0], "o", checkpoint_freq=7, skip_model_save=True)[0]
+    assert none.output_dir == plain.output_dir != given.output_dir
+    assert " --checkpoint_freq 7 " in given.command_str
+    assert " --skip_model_save --task " in given.command_str
+
+
+def test_plugins_are_in_the_command_but_not_in_the_folders_name():
+    args = CASES[0]["jobs"][0]["train_args"]
+    job = Job(args, "o", plugins=["my methods.py", "package.module"])
+    assert job.command_str.endswith(" --plugin 'my methods.py' --plugin package.module")
+    assert job.output_dir == Job(args, "o").output_dir
+
+
+def test_a_sweep_that_domainbed_made_is_recognized_by_its_folders(tmp_path):
+    shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
+    assert {job.state for job in make(SHIPPED, tmp_path / "sweep")} == {"Done"}
+
+
+def test_a_sweep_is_recognized_when_its_data_have_moved(tmp_path):
+    shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
+    here = make(SHIPPED, tmp_path / "sweep")
+    moved = make(SHIPPED, tmp_path / "sweep", data_dir="/elsewhere")
+    assert [job.output_dir for job in moved] == [job.output_dir for job in here]
+    assert {job.state for job in moved} == {"Done"}
+    os.remove(os.path.join(moved[3].output_dir, "done"))
+    moved = make(SHIPPED, tmp_path / "sweep", data_dir="/elsewhere")
+    assert [i for i, job in enumerate(moved) if job.state == "Incomplete"] == [3]
+
+
+@pytest.mark.parametrize("change", [
+    {"steps": 7}, {"hparams": '{"lr": 1}'}, {"holdout_fraction": 0.3},
+    {"task": "domain_adaptation"}, {"uda_holdout_fraction": 0.5}, {"checkpoint_freq": 7}])
+def test_a_run_that_trained_something_else_is_another_run(change, tmp_path):
+    shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
+    others = make(SHIPPED, tmp_path / "sweep", **change, data_dir="/elsewhere")
+    assert {job.state for job in others} == {"Not launched"}
+
+
+def test_a_torn_first_record_belongs_to_no_job(tmp_path):
+    shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
+    job = make(SHIPPED, tmp_path / "sweep")[0]
+    for torn in ('{"args": {"algo', "[]\n", "\n", "null\n", '{"args": 3}\n', '{"args": {"seed": {}}}\n'):
+        with open(os.path.join(job.output_dir, "results.jsonl"), "w") as file:
+            file.write(torn)
+        moved = make(SHIPPED, tmp_path / "sweep", data_dir="/elsewhere")[0]
+        assert moved.state == "Not launched"
+
+
+def test_a_finished_run_is_preferred_to_an_unfinished_one_of_the_same_arguments(tmp_path):
+    args = make(SHIPPED, tmp_path)[0].train_args
+    for name, files in (("a", []), ("b", ["done"]), ("c", [])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_text(json.dumps({"args": args}) + "\n")
+        for file in files:
+            (tmp_path / name / file).write_text("done")
+    job = make(SHIPPED, tmp_path, data_dir="/elsewhere")[0]
+    assert (job.output_dir, job.state) == (str(tmp_path / "b"), "Done")
+
+
+def test_launching_makes_the_folders_and_returns_what_failed(tmp_path, capsys):
+    todo, received = make(CASES[1], tmp_path)[:3], []
+
+    def launcher(commands):
+        assert all(os.path.isdir(job.output_dir) for job in todo)
+        received.extend(commands)
+        return [0, 2, -9]
+
+    assert Job.launch(todo, launcher) == todo[1:]
+    assert received == [job.command_str for job in todo]
+    assert [job.state for job in make(CASES[1], tmp_path)[:4]] == 3 * ["Incomplete"] + [
+        "Not launched"]
+    assert capsys.readouterr().out == (
+        "Launching...\nMaking job directories:\nLaunched 3 jobs!\n")
+
+
+def test_a_launcher_of_domainbeds_kind_returns_nothing_and_nothing_counts_as_failed(tmp_path):
+    assert Job.launch(make(CASES[1], tmp_path)[:3], lambda commands: None) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_jobs_that_a_launcher_did_not_begin_can_be_launched_again(error, tmp_path):
+    todo = make(CASES[1], tmp_path)[:2]
+
+    def launcher(commands):
+        with open(os.path.join(todo[0].output_dir, "out.txt"), "w"):
+            raise error
+
+    with pytest.raises(error):
+        Job.launch(todo, launcher)
+    assert [job.state for job in make(CASES[1], tmp_path)[:2]] == ["Incomplete", "Not launched"]
+
+
+def test_deleting_removes_the_folders_of_these_jobs_only(tmp_path, capsys):
+    todo = make(CASES[1], tmp_path)[:3]
+    Job.launch(todo, lambda commands: None)
+    Job.delete(todo[:2])
+    assert [job.state for job in make(CASES[1], tmp_path)[:3]] == [
+        "Not launched", "Not launched", "Incomplete"]
+    assert capsys.readouterr().out.endswith("Deleting...\nDeleted 2 jobs!\n")
+
+
+def test_the_last_error_is_the_last_line_with_something_in_it(tmp_path):
+    job = make(CASES[1], tmp_path)[0]
+    assert job.last_error() == ""
+    os.makedirs(job.output_dir)
+    with open(os.path.join(job.output_dir, "err.txt"), "w") as file:
+        file.write("Traceback\n  deep\nerror: no such thing\n\n")
+    assert job.last_error() == "error: no such thing"
+
+
+def test_a_job_seems_to_run_while_its_folder_changes(tmp_path):
+    assert not make(CASES[1], tmp_path)[0].wrote_within(100)
+    Job.launch(make(CASES[1], tmp_path)[:1], lambda commands: None)
+    job = make(CASES[1], tmp_path)[0]
+    assert job.wrote_within(100)
+    for name in ("", "out.txt"):
+        path = os.path.join(job.output_dir, name)
+        if name:
+            open(path, "w").close()
+        os.utime(path, (0, 0))
+    assert not job.wrote_within(100)
