@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     with output_kept_in(folder):
         from domainbed_kd import extensions
 
-        extensions.load(args.plugin)
+        extensions.load(args.plugin, [args.algorithm, args.dataset])
         from domainbed_kd import training
 
         return training.train(on_record, args.resume, args.loader_processes)
