@@ -123,7 +123,8 @@ def test_without_convergence_the_last_segment_is_the_model_and_a_warning_says_so
         assert_same(valley.finish(), segment(2, 0.8).weights)
 
 
-@pytest.mark.parametrize("name", ["valley, then rise", "noise", "a fall, then constant"])
+@pytest.mark.parametrize(
+    "name", ["valley, then rise", "noise", "a fall, then constant", "dead and alive again"])
 def test_a_valley_saved_at_any_time_ends_in_the_same_average(name):
     losses, quiet, states = LOSSES[name], LossValley(), []
     for i, loss in enumerate(losses):
@@ -207,11 +208,12 @@ def test_the_swad_model_is_the_offline_average_of_the_live_weights():
     run = Run(scripted_losses(n_steps), n_steps, swad_interval=5, swad_n_converge=settings[0],
               swad_n_tolerance=settings[1], swad_tolerance_ratio=settings[2]).advance(0, n_steps)
     ends = list(range(5, 101, 5))
-    segments = [offline_mean(run.live[first:end + 1])
-                for first, end in zip([0] + [e + 1 for e in ends], ends)]
+    starts = [0] + [end + 1 for end in ends]
+    segments = [offline_mean(run.live[start:end + 1]) for start, end in zip(starts, ends)]
     averaged, converged, _, dead = naive([run.losses[end] for end in ends], *settings)
     assert converged is not None and dead
     assert run.validated == [e for e in ends if e <= run.validated[-1]] != ends
+    assert run.algorithm.valley.averaged == [(starts[i], ends[i]) for i in averaged]
     expected = offline_mean([segments[i] for i in averaged])
     ours = run.algorithm.average.network.state_dict()
     for name in ("2.weight", "2.bias", "0.weight", "0.bias"):
@@ -255,7 +257,13 @@ def test_validation_sees_the_live_network_at_every_interval_and_at_the_last_step
 
 
 def test_batch_norm_statistics_are_the_means_over_the_extra_batches():
-    run = Run(scripted_losses(21), 21, swad_interval=5).advance(0, 21)
+    run = Run(scripted_losses(21), 21, swad_interval=5).advance(0, 20)
+    plain = toy(None)
+    torch.manual_seed(20)
+    plain.update(toy_minibatches(20))
+    stream = torch.get_rng_state()
+    run.advance(20, 21)
+    assert torch.equal(torch.get_rng_state(), stream)  # though the network has dropout
     norm = run.algorithm.average.network[0]
     batches = [torch.cat([x for x, _ in minibatches]) for minibatches in run.extra]
     assert len(batches) == 21  # as many as updates
