@@ -66,9 +66,9 @@ def _mean(values: list[float]) -> float:
     return float(np.add.reduce(values)) / len(values)
 
 
-def _single(run_records: list[dict]) -> list[dict]:
-    """The records that hold out one domain only, and have its accuracy."""
-    return [record for record in run_records if len(record["args"]["test_envs"]) == 1
+def _holding_out(n: int, run_records: list[dict]) -> list[dict]:
+    """The records that hold out n domains and have their accuracies, as a second stage's do not."""
+    return [record for record in run_records if len(record["args"]["test_envs"]) == n
             and f"env{record['args']['test_envs'][0]}_in_acc" in record]
 
 
@@ -98,7 +98,7 @@ class IIDAccuracySelectionMethod(SelectionMethod):
     @classmethod
     def run_acc(cls, run_records):
         """See `SelectionMethod.run_acc`."""
-        candidates = [record for record in _single(run_records)
+        candidates = [record for record in _holding_out(1, run_records)
                       if cls.test_key.format(record["args"]["test_envs"][0]) in record]
         if _only_last_counts(candidates):
             candidates = sorted(candidates, key=_step)[-1:]
@@ -136,16 +136,15 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
 
     @classmethod
     def _step_acc(cls, step_records):
-        single = _single(step_records)
+        single = _holding_out(1, step_records)
         if len(single) != 1:
             return None
         test_env, = single[0]["args"]["test_envs"]
         validation = {}
-        for record in step_records:
-            if len(record["args"]["test_envs"]) == 2:
-                other, = set(record["args"]["test_envs"]) - {test_env}
-                validation[other] = record[f"env{other}_in_acc"]
-        others = [i for i in range(_n_envs(step_records[0])) if i != test_env]
+        for record in _holding_out(2, step_records):
+            other, = set(record["args"]["test_envs"]) - {test_env}
+            validation[other] = record[f"env{other}_in_acc"]
+        others = [i for i in range(_n_envs(single[0])) if i != test_env]
         if not others or set(others) - set(validation):
             return None
         return {"val_acc": _mean([validation[i] for i in others]),
@@ -160,7 +159,7 @@ class OracleSelectionMethod(SelectionMethod):
     @classmethod
     def run_acc(cls, run_records):
         """See `SelectionMethod.run_acc`."""
-        candidates = sorted(_single(run_records), key=_step)
+        candidates = sorted(_holding_out(1, run_records), key=_step)
         if not candidates:
             return None
         test_env, = candidates[-1]["args"]["test_envs"]

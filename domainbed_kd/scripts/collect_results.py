@@ -1,6 +1,7 @@
 """Prints the tables of a sweep, and writes them beside its runs."""
 
 import argparse
+import gc
 import shlex
 import sys
 from collections import Counter, defaultdict
@@ -14,7 +15,8 @@ from domainbed_kd.scripts import Parser, run_main
 EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
 # What `sweep launch` assumes of the arguments that all runs of a sweep share.
 SWEEP_DEFAULTS = {"data_dir": None, "task": "domain_generalization", "holdout_fraction": 0.2,
-                  "steps": None, "hparams": None}
+                  "uda_holdout_fraction": 0, "steps": None, "checkpoint_freq": None,
+                  "hparams": None, "skip_model_save": False}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--upstream: DomainBed prints text or latex, not {style}.")
 
     records = sweeps.load(args.input_dir)
+    gc.freeze()  # the records stay: to look through them for garbage takes long
     if not records:
         print(f"{args.input_dir} holds no results yet.", file=sys.stderr)
     if args.upstream:  # DomainBed does not know that an average of weights ends a run
@@ -150,11 +153,13 @@ def notes(grid: sweeps.Grid, made: dict, input_dir: str) -> list[str]:
         lines.append("! trained by another protocol than most of the column:")
         lines += [f"    {line}" for line in describe_protocols(grid)]
     if absent := grid.absent():
-        total = len(absent) + len(grid.finished.intersection(
-            run for d in grid.datasets for a in grid.algorithms for run in grid.runs(d, a)))
-        lines.append(f"Absent or unfinished: {len(absent)} of {total} runs")
+        n_runs = sum(len(grid.runs(d, a)) for d in grid.datasets for a in grid.algorithms)
+        n_unfinished = len(set(absent) & grid.args.keys())
+        lines.append(f"Of {n_runs} runs, {len(absent) - n_unfinished} are absent and "
+                     f"{n_unfinished} unfinished:")
         lines += [f"    {line}" for line in describe_absent(grid, absent)]
-        lines.append("This completes them:")
+        lines.append("To complete them (if some ended early, first with delete_incomplete in the "
+                     "place of launch):")
         lines += [f"    {line}" for line in completing_commands(grid, absent, input_dir)]
     return ["", *lines] if lines else []
 
@@ -254,7 +259,8 @@ def completing_commands(grid: sweeps.Grid, absent: list[sweeps.Run], input_dir: 
             if min(grid.hparams_seeds):
                 words += ["--n_hparams_from", min(grid.hparams_seeds)]
             for (name, default), value in zip(SWEEP_DEFAULTS.items(), settings):
-                words += [f"--{name}", value] if value != default else []
+                if value != default:
+                    words += [f"--{name}"] if value is True else [f"--{name}", value]
             words += [] if grid.has_pairs else ["--single_test_envs"]
             words += ["--output_dir", input_dir, "--command_launcher", "local"]
             commands.append(shlex.join(map(str, words)))

@@ -1,0 +1,261 @@
+import json
+import shlex
+import shutil
+
+import pytest
+from conftest import GOLDENS, golden
+
+from domainbed_kd import jobs
+from domainbed_kd.scripts import collect_results, sweep
+
+
+def run(capsys, folder, *flags):
+    assert collect_results.main(["--input_dir", str(folder), *flags]) == 0
+    return capsys.readouterr()
+
+
+@pytest.fixture
+def vlcs(tmp_path):
+    """A copy of the golden sweep."""
+    shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
+    return tmp_path / "sweep"
+
+
+def folders(sweep_dir, **wanted):
+    """The run folders whose args are as wanted."""
+    for path in sorted(sweep_dir.glob("*/results.jsonl")):
+        args = json.loads(path.read_text().splitlines()[0])["args"]
+        if all(args[name] == value for name, value in wanted.items()):
+            yield path.parent
+
+
+def edit(folder, **changes):
+    """Rewrites the args of a run's records."""
+    path = folder / "results.jsonl"
+    found = [json.loads(text) for text in path.read_text().splitlines()]
+    path.write_text("".join(
+        json.dumps(r | {"args": r["args"] | changes}, sort_keys=True) + "\n" for r in found))
+
+
+# What DomainBed prints.
+
+@pytest.mark.parametrize("flags, name", [
+    (["--upstream"], "collect_results_text.txt"),
+    (["--upstream", "--latex"], "collect_results_latex.txt"),
+    ([], "collect_results_text.txt")])
+def test_the_golden_sweep_prints_as_domainbed_prints_it(vlcs, capsys, flags, name):
+    out, err = run(capsys, vlcs, *flags)
+    assert out == golden(name) and err == ""
+
+
+@pytest.mark.parametrize("flags, name", [
+    ([], "results.txt"), (["--latex"], "results.tex"), (["--format", "latex"], "results.tex"),
+    (["--format", "csv"], "results.csv"), (["--format", "markdown"], "results.md"),
+    (["--upstream", "--latex"], "results.tex")])
+def test_what_is_printed_is_also_written_and_is_no_run_the_next_time(vlcs, capsys, flags, name):
+    out, _ = run(capsys, vlcs, *flags)
+    assert (vlcs / name).read_text() == out
+    assert run(capsys, vlcs, *flags) == (out, "")
+
+
+def test_upstream_prints_partial_sweeps_as_if_they_were_whole(vlcs, capsys):
+    for folder in folders(vlcs, test_envs=[1]):
+        shutil.rmtree(folder)
+    out, _ = run(capsys, vlcs, "--upstream")
+    lines = out.splitlines()
+    assert lines[4].split() == "ERM 98.0 +/- 0.2 X 74.1 +/- 0.4 77.1 +/- 0.2 X".split()
+    assert lines[8].split() == "ERM 83.0 +/- 0.3 83.0".split()
+    assert "*" not in out and "sweep launch" not in out
+
+
+def test_upstream_prints_tables_of_x_where_leave_one_out_has_no_runs(vlcs, capsys):
+    for envs in ([i, j] for i in range(4) for j in range(i + 1, 4)):
+        for folder in folders(vlcs, test_envs=envs):
+            shutil.rmtree(folder)
+    out, _ = run(capsys, vlcs, "--upstream")
+    loo = out.split("leave-one-domain-out cross-validation\n")
+    assert loo[1].splitlines()[1].split() == ["ERM"] + ["X"] * 5
+    assert loo[2].splitlines()[1].split() == ["ERM"] + ["X"] * 2
+
+    ours, err = run(capsys, vlcs)
+    loo = [line for line in ours.splitlines() if "leave-one" in line]
+    assert loo == ["leave-one-domain-out cross-validation: needs runs with two test envs "
+                   "(launch the sweep without --single_test_envs)."]
+    assert "Of " not in ours and "*" not in ours  # the sweep is whole in its own way
+    assert ours.replace(f"\n{loo[0]}\n", "") == (
+        out[:out.index("\n-------- Dataset: VLCS, model selection method: leave")]
+        + out[out.index("\n-------- Dataset: VLCS, model selection method: test"):])
+
+
+def test_datasets_that_are_not_registered_are_dropped_upstream_and_shown_by_default(vlcs, capsys):
+    for folder in folders(vlcs):
+        edit(folder, dataset="Folder:my_set")
+    upstream, _ = run(capsys, vlcs, "--upstream")
+    assert upstream.startswith("Total records: 200\n") and "my_set" not in upstream
+    out, _ = run(capsys, vlcs)
+    assert out.count("Dataset: Folder:my_set") == 3
+    assert "98.0 +/- 0.2          64.2 +/- 0.8" in out
+
+
+def test_an_empty_sweep_prints_what_domainbed_prints_and_says_so(tmp_path, capsys):
+    out, err = run(capsys, tmp_path)
+    row = "Algorithm".ljust(25) + "  " + "Avg".ljust(25) + " "
+    titles = ("training-domain validation set", "leave-one-domain-out cross-validation",
+              "test-domain validation set (oracle)")
+    assert out == "Total records: 0\n" + "".join(
+        f"\n-------- Averages, model selection method: {title}\n{row}\n" for title in titles)
+    assert err == f"{tmp_path} holds no results yet.\n"
+
+
+def test_auto_lr_is_a_method_of_its_own(vlcs, capsys):
+    for folder in folders(vlcs):
+        path = folder / "results.jsonl"
+        last = json.loads(path.read_text().splitlines()[-1])
+        second = {"step": last["step"], "hparams": {},
+                  "args": last["args"] | {"holdout_fraction": 0.0},
+                  **{f"fd_env{i}_in_acc": .25 for i in range(4)}}
+        with path.open("a") as file:
+            file.write(json.dumps(second) + "\n")
+    out, _ = run(capsys, vlcs, "--auto_lr", "--upstream")
+    assert out.count("auto lr training-domain validation set") == out.count("--------") == 2
+    assert out.splitlines()[4].split() == ["ERM"] + "25.0 +/- 0.0".split() * 4 + ["25.0"]
+    assert run(capsys, vlcs, "--upstream")[0].replace("240", "200") == golden(
+        "collect_results_text.txt")
+
+
+def test_selection_by_the_last_record_is_ours_not_upstreams(vlcs, capsys):
+    for folder in folders(vlcs):
+        path = folder / "results.jsonl"
+        path.write_text(path.read_text().replace('"step":', '"selection": "last", "step":'))
+    assert run(capsys, vlcs, "--upstream")[0] == golden("collect_results_text.txt")
+    out, _ = run(capsys, vlcs)
+    assert out != golden("collect_results_text.txt")
+    oracle = "test-domain validation set (oracle)"  # it looks at the last record anyway
+    assert out.split(oracle)[1:] == golden("collect_results_text.txt").split(oracle)[1:]
+
+
+# What a sweep lacks.
+
+def test_a_broken_run_is_named_and_changes_nothing_else(vlcs, capsys):
+    next(folders(vlcs)).joinpath("results.jsonl").open("a").write('{"args": {"alg')
+    out, err = run(capsys, vlcs)
+    assert out == golden("collect_results_text.txt")
+    assert err.count("\n") == 1 and "line 6, no record" in err
+
+
+def test_cells_that_lack_runs_say_so_and_the_runs_are_listed(vlcs, capsys):
+    shutil.rmtree(next(folders(vlcs, test_envs=[0], trial_seed=0, hparams_seed=1)))
+    shutil.rmtree(next(folders(vlcs, test_envs=[1, 2], trial_seed=1, hparams_seed=0)))
+    out, _ = run(capsys, vlcs)
+    rows = [line for line in out.splitlines() if line.startswith("ERM")]
+    assert "*3/4 " in rows[0] and rows[0].count("*") == 2 and rows[0].rstrip().endswith("*15/16")
+    assert "*15/16" in rows[2] and rows[2].count("*") == 4  # C, L, S and Avg
+    assert out.split("\n\n")[-1].splitlines()[:4] == [
+        "* n/m: n of the m runs behind the number have finished.",
+        "Of 40 runs, 2 are absent and 0 unfinished:",
+        "    VLCS, ERM, test envs 0: trial 0, hparams 1",
+        "    VLCS, ERM, test envs 1+2: trial 1, hparams 0"]
+
+
+def test_a_run_that_ended_early_counts_as_unfinished(vlcs, capsys):
+    path = next(folders(vlcs, test_envs=[3], trial_seed=1, hparams_seed=1)) / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    out, _ = run(capsys, vlcs)
+    assert "Of 40 runs, 0 are absent and 1 unfinished:" in out
+    assert "    VLCS, ERM, test envs 3: trial 1, hparams 1\n" in out
+
+
+def test_alike_gaps_share_a_line(vlcs, capsys):
+    for folder in list(folders(vlcs, trial_seed=1)):
+        shutil.rmtree(folder)
+    shutil.copytree(next(folders(vlcs)), vlcs / "other")
+    edit(vlcs / "other", algorithm="FourDs", trial_seed=1)
+    shutil.copytree(vlcs / "other", vlcs / "another")
+    edit(vlcs / "another", algorithm="zeta")
+    out, _ = run(capsys, vlcs)
+    assert "    VLCS, ERM, all test envs: trial 1, hparams 0-1\n" in out
+    assert "    VLCS, 4Ds zeta, test envs 0 0+1 " in out
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_the_command_that_completes_a_sweep_launches_the_absent_runs_only(
+        tmp_path, capsys, monkeypatch, single):
+    made = jobs.make_args_list(
+        n_trials=2, dataset_names=["Debug28", "Debug224"], algorithms=["ERM", "SWAD"],
+        n_hparams_from=1, n_hparams=3, steps=3, data_dir=None, task="domain_generalization",
+        holdout_fraction=0.25, single_test_envs=single, hparams='{"batch_size": 4}',
+        checkpoint_freq=2)
+    lost = {5, 6, 17}
+    for i, train_args in enumerate(made):
+        folder = tmp_path / str(i)
+        if i in lost:
+            continue
+        folder.mkdir()
+        accs = {f"env{k}_{split}_acc": .5 for k in range(3) for split in ("in", "out")}
+        args = train_args | {"output_dir": str(folder)}
+        (folder / "results.jsonl").write_text(
+            json.dumps({"args": args, "hparams": {}, "step": 2, **accs}) + "\n")
+        (folder / "done").write_text("done")
+    out, _ = run(capsys, tmp_path)
+    commands = [shlex.split(line) for line in out.splitlines() if "sweep launch" in line]
+    launched = []
+    monkeypatch.setattr(sweep.Job, "launch", lambda new, launcher: launched.extend(new) or [])
+    for command in commands:
+        assert command[:4] == ["python", "-m", "domainbed_kd.scripts.sweep", "launch"]
+        assert sweep.main([*command[3:], "--skip_confirmation"]) == 0
+    absent = [job.train_args | {"output_dir": None} for job in launched]
+    expected = [made[i] | {"output_dir": None} for i in sorted(lost)]
+    assert sorted(map(str, absent)) == sorted(map(str, expected))
+
+
+# Mixed sweeps.
+
+def test_mixed_protocols_are_marked_and_described(vlcs, capsys):
+    edit(next(folders(vlcs, test_envs=[2])), steps=2000, hparams='{"lr": 1}')
+    out, _ = run(capsys, vlcs)
+    row = out.splitlines()[4]
+    assert row.count("!") == 2 and " ! *3/4" in row
+    assert "! trained by another protocol than most of the column:" in out
+    assert ('    VLCS, ERM: steps 1001, hparams default (39 runs); '
+            'steps 2000, hparams {"lr": 1} (1 run)') in out
+
+
+# Flags, files and errors.
+
+def test_csv_stays_clean_and_its_notes_go_to_stderr(vlcs, capsys):
+    shutil.rmtree(next(folders(vlcs)))
+    out, err = run(capsys, vlcs, "--format", "csv")
+    assert {line.count(",") for line in out.splitlines()} == {9}
+    assert "Of 40 runs, 1 are absent" in err
+
+
+def test_latex_keeps_its_notes_as_comments_in_the_document(vlcs, capsys):
+    shutil.rmtree(next(folders(vlcs)))
+    out, _ = run(capsys, vlcs, "--latex")
+    assert "\n% Of 40 runs, 1 are absent" in out and out.endswith("\n\\end{document}\n")
+
+
+def test_markdown_keeps_its_notes_in_a_code_block(vlcs, capsys):
+    shutil.rmtree(next(folders(vlcs)))
+    out, _ = run(capsys, vlcs, "--format", "markdown")
+    assert "\n```text\n* n/m" in out and out.endswith("\n```\n")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--input_dir", "no/such/folder"], "no/such/folder: there is no such folder"),
+    (["--input_dir", ".", "--latex", "--format", "csv"], "contradict"),
+    (["--input_dir", ".", "--upstream", "--format", "csv"], "DomainBed prints text or latex")])
+def test_misuse_is_an_error_of_one_line(flags, words):
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        collect_results.main(flags)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(vlcs, capsys, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    out, err = run(capsys, vlcs)
+    assert out == golden("collect_results_text.txt")
+    assert err == f"Not written to {vlcs / 'results.txt'}: Permission denied.\n"
