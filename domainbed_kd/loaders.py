@@ -1,0 +1,416 @@
+"""Splits and loaders that draw DomainBed's random numbers, in its order.
+
+DomainBed reads images with eight worker processes per loader. Which numbers it draws depends on
+them twice: their prefetching draws indices ahead of need, and each worker augments its images with
+random streams of its own. Both are simulated here, so that batches, and what is left in the global
+streams, are DomainBed's whatever the number of real processes, and a loader's position can be
+saved and put back.
+"""
+
+import random
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    TensorDataset,
+    default_collate,
+)
+from torch.utils.data._utils.worker import _generate_state
+
+from domainbed_kd.seeds import seed_hash
+
+
+class _SplitDataset:
+    """The items of a data set at `keys`, read when they are asked for.
+
+    A split of a split refers to the data set itself: `underlying_dataset` is never a split.
+    """
+
+    def __init__(self, dataset, keys: list[int], name: str):
+        if isinstance(dataset, _SplitDataset):
+            keys = [dataset.keys[key] for key in keys]
+            dataset = dataset.underlying_dataset
+        self.underlying_dataset = dataset
+        self.keys = keys
+        self.name = name
+
+    def __getitem__(self, index):
+        return self.underlying_dataset[self.keys[index]]
+
+    def __len__(self):
+        return len(self.keys)
+
+
+class Splits(NamedTuple):
+    """Per environment: the in-split, the out-split, and unlabeled images or None."""
+
+    in_: list
+    out: list
+    uda: list
+
+
+def split_dataset(dataset, n: int, seed: int = 0, names: tuple[str, str] = ("", "")) -> tuple:
+    """Two views of a data set, shuffled by `seed`: `n` items and the others.
+
+    Args:
+        dataset: any map-style data set.
+        n: the size of the first view.
+        seed: of the shuffle.
+        names: what messages call the two.
+
+    Raises:
+        ValueError: if n is negative or more than there are.
+    """
+    if not 0 <= n <= len(dataset):
+        raise ValueError(f"Cannot split {n} items off a data set of {len(dataset)}. "
+                         "Fractions must be between 0 and 1.")
+    keys = list(range(len(dataset)))
+    np.random.RandomState(seed).shuffle(keys)
+    return _SplitDataset(dataset, keys[:n], names[0]), _SplitDataset(dataset, keys[n:], names[1])
+
+
+def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction: float,
+                uda_holdout_fraction: float = 0) -> Splits:
+    """The splits of every environment, as DomainBed makes them.
+
+    The out-split is `holdout_fraction` of an environment. Of a test environment's in-split,
+    `uda_holdout_fraction` is set apart as unlabeled images; even a fraction of 0 reorders it.
+
+    Raises:
+        ValueError: if an in-split or out-split is empty.
+    """
+    splits = Splits([], [], [])
+    for i, env in enumerate(dataset):
+        seed = seed_hash(trial_seed, i)
+        names = f"The out-split of environment {i}", f"The in-split of environment {i}"
+        out, in_ = split_dataset(env, int(len(env) * holdout_fraction), seed, names)
+        uda = None
+        if i in test_envs:
+            names = f"The unlabeled split of environment {i}", names[1]
+            uda, in_ = split_dataset(in_, int(len(in_) * uda_holdout_fraction), seed, names)
+        for split in (out, in_):
+            if len(split) == 0:
+                raise ValueError(
+                    f"{split.name} is empty: it has {len(env)} images, --holdout_fraction is "
+                    f"{holdout_fraction}, --uda_holdout_fraction {uda_holdout_fraction}. "
+                    "Choose other fractions.")
+        splits.in_.append(in_)
+        splits.out.append(out)
+        splits.uda.append(uda or None)
+    return splits
+
+
+def class_weights(split) -> Tensor:
+    """A weight per item, float32 (N,), sum 1: classes weigh the same, and so do a class's items.
+
+    Like DomainBed, this reads every image where reading one draws random numbers (augmented
+    images), so that the same numbers are drawn; elsewhere labels are looked up.
+    """
+    labels = _labels(split)
+    counts = Counter(labels)
+    return torch.tensor([1 / (counts[y] * len(counts)) for y in labels])
+
+
+def _labels(split) -> list[int]:
+    dataset = split.underlying_dataset
+    if _is_tensors(dataset):
+        return dataset.tensors[1][split.keys].tolist()
+    augmented = getattr(dataset, "transform", None) is not getattr(dataset, "plain_transform", None)
+    if hasattr(dataset, "targets") and not augmented:
+        return [dataset.targets[key] for key in split.keys]
+    return [int(split[i][1]) for i in range(len(split))]
+
+
+class InfiniteDataLoader:
+    """Endless full batches, drawn with replacement: its own iterator.
+
+    Args:
+        dataset: a split, or any map-style data set.
+        weights: None, or how often to draw each item: (N,), need not sum to 1.
+        batch_size: items per batch.
+        num_workers: the number of DomainBed's workers to simulate.
+        n_processes: real processes that read images ahead, rounded down to a divisor of
+            `num_workers`; 0 reads them here. Results do not depend on it.
+        replacement: False visits all items before one returns (DomainBed's auto-lr loader).
+
+    Raises:
+        ValueError: if there are fewer items than a batch needs.
+    """
+
+    def __init__(self, dataset, weights, batch_size: int, num_workers: int, n_processes: int = 0,
+                 replacement: bool = True):
+        if weights is not None:
+            sampler = _WeightedBatches(weights, batch_size)
+        elif len(dataset) < batch_size:
+            raise ValueError(
+                f"{getattr(dataset, 'name', '') or 'The data set'} holds {len(dataset)} images, "
+                f"which is less than a batch of {batch_size}. Lower batch_size, for example with "
+                f"--hparams '{{\"batch_size\": {max(len(dataset) // 2, 1)}}}'.")
+        else:
+            sampler = _Passes(len(dataset), batch_size, replacement, drop_last=True)
+        self._batches = _Batches(dataset, sampler, num_workers, n_processes)
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        return next(self._batches)
+
+    def __len__(self):
+        raise ValueError("An InfiniteDataLoader has no length.")
+
+    def state_dict(self) -> dict:
+        """The position, and every random stream that later batches depend on."""
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state` was taken, on the same data with the same batch size."""
+        self._batches.load_state_dict(state)
+
+
+class FastDataLoader:
+    """Batches of all items once, in a new random order in each pass; the last may be short.
+
+    Arguments are those of InfiniteDataLoader.
+
+    Raises:
+        ValueError: if there are no items.
+    """
+
+    def __init__(self, dataset, batch_size: int, num_workers: int, n_processes: int = 0):
+        if len(dataset) == 0:
+            raise ValueError(f"{getattr(dataset, 'name', '') or 'The data set'} is empty.")
+        self._length = -(-len(dataset) // batch_size)
+        sampler = _Passes(len(dataset), batch_size, replacement=False, drop_last=False)
+        self._batches = _Batches(dataset, sampler, num_workers, n_processes)
+
+    def __iter__(self) -> Iterator:
+        for _ in range(self._length):
+            yield next(self._batches)
+
+    def __len__(self):
+        return self._length
+
+    def state_dict(self) -> dict:
+        """The position, and every random stream that later batches depend on."""
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state` was taken, on the same data with the same batch size."""
+        self._batches.load_state_dict(state)
+
+
+# Which items: endless iterators of lists of indices.
+
+
+def _draw_seed() -> int:
+    """What a torch sampler or loader takes from the global stream when it starts."""
+    return torch.empty((), dtype=torch.int64).random_().item()
+
+
+class _Passes:
+    """Batches of passes over n items; each pass is seeded from the global stream."""
+
+    def __init__(self, n: int, batch_size: int, replacement: bool, drop_last: bool):
+        self._generator = torch.Generator()
+        sampler = RandomSampler(range(n), replacement, generator=self._generator)
+        self._pass = BatchSampler(sampler, batch_size, drop_last)
+        self._length = len(self._pass)
+        self._seed, self._taken, self._rest = 0, self._length, iter(())
+
+    def __next__(self) -> list[int]:
+        if self._taken == self._length:
+            self._start(_draw_seed())
+        self._taken += 1
+        return next(self._rest)
+
+    def _start(self, seed: int) -> None:
+        self._generator.manual_seed(seed)
+        self._seed, self._taken, self._rest = seed, 0, iter(self._pass)
+
+    def state_dict(self) -> dict:
+        return {"seed": self._seed, "taken": self._taken}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._start(state["seed"])
+        for _ in range(state["taken"]):
+            next(self)
+
+
+class _WeightedBatches:
+    """Batches drawn with replacement by weight, each from the global stream."""
+
+    def __init__(self, weights, batch_size: int):
+        self._weights = torch.as_tensor(weights, dtype=torch.double)
+        self._batch_size = batch_size
+
+    def __next__(self) -> list[int]:
+        return torch.multinomial(self._weights, self._batch_size, replacement=True).tolist()
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+# The items themselves.
+
+
+def _is_tensors(dataset) -> bool:
+    return type(dataset).__getitem__ is TensorDataset.__getitem__
+
+
+def _read(dataset, indices: list[int]):
+    """The items, collated: [x (B, ...), y (B,)]."""
+    if isinstance(dataset, _SplitDataset) and _is_tensors(dataset.underlying_dataset):
+        keys = [dataset.keys[i] for i in indices]
+        return [tensor[keys] for tensor in dataset.underlying_dataset.tensors]
+    return default_collate([dataset[i] for i in indices])
+
+
+class _Batches:
+    """The batches of a sampler, as a DataLoader with `num_workers` processes returns them.
+
+    Such a loader draws a seed for its workers when it is made, asks the sampler for two batches
+    per worker, and then for one more with every batch that it returns.
+    """
+
+    def __init__(self, dataset, sampler, num_workers: int, n_processes: int):
+        if num_workers < 0 or n_processes < 0:
+            raise ValueError(f"A loader cannot have {num_workers} workers, {n_processes} of them "
+                             "real: give numbers of 0 or more.")
+        self._sampler = sampler
+        self._workers = _Workers(dataset, num_workers, _draw_seed())
+        self._n_returned = 0
+        self._ahead = deque(next(sampler) for _ in range(2 * num_workers))
+        # A worker's stream must stay in one process: batch k, of worker k mod num_workers, is
+        # read in process k mod n_processes.
+        self._n_processes = max((p for p in range(1, min(n_processes, num_workers) + 1)
+                                 if num_workers % p == 0), default=0)
+        if not self._workers.draw:
+            self._n_processes = 0
+        self._real, self._unsent = None, None
+
+    def __next__(self):
+        self._ahead.append(next(self._sampler))
+        if self._n_processes:
+            batch = self._from_processes()
+        else:
+            batch = self._workers.read_here(self._n_returned, self._ahead[0])
+        self._ahead.popleft()
+        self._n_returned += 1
+        return batch
+
+    def _from_processes(self):
+        if self._real is None:
+            self._unsent = deque((self._n_returned + i, indices)
+                                 for i, indices in enumerate(self._ahead))
+            # The processes prefetch two batches each, at most as many as are known: the deque
+            # never runs empty.
+            self._real = iter(DataLoader(
+                self._workers, batch_sampler=iter(self._unsent.popleft, None),
+                num_workers=self._n_processes, collate_fn=_as_it_is, prefetch_factor=2,
+                generator=torch.Generator()))  # its own: the global stream must not notice
+        else:
+            self._unsent.append((self._n_returned + len(self._ahead) - 1, self._ahead[-1]))
+        batch, worker, state = next(self._real)
+        self._workers.states[worker] = state
+        return batch
+
+    def state_dict(self) -> dict:
+        return {
+            "n_returned": self._n_returned,
+            "ahead": list(self._ahead),
+            "sampler": self._sampler.state_dict(),
+            "worker_seed": self._workers.seed,
+            "workers": {k: _to_plain(state) for k, state in self._workers.states.items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._real, self._unsent = None, None  # ends the processes, which have read ahead
+        self._n_returned = state["n_returned"]
+        self._ahead = deque(state["ahead"])
+        self._sampler.load_state_dict(state["sampler"])
+        self._workers.seed = state["worker_seed"]
+        self._workers.states = {k: _from_plain(plain) for k, plain in state["workers"].items()}
+
+
+class _Workers:
+    """DomainBed's worker processes as what distinguishes them: each one's random streams.
+
+    Batch k is read by worker k mod n, which goes on from where its streams were.
+    """
+
+    def __init__(self, dataset, n: int, seed: int):
+        self.dataset = dataset
+        self.n = n
+        self.seed = seed
+        self.states = {}  # of those that have read a batch
+        underlying = getattr(dataset, "underlying_dataset", dataset)
+        self.draw = n > 0 and not _is_tensors(underlying)  # slices of tensors draw nothing
+
+    def read_here(self, k: int, indices: list[int]):
+        """Batch k; outside, the streams never notice, unless there are no workers."""
+        if not self.draw:
+            return _read(self.dataset, indices)
+        outside = _get_streams()
+        try:
+            batch, worker, state = self.__getitems__((k, indices))
+        finally:
+            _set_streams(outside)
+        self.states[worker] = state
+        return batch
+
+    def __getitems__(self, request: tuple[int, list[int]]) -> tuple:
+        """Batch k, its worker, and that worker's streams afterwards; called by real processes."""
+        k, indices = request
+        worker = k % self.n
+        if worker in self.states:
+            _set_streams(self.states[worker])
+        else:
+            random.seed(self.seed + worker)
+            torch.default_generator.manual_seed(self.seed + worker)  # the CPU's alone
+            np.random.seed(_generate_state(self.seed, worker))
+        batch = _read(self.dataset, indices)
+        self.states[worker] = _get_streams()
+        return batch, worker, self.states[worker]
+
+
+def _as_it_is(batch):
+    return batch
+
+
+# Random streams: (random's, NumPy's, torch's as an array, which crosses processes as plain bytes).
+
+
+def _get_streams() -> tuple:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()
+
+
+def _set_streams(streams: tuple) -> None:
+    python, numpy, torchs = streams
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(torch.from_numpy(torchs))
+
+
+def _to_plain(streams: tuple) -> dict:
+    """What torch.load(weights_only=True) can read."""
+    (version, words, gauss), (kind, keys, *rest), torchs = streams
+    return {"python": [version, torch.tensor(words), gauss],
+            "numpy": [kind, torch.tensor(keys.astype(np.int64)), *rest],
+            "torch": torch.from_numpy(torchs)}
+
+
+def _from_plain(plain: dict) -> tuple:
+    version, words, gauss = plain["python"]
+    kind, keys, *rest = plain["numpy"]
+    return ((version, tuple(words.tolist()), gauss),
+            (kind, keys.numpy().astype(np.uint32), *rest), plain["torch"].numpy())

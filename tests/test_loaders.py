@@ -1,0 +1,393 @@
+import hashlib
+import io
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden, seed_everything
+from torch.utils.data import TensorDataset
+
+from domainbed_kd import datasets, loaders
+from domainbed_kd.seeds import seed_hash
+
+CASES = golden("loader_streams.json")["cases"]
+SPLITS = golden("splits.json")
+
+
+class Noisy:
+    """Items that show which numbers were drawn from each stream to make them."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        x = [i, random.random(), np.random.rand(), torch.rand(()).item()]
+        return torch.tensor(x, dtype=torch.float64), i % 2
+
+
+class Environments(list):
+    """A data set of environments whose item i is i."""
+
+    def __init__(self, *sizes):
+        super().__init__(range(size) for size in sizes)
+
+
+def peek():
+    """Two numbers that the global torch stream would give next."""
+    state = torch.get_rng_state()
+    try:
+        return torch.randint(0, 2**31 - 1, (2,)).tolist()
+    finally:
+        torch.set_rng_state(state)
+
+
+def global_streams():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def flat(view):
+    return [view[i] for i in range(len(view))]
+
+
+# Splits.
+
+
+@pytest.mark.parametrize("case", SPLITS["raw"], ids=lambda c: f"{c['n']}-{c['k']}-{c['seed']}")
+def test_split_dataset_shuffles_as_domainbed_does(case):
+    first, second = loaders.split_dataset(range(case["n"]), case["k"], case["seed"])
+    assert (first.keys, second.keys) == (case["first"], case["second"])
+    assert first.underlying_dataset == range(case["n"])
+
+
+@pytest.mark.parametrize("case", SPLITS["train_pipeline"])
+def test_make_splits_holds_the_same_items_in_the_same_order_as_domainbed(case):
+    def split():
+        return loaders.make_splits(
+            Environments(*case["sizes"]), case["test_envs"], case["trial_seed"],
+            case["holdout_fraction"], case["uda_holdout_fraction"])
+
+    if not all(env["in"] and env["out"] for env in case["envs"]):
+        with pytest.raises(ValueError, match="empty"):  # DomainBed stops too, when it loads them
+            split()
+        return
+    for expected, in_, out, uda in zip(case["envs"], *split(), strict=True):
+        assert flat(in_) == expected["in"]
+        assert flat(out) == expected["out"]
+        assert flat(uda or []) == expected["uda"]
+
+
+@pytest.mark.parametrize("case", SPLITS["large"])
+def test_split_dataset_agrees_on_the_sizes_of_real_data_sets(case):
+    seed = seed_hash(case["trial_seed"], case["env"])
+    for which, part in zip(("out", "in"),
+                           loaders.split_dataset(range(case["n"]), case["n_out"], seed)):
+        assert len(part) == case[f"n_{which}"] and part.keys[:5] == case[f"{which}_head"]
+        text = ",".join(map(str, part.keys))
+        assert hashlib.sha256(text.encode()).hexdigest() == case[f"sha256_{which}"]
+
+
+def test_a_split_of_a_split_refers_to_the_data_set_itself():
+    data = [f"item {i}" for i in range(20)]
+    _, rest = loaders.split_dataset(data, 5, 0)
+    part, _ = loaders.split_dataset(rest, 4, 1)
+    assert part.underlying_dataset is data
+    assert set(flat(part)) <= set(flat(rest)) and len(part) == 4
+
+
+def test_a_split_reads_items_only_when_asked():
+    class Unreadable:
+        def __len__(self):
+            return 4
+
+    first, _ = loaders.split_dataset(Unreadable(), 2, 0)
+    assert len(first) == 2
+
+
+@pytest.mark.parametrize("holdout, uda, which", [
+    (0, 0, "out-split of environment 0"), (0.2, 0, "out-split of environment 1"),
+    (1, 0, "in-split of environment 0"), (0.5, 1, "in-split of environment 0")])
+def test_an_empty_split_is_refused_by_name(holdout, uda, which):
+    with pytest.raises(ValueError, match=which) as error:
+        loaders.make_splits(Environments(10, 4), [0], 0, holdout, uda)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fraction", [-0.5, 1.5])
+def test_a_fraction_outside_0_to_1_is_refused(fraction):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        loaders.make_splits(Environments(10), [], 0, fraction)
+
+
+# Class weights.
+
+
+def expected_weights(labels):
+    share = {y: 1 / labels.count(y) / len(set(labels)) for y in labels}
+    return torch.tensor([share[y] for y in labels])
+
+
+def test_class_weights_give_each_class_the_same_mass():
+    y = torch.tensor([0, 0, 0, 1, 4, 4, 0, 1])
+    view, _ = loaders.split_dataset(TensorDataset(torch.zeros(8, 1), y), 6, 3)
+    before = global_streams()
+    weights = loaders.class_weights(view)
+    assert global_streams() == before
+    torch.testing.assert_close(weights, expected_weights(y[view.keys].tolist()))
+    assert weights.dtype == torch.float32
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two domains of two classes of small random images, in ImageFolder's layout."""
+    from PIL import Image
+
+    colours = np.random.RandomState(0)
+    for domain, label in itertools.product("ab", "xy"):
+        path = tmp_path / "toy" / domain / label
+        path.mkdir(parents=True)
+        for i in range(8 if label == "x" else 4):
+            Image.fromarray(colours.randint(0, 255, (24, 20, 3), dtype=np.uint8)).save(
+                path / f"{i}.png")
+    dataset = datasets.get_dataset_class("Folder:toy")
+    return dataset(tmp_path, [1], {"data_augmentation": True, "image_size": 16})
+
+
+def test_class_weights_draw_what_reading_augmented_images_draws(folder):
+    view, _ = loaders.split_dataset(folder[0], 12, 0)
+    seed_everything(0)
+    labels = [view[i][1] for i in range(len(view))]
+    expected = peek()
+    seed_everything(0)
+    torch.testing.assert_close(loaders.class_weights(view), expected_weights(labels))
+    assert peek() == expected
+
+
+def test_class_weights_do_not_read_images_that_are_not_augmented(folder):
+    view, _ = loaders.split_dataset(folder[1], 12, 0)
+    labels = [view[i][1] for i in range(len(view))]
+    folder[1].samples = None
+    torch.testing.assert_close(loaders.class_weights(view), expected_weights(labels))
+
+
+# Indices.
+
+
+def split_of_tensors(n):
+    """A split whose item i is (i,)."""
+    view, _ = loaders.split_dataset(TensorDataset(torch.empty(n)), n, seed=1)
+    view.underlying_dataset.tensors[0][view.keys] = torch.arange(n).float()
+    return view
+
+
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c['kind']}-{c['n']}-{c['num_workers']}-{bool(c['weights'])}")
+@pytest.mark.parametrize("make", [range, split_of_tensors])
+def test_loaders_draw_the_indices_of_domainbed_and_leave_its_random_stream(case, make):
+    data = make(case["n"])
+    torch.manual_seed(case["torch_seed"])
+    if case["kind"] == "fast":
+        loader = loaders.FastDataLoader(data, case["batch_size"], case["num_workers"])
+    else:
+        weights = torch.tensor(case["weights"]) if case["weights"] else None
+        loader = loaders.InfiniteDataLoader(
+            data, weights, case["batch_size"], case["num_workers"],
+            replacement=case["kind"] == "infinite")
+    assert peek() == case["rng_after_construction"]
+
+    def numbers(batch):
+        return (batch if isinstance(batch, torch.Tensor) else batch[0]).tolist()
+
+    if case["kind"] == "fast":
+        found = [[numbers(batch) for batch in loader] for _ in case["batches"]]
+    else:
+        found = [numbers(batch) for batch in itertools.islice(loader, len(case["batches"]))]
+    assert found == case["batches"]
+    assert peek() == case["rng_after"]
+
+
+def test_slices_of_tensors_are_what_collating_items_gives():
+    x, y = torch.randn(20, 2, 3), torch.randint(0, 5, (20,))
+    view, _ = loaders.split_dataset(TensorDataset(x, y), 15, 0)
+
+    class Plain:
+        """The same items, but not known to be tensors."""
+
+        def __len__(self):
+            return 15
+
+        def __getitem__(self, i):
+            return view[i]
+
+    results = []
+    for data in (view, Plain()):
+        seed_everything(1)
+        loader = loaders.InfiniteDataLoader(data, None, 4, 8)
+        results.append([next(loader) for _ in range(9)] + [peek()])
+    for (x1, y1), (x2, y2) in zip(results[0][:-1], results[1][:-1]):
+        assert torch.equal(x1, x2) and torch.equal(y1, y2)
+        assert (x1.dtype, y1.dtype, x1.shape) == (x2.dtype, y2.dtype, x2.shape)
+    assert results[0][-1] == results[1][-1]
+
+
+# Hangs.
+
+
+def test_a_batch_larger_than_the_split_is_refused_where_domainbed_spins_for_ever():
+    splits = loaders.make_splits(Environments(16, 16), [0], 0, 0.2)
+    with pytest.raises(ValueError, match="The in-split of environment 1 holds 13 .* 64") as error:
+        loaders.InfiniteDataLoader(splits.in_[1], None, 64, 8)
+    assert "\n" not in str(error.value)
+    batch = next(loaders.InfiniteDataLoader(splits.in_[1], None, 13, 8))
+    assert len(batch) == 13
+
+
+def test_weighted_batches_may_be_larger_than_the_split():
+    loader = loaders.InfiniteDataLoader(range(3), torch.tensor([1.0, 0.0, 1.0]), 50, 8)
+    assert set(next(loader).tolist()) == {0, 2}
+
+
+def test_a_one_pass_loader_refuses_an_empty_data_set():
+    with pytest.raises(ValueError, match="empty"):
+        loaders.FastDataLoader(range(0), 64, 8)
+
+
+def test_an_endless_loader_has_no_length():
+    with pytest.raises(ValueError, match="no length"):
+        len(loaders.InfiniteDataLoader(range(5), None, 2, 0))
+
+
+@pytest.mark.parametrize("n, length", [(64, 1), (65, 2), (1, 1)])
+def test_a_one_pass_loader_visits_each_item_once(n, length):
+    loader = loaders.FastDataLoader(range(n), 64, 8)
+    assert len(loader) == length
+    for _ in range(2):
+        batches = list(loader)
+        assert len(batches) == length
+        assert sorted(torch.cat(batches).tolist()) == list(range(n))
+
+
+def test_negative_numbers_of_workers_are_refused():
+    with pytest.raises(ValueError, match="-1"):
+        loaders.InfiniteDataLoader(range(5), None, 2, -1)
+
+
+# Items that draw random numbers.
+
+
+def torch_loader_batches(data, num_workers, n):
+    """The first batches of an unweighted infinite loader, from torch's own worker processes."""
+    class Repeated:
+        def __init__(self, sampler):
+            self.sampler = sampler
+
+        def __iter__(self):
+            while True:
+                yield from self.sampler
+
+    sampler = torch.utils.data.BatchSampler(
+        torch.utils.data.RandomSampler(data, replacement=True), 3, drop_last=True)
+    loader = iter(torch.utils.data.DataLoader(
+        data, batch_sampler=Repeated(sampler), num_workers=num_workers))
+    return [next(loader) for _ in range(n)]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for one, two in zip(first, second, strict=True)
+               for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [0, 2, 8])
+def test_random_items_are_those_that_torchs_worker_processes_make(num_workers):
+    seed_everything(5)
+    expected = torch_loader_batches(Noisy(10), num_workers, 19)
+    left = peek()
+    seed_everything(5)
+    loader = loaders.InfiniteDataLoader(Noisy(10), None, 3, num_workers)
+    assert same([next(loader) for _ in range(19)], expected)
+    assert peek() == left
+
+
+def test_workers_draw_from_streams_of_their_own():
+    seed_everything(0)
+    loader = loaders.InfiniteDataLoader(Noisy(10), None, 3, 8)
+    python, numpy, _ = global_streams()
+    for _ in range(9):
+        next(loader)
+    assert global_streams()[:2] == (python, numpy)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 50])
+def test_batches_do_not_depend_on_the_number_of_real_processes(processes):
+    results = []
+    for n_processes in (0, processes):
+        seed_everything(5)
+        loader = loaders.InfiniteDataLoader(Noisy(10), None, 3, 8, n_processes)
+        results.append([next(loader) for _ in range(19)])
+        left = global_streams()
+        results.append([[torch.tensor(part) for part in left[1:]]])
+    assert same(results[0], results[2]) and same(results[1], results[3])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_one_pass_loaders_do_not_depend_on_real_processes_either(folder):
+    results = []
+    for n_processes in (0, 4):
+        seed_everything(5)
+        loader = loaders.FastDataLoader(folder[0], 5, 8, n_processes)
+        results.append([batch for _ in range(5) for batch in loader])
+        results[-1].append([torch.get_rng_state()])
+    assert same(*results)
+
+
+# Restarts.
+
+
+def make_loader(kind, data, n_processes=0, num_workers=8):
+    weights = torch.linspace(0, 1, len(data)) if kind == "weighted" else None
+    if kind == "one pass":
+        loader = loaders.FastDataLoader(data, 4, num_workers, n_processes)
+        return loader, itertools.chain.from_iterable(itertools.repeat(loader))
+    loader = loaders.InfiniteDataLoader(
+        data, weights, 4, num_workers, n_processes, replacement=kind != "without replacement")
+    return loader, loader
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("kind", ["uniform", "weighted", "without replacement", "one pass"])
+@pytest.mark.parametrize("before, after, num_workers, n", [
+    (0, 0, 8, 0), (0, 0, 8, 6), (0, 0, 8, 21), (0, 0, 0, 6), (0, 0, 0, 0), (2, 0, 8, 7),
+    (0, 4, 8, 7), (2, 2, 8, 0), (4, 2, 8, 9)])
+def test_a_restarted_loader_goes_on_with_the_same_batches(kind, before, after, num_workers, n):
+    data = Noisy(9)
+    seed_everything(2)
+    loader, batches = make_loader(kind, data, before, num_workers)
+    for _ in range(n):
+        next(batches)
+    state, left = through_a_file(loader.state_dict()), [torch.get_rng_state(), random.getstate(),
+                                                        np.random.get_state()]
+    expected = [next(batches) for _ in range(20)]
+
+    seed_everything(77)
+    loader, batches = make_loader(kind, data, after, num_workers)
+    next(batches)
+    loader.load_state_dict(state)
+    if kind == "one pass":  # the rest of the pass that was cut short is the first of the new one
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    torch.set_rng_state(left[0])
+    random.setstate(left[1])
+    np.random.set_state(left[2])
+    assert same([next(batches) for _ in range(20)], expected)
