@@ -118,7 +118,7 @@ def _is_record(record) -> bool:
         return (isinstance(args["dataset"], str) and isinstance(args["algorithm"], str)
                 and isinstance(args["trial_seed"], int) and isinstance(args["hparams_seed"], int)
                 and isinstance(record["step"], int) and isinstance(record["hparams"], dict)
-                and len(args["test_envs"]) > 0)
+                and len(set(args["test_envs"])) == len(args["test_envs"]) > 0)
     except (TypeError, KeyError):
         return False
 
