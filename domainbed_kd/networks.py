@@ -257,7 +257,10 @@ class ResNet(_Staged):
         return self
 
     def stages(self):
-        """A ResNet's four; an EfficientNet's groups of blocks; of other models all in one."""
+        """A ResNet's four; an EfficientNet's groups of blocks; of other models all in one.
+
+        What a transformer's one stage returns are tokens (B, n, c), not an image.
+        """
         net = self.network
         if hasattr(net, "layer4") and hasattr(net, "maxpool"):
             act = net.act1 if hasattr(net, "act1") else net.relu  # timm's name, torchvision's
@@ -419,13 +422,14 @@ def _downloading(what: str) -> Iterator[None]:
 
 
 def _is_file(weights: str | None) -> bool:
-    return bool(weights) and (Path(weights).suffix != "" or len(Path(weights).parts) > 1)
+    """Whether it looks like one: a suffix or a folder, which no torchvision name has."""
+    return isinstance(weights, str) and ("." in weights or "/" in weights)
 
 
 def _load_file(network: nn.Module, path: str, classifier: str | tuple[str, ...] = ()) -> None:
     """Loads all of a network from a file, in which a classifier may follow.
 
-    Where the names differ, equal shapes in equal order will do, with a warning.
+    Where all names differ, equal shapes in equal order will do, with a warning.
     """
     wanted, found = network.state_dict(), _read_tensors(path)
     by_name = {name: tensor for name, tensor in found.items()
@@ -438,7 +442,8 @@ def _load_file(network: nn.Module, path: str, classifier: str | tuple[str, ...] 
     in_order = sum(by_order[name].shape == wanted[name].shape for name in by_order)
     if not unknown and not lacking:
         network.load_state_dict(wanted | by_name)
-    elif in_order == len(wanted) and len(found) - len(wanted) <= 2:  # a classifier's two
+    elif (in_order == len(wanted) and wanted.keys().isdisjoint(found)
+          and len(found) - len(wanted) <= 2):  # a classifier's two
         _warn_once(f"{path} names its tensors otherwise; all {len(wanted)} have the shapes of "
                    f"{type(network).__name__}'s in the same order and were loaded so.")
         network.load_state_dict(by_order)
