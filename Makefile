@@ -1,0 +1,33 @@
+# Every target works on a bare clone: the virtual environment is made when it is needed.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+
+.PHONY: demo test lint parity clean
+
+demo: $(VENV)/installed
+	$(PY) -m domainbed_kd.scripts.sweep launch @sweeps/smoke.args --output_dir demo/sweep
+	$(PY) -m domainbed_kd.scripts.collect_results --input_dir demo/sweep
+
+test: lint
+	$(PY) -m pytest -n auto
+
+lint: $(VENV)/tests-installed
+	$(PY) -m ruff check .
+
+# The numbers, texts and hashes that must equal DomainBed's; DOMAINBED=DIR also asks a checkout.
+parity: $(VENV)/tests-installed
+	$(PY) -m pytest -n auto -k "domainbed or upstream or golden"
+	$(if $(DOMAINBED),$(PY) tools/parity.py $(DOMAINBED))
+
+clean:
+	rm -rf $(VENV) demo train_output
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/tests-installed: $(VENV)/installed
+	$(PY) -m pip install --quiet --editable ".[test]"
+	touch $@

@@ -1,0 +1,66 @@
+"""Who may import whom (docs/design.md): a module's imports stay within its row."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import domainbed_kd
+
+PACKAGE = Path(domainbed_kd.__file__).parent
+ALLOWED = {
+    "seeds": set(), "losses": set(), "networks": set(), "datasets": set(),
+    "command_launchers": set(), "records": set(), "checkpoints": set(),
+    "averaging": {"networks"},
+    "teachers": {"networks", "checkpoints", "algorithms"},
+    "loaders": {"seeds", "datasets"},
+    "algorithms": {"algorithms", "networks", "teachers", "averaging", "losses", "datasets"},
+    "hparams_registry": {"algorithms", "seeds"},
+    "extensions": {"algorithms", "datasets", "command_launchers"},
+    "jobs": {"seeds", "datasets", "hparams_registry"},
+    "model_selection": {"records"},
+    "tables": {"model_selection", "datasets", "algorithms"},
+    "training": {"algorithms", "averaging", "checkpoints", "datasets", "hparams_registry",
+                 "loaders", "seeds", "teachers"},
+}
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "scripts" not in p.parts
+                 and p.stem not in ("__main__", "plugin") and p != PACKAGE / "__init__.py")
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of_ours(path):
+    """Names of our top-level modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.startswith("domainbed_kd."):
+                yield name.split(".")[1]
+            assert name.split(".")[0] != "domainbed", f"{path} imports a fork"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_design(path):
+    assert set(imports_of_ours(path)) - {"__version__"} <= ALLOWED[room(path)]
+
+
+HEAVY = ("torch", "torchvision", "timm", "open_clip", "pandas", "wilds", "ray", "submitit")
+LIGHT = ["domainbed_kd", "domainbed_kd.algorithms", "domainbed_kd.datasets", "domainbed_kd.jobs",
+         "domainbed_kd.records", "domainbed_kd.model_selection", "domainbed_kd.tables",
+         "domainbed_kd.command_launchers", "domainbed_kd.extensions", "domainbed_kd.__main__",
+         *(f"domainbed_kd.scripts.{p.stem}" for p in (PACKAGE / "scripts").glob("[!_]*.py"))]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_importing_needs_no_heavy_library(module):
+    code = f"import sys, {module}; print(*(m for m in {HEAVY!r} if m in sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.split() == []
