@@ -161,8 +161,8 @@ class Job:
         for name, value in sorted(self.train_args.items()):
             if isinstance(value, list):
                 words += [f"--{name}", *map(str, value)]
-            elif value is True:
-                words.append(f"--{name}")
+            elif isinstance(value, bool):
+                words += [f"--{name}"] if value else []
             elif value is not None:
                 words += [f"--{name}", str(value)]
         for plugin in self.plugins:

@@ -111,7 +111,8 @@ def test_a_run_that_trained_something_else_is_another_run(change, tmp_path):
 def test_a_torn_first_record_belongs_to_no_job(tmp_path):
     shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
     job = make(SHIPPED, tmp_path / "sweep")[0]
-    for torn in ('{"args": {"algo', "[]\n", "\n", "null\n", '{"args": 3}\n', '{"args": {"seed": {}}}\n'):
+    for torn in ('{"args": {"algo', "[]\n", "\n", "null\n", '{"args": 3}\n',
+                 '{"args": {"seed": {}}}\n'):
         with open(os.path.join(job.output_dir, "results.jsonl"), "w") as file:
             file.write(torn)
         moved = make(SHIPPED, tmp_path / "sweep", data_dir="/elsewhere")[0]

@@ -187,7 +187,11 @@ def confirmed(args: argparse.Namespace) -> bool:
     if sys.stdin is None or not sys.stdin.isatty():
         raise ValueError("Nobody can be asked, as the input is no terminal. Pass "
                          "--skip_confirmation to go ahead.")
-    if input("Are you sure? (y/n) ").strip().lower().startswith("y"):
+    try:
+        answer = input("Are you sure? (y/n) ")
+    except EOFError:  # Ctrl-D
+        answer = ""
+    if answer.strip().lower().startswith("y"):
         return True
     print("Nevermind!")
     return False

@@ -1,0 +1,348 @@
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import GOLDENS
+
+from domainbed_kd import algorithms, command_launchers, datasets
+from domainbed_kd.jobs import Job
+from domainbed_kd.scripts import run_main, sweep
+
+SMALL = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--n_trials", "1",
+         "--hparams", '{"batch_size": 4}', "--steps", "3"]
+
+
+def flags(command, folder, *more):
+    return [command, *SMALL, "--output_dir", str(folder), "--skip_confirmation", *more]
+
+
+def sh(args, **options):
+    return subprocess.run([sys.executable, "-m", "domainbed_kd.scripts.sweep", *args],
+                          capture_output=True, text=True, **options)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A launcher called `pretend` that finishes each job at once, and what it was given."""
+    commands = []
+
+    def pretend(received):
+        commands.extend(received)
+        for command in received:
+            (Path(command_of(command)["output_dir"][0]) / "done").write_text("done")
+
+    monkeypatch.setitem(command_launchers.REGISTRY, "pretend", pretend)
+    return commands
+
+
+def command_of(command):
+    """{flag: values} of a command line."""
+    found = {}
+    for word in command_launchers._argv(command)[3:]:
+        if word.startswith("--"):
+            values = found.setdefault(word[2:], [])
+        else:
+            values.append(word)
+    return found
+
+
+def test_launching_twice_runs_nothing_the_second_time(tmp_path, launched, capsys):
+    args = flags("launch", tmp_path / "sweep", "--command_launcher", "pretend")
+    assert sweep.main(args) == 0
+    out = capsys.readouterr().out
+    assert "6 jobs: 0 done, 0 incomplete, 6 not launched.\nAbout to launch 6 jobs.\n" in out
+    assert out.endswith("Launching...\nMaking job directories:\nLaunched 6 jobs!\n")
+    assert len(launched) == 6
+    assert sweep.main(args) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("6 jobs: 6 done, 0 incomplete, 0 not launched.\nAbout to launch 0 jobs.\n")
+    assert out.count("\nDone: ") + out.startswith("Done: ") == 6
+    assert len(launched) == 6
+
+
+def test_commands_come_in_the_order_of_the_list(tmp_path, launched):
+    sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend", "--n_trials", "2"))
+    seen = [(c["trial_seed"], c["test_envs"]) for c in map(command_of, launched)]
+    sets = [["0"], ["0", "1"], ["0", "2"], ["1"], ["1", "2"], ["2"]]
+    assert seen == [([t], s) for t in "01" for s in sets]
+
+
+def test_a_sweep_of_domainbeds_is_seen_as_done_wherever_its_data_lie(tmp_path, capsys):
+    shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
+    args = ["status", "--datasets", "VLCS", "--algorithms", "ERM", "--n_hparams", "2",
+            "--n_trials", "2", "--steps", "1001", "--output_dir", str(tmp_path / "sweep")]
+    assert sweep.main([*args, "--data_dir", "elsewhere"]) == 0
+    first = capsys.readouterr().out.splitlines()[:2]
+    assert [line.split() for line in first] == [
+        ["algorithm", "done", "running", "incomplete", "absent"], ["ERM", "40", "0", "0", "0"]]
+
+
+def test_status_counts_states_by_algorithm_and_by_data_set(tmp_path, capsys):
+    args = flags("status", tmp_path, "--algorithms", "ERM", "SWAD", "--datasets", "Debug28",
+                 "DigitsDG", "--single_test_envs")
+    parsed = sweep.build_parser().parse_args(args)
+    folders = [Job(train_args, str(tmp_path)).output_dir for train_args in args_list_of(parsed)]
+    for folder, *files in ((folders[0], "done"), (folders[1], "out.txt"), (folders[2],)):
+        os.makedirs(folder)
+        for file in files:
+            open(os.path.join(folder, file), "w").close()
+    os.utime(folders[2], (0, 0))
+    assert sweep.main(args) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ERM", "1", "1", "1", "4"] in rows and ["SWAD", "0", "0", "0", "7"] in rows
+    assert ["Debug28", "1", "1", "1", "3"] in rows and ["DigitsDG", "0", "0", "0", "8"] in rows
+
+
+def args_list_of(args):
+    return sweep.jobs.make_args_list(
+        args.n_trials, args.datasets, args.algorithms, args.n_hparams_from, args.n_hparams,
+        args.steps, args.data_dir, args.task, args.holdout_fraction, args.single_test_envs,
+        args.hparams)
+
+
+def test_incomplete_jobs_are_kept_and_named_at_launch_and_deleted_on_demand(
+        tmp_path, launched, capsys):
+    args = flags("launch", tmp_path, "--command_launcher", "pretend")
+    sweep.main(args)
+    for command in launched[:2]:
+        os.remove(os.path.join(command_of(command)["output_dir"][0], "done"))
+    capsys.readouterr()
+    sweep.main(args)
+    out, err = capsys.readouterr()
+    assert "6 jobs: 4 done, 2 incomplete, 0 not launched." in out
+    assert "2 incomplete jobs are left as they are" in err and "delete_incomplete" in err
+    assert sweep.main(flags("delete_incomplete", tmp_path)) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("About to delete 2 jobs.\nDeleting...\nDeleted 2 jobs!\n")
+    assert "2 of them wrote in the last 10 minutes" in err
+    assert len(os.listdir(tmp_path)) == 4
+    sweep.main(args)
+    assert len(launched) == 8
+
+
+def test_dummy_prints_the_commands_and_leaves_no_folder(tmp_path, capsys):
+    args = flags("launch", tmp_path / "sweep", "--command_launcher", "dummy")
+    assert sweep.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("Dummy launcher: python -m domainbed_kd.scripts.train --algorithm "
+                               "ERM ") for line in lines) == 6
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_further_flags_reach_train(tmp_path, launched):
+    sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend", "--checkpoint_freq", "2",
+                     "--uda_holdout_fraction", "0.5", "--skip_model_save", "--task",
+                     "domain_adaptation"))
+    given = command_of(launched[0])
+    assert (given["checkpoint_freq"], given["uda_holdout_fraction"]) == (["2"], ["0.5"])
+    assert given["skip_model_save"] == [] and given["task"] == ["domain_adaptation"]
+
+
+def test_launcher_options_reach_the_launcher_that_takes_them(tmp_path, monkeypatch):
+    received = {}
+    monkeypatch.setitem(command_launchers.REGISTRY, "mine", lambda commands, *, jobs_per_device=1:
+                        received.update(jobs_per_device=jobs_per_device))
+    args = flags("launch", tmp_path, "--command_launcher", "mine")
+    assert sweep.main([*args, "--jobs_per_device", "3"]) == 0
+    assert received == {"jobs_per_device": 3}
+    with pytest.raises(ValueError, match="mine does not take --threads_per_job"):
+        sweep.main([*args, "--threads_per_job", "3"])
+
+
+def test_a_name_given_twice_or_in_its_other_form_is_one_job(tmp_path, launched):
+    sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend",
+                     "--algorithms", "ERM", "ERM", "--datasets", "Debug28", "Debug28"))
+    assert len(launched) == len(set(launched)) == 6
+
+
+def test_flags_stand_in_a_file_with_comments_and_quotes(tmp_path, launched):
+    (tmp_path / "my sweep.args").write_text(
+        "# What we ran in May.\n--datasets Debug28 --algorithms ERM  # one method\n\n"
+        "--hparams '{\"batch_size\": 4, \"a\": \"b c\"}'\n--n_hparams 5 --n_trials 1\n"
+        "--single_test_envs --skip_confirmation --command_launcher pretend\n")
+    sweep.main(["launch", f"@{tmp_path / 'my sweep.args'}", "--n_hparams", "1",
+                "--output_dir", str(tmp_path / "sweep")])
+    assert len(launched) == 3
+    assert command_of(launched[0])["hparams"] == ['{"batch_size": 4, "a": "b c"}']
+
+
+def test_defaults_are_domainbeds():
+    args = sweep.build_parser().parse_args(["launch", "--output_dir", "x"])
+    full = json.loads((GOLDENS / "jobs_full_default.json").read_text())
+    assert args.datasets == full["sweep_DATASETS"]
+    assert args.algorithms == list(algorithms.ALGORITHMS)
+    assert (args.task, args.n_hparams_from, args.n_hparams, args.n_trials, args.steps,
+            args.hparams, args.holdout_fraction, args.single_test_envs, args.skip_confirmation) == (
+        "domain_generalization", 0, 20, 3, None, None, 0.2, False, False)
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--n_trials", "-1"], "--n_trials is -1"),
+    (["--n_trials", "0"], "--n_trials is 0"),
+    (["--n_trials", "two"], "invalid int value: 'two'"),
+    (["--n_hparams_from", "-1"], "--n_hparams_from is -1"),
+    (["--n_hparams_from", "3", "--n_hparams", "3"], "not a count"),
+    (["--steps", "-5"], "--steps is -5"),
+    (["--checkpoint_freq", "-5"], "--checkpoint_freq is -5"),
+    (["--holdout_fraction", "0"], "--holdout_fraction is 0"),
+    (["--holdout_fraction", "1.5"], "--holdout_fraction is 1.5"),
+    (["--uda_holdout_fraction", "1"], "--uda_holdout_fraction is 1"),
+    (["--hparams", '{"lr": 1'], "--hparams is not JSON"),
+    (["--hparams", "[1]"], "--hparams takes a JSON object"),
+    (["--task", "domain_generalisation"], "invalid choice"),
+    (["--task", "domain_adaptation"], "--uda_holdout_fraction"),
+    (["--algorithms", "SWADD"], "Algorithm not found: SWADD. Did you mean SWAD?"),
+    (["--datasets", "Debug28", "PASC"], "Dataset not found: PASC. Did you mean PACS?"),
+    (["--datasets", "Folder:../x"], "without a path"),
+    (["--datasets", "Folder:x"], "--data_dir"),
+    (["--datasets", "Folder:x", "--data_dir", "."], "Folder:x"),
+    (["--datasets", "PACS"], "PACS: no data directory is given"),
+    (["--datasets", "RotatedMNIST"], "RotatedMNIST: --data_dir is not given"),
+    (["--datasets", "PACS", "--data_dir", "/no/such"], "no folder /no/such/PACS"),
+    (["--datasets", "RotatedMNIST", "--data_dir", "/no/such"], "no folder /no/such"),
+    (["--command_launcher", "locl"], "Launcher not found: locl. Did you mean local?"),
+    (["--command_launcher", "no_module:f"], "Launcher not found: no_module:f"),
+    (["--command_launcher", "dummy", "--jobs_per_device", "2"], "does not take"),
+    (["--jobs_per_device", "0"], "--jobs_per_device is 0"),
+    (["--threads_per_job", "0"], "--threads_per_job is 0"),
+    (["--plugin", "no_such_module"], "--plugin no_such_module"),
+    (["--output_dir", __file__], "is a file"),
+    (["--output_dir", f"{__file__}/x"], "Not a directory"),
+    (["@no_such_file"], "No such file"),
+    (["--nonsense"], "--nonsense")])
+def test_misuse_is_said_in_one_line_before_anything_is_written(
+        change, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: sweep.main([*flags("launch", "sweep"), *change]))
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: ") and message in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_multi_gpu_without_a_gpu_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="sees no GPU"):
+        sweep.main(flags("launch", tmp_path, "--command_launcher", "multi_gpu"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_nobody_can_be_asked_without_a_terminal(tmp_path):
+    ran = sh(flags("launch", tmp_path / "sweep")[:-1], stdin=subprocess.DEVNULL)
+    assert ran.returncode == 2
+    assert ran.stderr.count("\n") == 1 and "--skip_confirmation" in ran.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("answer, deleted", [("n\n", False), ("Yes\n", True), ("\x04", False)])
+def test_the_question_on_a_terminal_is_domainbeds(answer, deleted, tmp_path, launched):
+    sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend"))
+    os.remove(os.path.join(command_of(launched[0])["output_dir"][0], "done"))
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "domainbed_kd.scripts.sweep",
+         *flags("delete_incomplete", tmp_path)[:-1]],
+        stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.write(ours, answer.encode())
+    out, err = process.communicate(timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert process.returncode == 0, err
+    assert "Are you sure? (y/n) " in out
+    assert ("Deleted 1 jobs!" in out, "Nevermind!" in out) == (deleted, not deleted)
+    assert len(os.listdir(tmp_path)) == 6 - deleted
+
+
+def records_of(job):
+    """A job's records without what depends on the time or the place."""
+    lines = (Path(job.output_dir) / "results.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        del record["step_time"], record["args"]["output_dir"]
+    return records
+
+
+@pytest.mark.slow
+def test_real_jobs_train_side_by_side_and_a_second_launch_runs_nothing(tmp_path):
+    folder = tmp_path / "a 'folder'; touch $(oops)"
+    args = flags("launch", folder, "--single_test_envs", "--jobs_per_device", "2")
+    ran = sh([*args, "--data_dir", "here"], cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert len(list(folder.glob("*/done"))) == len(list(folder.glob("*/model.pkl"))) == 3
+    lines = sorted(line.split("] ")[1].rsplit("  (", 1)[0] for line in ran.stderr.splitlines())
+    assert lines == [f"done  ERM Debug28 test env {i}, trial 0, hparams 0" for i in range(3)]
+    assert "env0_in_acc" not in ran.stdout
+    assert os.listdir(tmp_path) == [folder.name]
+    again = sh([*args, "--data_dir", "moved"], cwd=tmp_path)
+    assert "3 jobs: 3 done, 0 incomplete, 0 not launched.\nAbout to launch 0 jobs." in again.stdout
+    # The warm worker left what the same command leaves in a process of its own.
+    parsed = sweep.build_parser().parse_args([*args, "--data_dir", "here"])
+    args_list = args_list_of(parsed)
+    warm, alone = (Job(args_list[0], str(place)) for place in (folder, tmp_path / "alone"))
+    subprocess.run(command_launchers._argv(alone.command_str), cwd=tmp_path, check=True,
+                   capture_output=True)
+    assert records_of(warm) == records_of(alone)
+
+
+@pytest.mark.slow
+def test_failing_jobs_are_named_with_their_last_error_and_the_others_go_on(tmp_path):
+    # Of the algorithms' default hparams, only DANN's has mlp_width as a number.
+    ran = sh(flags("launch", tmp_path, "--single_test_envs", "--algorithms", "DANN", "ERM",
+                   "--hparams", '{"batch_size": 4, "mlp_width": "wide"}'))
+    assert ran.returncode == 1
+    progress, summary = ran.stderr.split("3 of 6 jobs failed:\n")
+    lines = summary.splitlines()
+    assert len(lines) == 3 and all("error: --hparams: mlp_width" in line for line in lines)
+    assert progress.count("  exit status 2") == 3
+    assert len(list(tmp_path.glob("*/done"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_training_survives_its_sweep(number, tmp_path):
+    args = flags("launch", tmp_path, "--single_test_envs", "--jobs_per_device", "2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "domainbed_kd.scripts.sweep", *args, "--steps", "100000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*/results.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(trainers(tmp_path)) >= 2
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    process.communicate(timeout=30)
+    while trainers(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(list(tmp_path.glob("*/resume.pt"))) == 2
+    if number == signal.SIGINT:  # what had not begun can be launched again
+        assert process.returncode == 130 and len(os.listdir(tmp_path)) == 2
+
+
+def trainers(folder):
+    """The processes that have a file open under a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(str(os.readlink(fd)).startswith(str(folder)) for fd in process.glob("fd/*")):
+                found.append(process.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_every_data_set_without_files_can_be_swept_without_data_dir(tmp_path, launched):
+    assert set(sweep.FILELESS) <= set(datasets.DATASETS)
+    for name in sweep.FILELESS:
+        assert sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend",
+                                "--datasets", name)) == 0
