@@ -38,8 +38,8 @@ def test_nothing_is_said_of_a_clean_sweep(tmp_path, capsys):
 @pytest.mark.parametrize("broken", [
     '{"args": {"algo', "", "null", "[1]", '"text"', "{}", '{"args": 3, "step": 1}',
     line(test_envs=[7]), line(test_envs=[]), line(test_envs=[0, 0]), line(test_envs=["0"]),
-    line(trial_seed=None), line().replace("0.5", '"high"'), line().replace('"step": 0', '"step": null'),
-    line().replace('"hparams": {"lr": 0.1}, ', "")])
+    line(trial_seed=None), line().replace("0.5", '"high"'),
+    line().replace('"step": 0', '"step": null'), line().replace('"hparams": {"lr": 0.1}, ', "")])
 def test_a_line_that_is_no_record_is_named_and_skipped(tmp_path, capsys, broken):
     write(tmp_path / "run", line(0), broken, line(10))
     assert [record["step"] for record in records.load(tmp_path)] == [0, 10]
