@@ -13,24 +13,28 @@ from pathlib import Path
 _PUBLISHED_ORDER = (
     "ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN",
     "CDANN", "MTL", "SagNet", "ARM", "VREx", "RSC", "SD", "Fishr", "SMA", "SWAD")
+# Files whose classes other methods build on; they are no methods themselves.
+_ABSTRACT = ("base", "taught")
 # Names that a class cannot have, or that users type in another form.
 _ALIASES = {"4Ds": "FourDs"}
 
 
 def _discover() -> dict[str, str]:
     """{class name: module} of all public subclasses of Algorithm in this folder."""
-    bases, modules = {}, {}
+    bases, files = {}, {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 bases[node.name] = {ast.unparse(base).split(".")[-1] for base in node.bases}
-                modules[node.name] = f"{__name__}.{path.stem}"
+                files[node.name] = path.stem
     known = {"Algorithm"}
     while grown := {name for name, parents in bases.items() if parents & known} - known:
         known |= grown
-    public = sorted(name for name in known - {"Algorithm"} if not name.startswith("_"))
     order = {name: i for i, name in enumerate(_PUBLISHED_ORDER)}
-    return {name: modules[name] for name in sorted(public, key=lambda n: order.get(n, len(order)))}
+    methods = sorted(
+        (name for name in known if not name.startswith("_") and files[name] not in _ABSTRACT),
+        key=lambda name: (order.get(name, len(order)), name))
+    return {name: f"{__name__}.{files[name]}" for name in methods}
 
 
 _MODULES = _discover()

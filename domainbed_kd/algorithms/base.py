@@ -93,9 +93,10 @@ class Algorithm(nn.Module):
             weight_decay=self.hparams["weight_decay"] if weight_decay is None else weight_decay,
             **options)
 
-    def descend(self, loss: Tensor, **terms: Tensor) -> dict[str, float]:
+    def descend(self, loss: Tensor, **terms: Tensor | float) -> dict[str, float]:
         """One step of `self.optimizer` on the loss; returns the loss and its terms as floats."""
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.item(), **{name: float(term) for name, term in terms.items()}}
+        return {name: term.item() if isinstance(term, Tensor) else term
+                for name, term in {"loss": loss, **terms}.items()}

@@ -1,0 +1,191 @@
+"""RISE: a small student learns CLIP's scores and the geometry of CLIP's sentences.
+
+Huang et al., "A Sentence Speaks a Thousand Images: Domain Generalization through Distilling
+CLIP with Language Guidance", ICCV 2023, https://arxiv.org/abs/2309.12530.
+Losses from the paper, constants from the authors' code (github.com/OoDBag/RISE).
+Departures: DomainBed's Adam and lr unless `rise_optimizer` is "sgd"; the temperature is drawn
+from [2, 4] (theirs is 3) and the weights from ranges around their grids; class names are those of
+the labels' own order (theirs disagree on OfficeHome and TerraIncognita); CLIP gets its own
+normalization unless `clip_renormalize` is false.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainbed_kd import networks, teachers
+from domainbed_kd.algorithms.base import Algorithm, fixed, forked_rng
+from domainbed_kd.losses import kd_loss
+
+NEUTRAL = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+           "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
+# The anchors that the authors use where domains have no telling names (VLCS, TerraIncognita).
+STYLED = ("a bright photo of a {}", "a corrupted photo of a {}",
+          "a dark photo of a {}", "a good photo of a {}")
+
+
+def absolute_distance(image: Tensor, text: Tensor, y: Tensor) -> Tensor:
+    """Mean cosine distance, in [0, 2], from images (B, D) to their classes' rows of text (C, D)."""
+    return 1 - F.cosine_similarity(image, text[y]).mean()
+
+
+def relative_distance(image: Tensor, text: Tensor, styled: Tensor, y: Tensor,
+                      temperature: float = 1.0) -> Tensor:
+    """How differently an image and its class's neutral sentence see the styled sentences.
+
+    Each of image (B, D) and text (C, D) looks at the S styled sentences (C, S, D) of class y as
+    a softmax over cosines; returns the mean squared difference of the two, in [0, 2 / S].
+    """
+    seen = F.cosine_similarity(image[:, None], styled[y], dim=-1)
+    wanted = F.cosine_similarity(text[:, None], styled, dim=-1)
+    return F.mse_loss((seen / temperature).softmax(dim=1),
+                      (wanted / temperature).softmax(dim=1)[y])
+
+
+def anchors(domain_names: Sequence[str] | None) -> list[str]:
+    """Templates that name the training domains or, where these have no names, ways to photograph.
+
+    One anchor alone would make every relative distance 0.
+    """
+    if domain_names is None or len(domain_names) < 2:
+        return list(STYLED)
+    return [f"a {name} of a {{}}" for name in domain_names]
+
+
+class Student(nn.Module):
+    """An image network that embeds at CLIP's width and classifies by CLIP's sentences."""
+
+    def __init__(self, input_shape, num_classes, hparams, teacher: teachers.CLIP):
+        super().__init__()
+        names = hparams["class_names"]
+        with forked_rng():
+            neutral = teacher.sentences(hparams["rise_templates"], names).mean(dim=1)  # (C, D)
+            styled = teacher.sentences(anchors(hparams.get("domain_names")), names)
+        self.register_buffer("text", F.normalize(neutral, dim=-1))
+        self.register_buffer("styled", styled)  # (C, S, D)
+
+        self.featurizer = networks.Featurizer(input_shape, hparams)
+        self.embed = nn.Linear(self.featurizer.n_outputs, self.text.shape[1])
+        self.classifier = nn.Linear(self.text.shape[1], num_classes)
+        if hparams["rise_text_init"]:
+            self.classifier.weight.data.copy_(self.text)
+            self.classifier.bias.data.zero_()
+        # The authors do so where zero-shot CLIP is weak (TerraIncognita); CLIP itself is not run.
+        self.text_at_test = hparams["rise_clip_head_at_test"]
+
+    def embedding(self, x: Tensor) -> Tensor:
+        """Embeddings (B, D) of images, not normalized."""
+        return self.embed(self.featurizer(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, C); with the text head at test, the log of two summed probabilities."""
+        image = self.embedding(x)
+        logits = self.classifier(image)
+        if self.training or not self.text_at_test:
+            return logits
+        zero_shot = 100 * F.normalize(image, dim=-1) @ self.text.T
+        return torch.log(logits.softmax(dim=1) + zero_shot.softmax(dim=1))
+
+
+class Ensemble(nn.ModuleList):
+    """Students that vote: the log of the mean of their probabilities; one alone decides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        if len(self) == 1:
+            return self[0](x)
+        return torch.stack([student(x).softmax(dim=1) for student in self]).mean(dim=0).log()
+
+
+class RISE(Algorithm):
+    """Cross-entropy, distillation, and two pulls towards CLIP's text embeddings.
+
+    The student embeds images at CLIP's width and its classifier starts as CLIP's zero-shot one.
+    Only `update` needs CLIP: `predict` is the bare student. With several `rise_teachers` there is
+    a student for each, as in the paper's mix of teachers.
+    """
+
+    @staticmethod
+    def search_space(dataset):
+        """The teacher, the weights of its terms, and switches for what the authors did."""
+        low, high = (0.8, 0.9) if dataset in ("PACS", "VLCS") else (0.1, 0.3)
+        return {
+            "clip_backbone": fixed("tiny" if dataset == "DigitsDG" else "ViT-B-16"),
+            "clip_renormalize": fixed(True),
+            "rise_teachers": fixed(None),  # null, or names as clip_backbone takes them
+            "rise_templates": fixed(list(NEUTRAL)),
+            "rise_text_init": fixed(True),
+            "rise_temperature": (3.0, lambda r: r.uniform(2, 4)),
+            "rise_distill": (high, lambda r: r.uniform(low, high)),
+            "rise_distance": (1.0, lambda r: 2 ** r.uniform(-1, 1)),
+            "rise_relative": fixed(None),  # null: the weight of both distances is one
+            "rise_relative_temperature": fixed(1.0),
+            "rise_clip_head_at_test": fixed(dataset == "TerraIncognita"),
+            "rise_optimizer": fixed("adam"),
+        }
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        teachers.check_class_names("RISE", hparams, num_classes)
+        backbones = hparams["rise_teachers"] or [hparams["clip_backbone"]]
+        with forked_rng():
+            self.teachers = nn.ModuleList(
+                teachers.clip(hparams | {"clip_backbone": name}, input_shape)
+                for name in backbones)
+        self.network = Ensemble(
+            Student(input_shape, num_classes, hparams, teacher) for teacher in self.teachers)
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self):
+        if self.hparams["rise_optimizer"] == "adam":
+            return self.adam(self.network)
+        if self.hparams["rise_optimizer"] != "sgd":
+            raise ValueError(f"RISE: rise_optimizer is {self.hparams['rise_optimizer']!r}; it "
+                             "takes adam or sgd.")
+        sgd = torch.optim.SGD(self.network.parameters(), self.hparams["lr"], momentum=0.9,
+                              weight_decay=self.hparams["weight_decay"])
+        steps = int(0.8 * self.hparams.get("total_steps", 5001))  # 0.8: the authors' drop
+        self.scheduler = torch.optim.lr_scheduler.StepLR(sgd, steps, gamma=0.1)
+        return sgd
+
+    def update(self, minibatches, unlabeled=None):
+        """One step of every student on its own loss."""
+        x, y = (torch.cat(part) for part in zip(*minibatches))
+        loss, terms = 0, {}
+        for student, teacher in zip(self.network, self.teachers):
+            loss_of_one, terms_of_one = self._loss(student, teacher, x, y)
+            loss = loss + loss_of_one
+            for name, term in terms_of_one.items():
+                terms[name] = terms.get(name, 0) + term / len(self.network)
+        values = self.descend(loss, **terms)
+        if self.hparams["rise_optimizer"] == "sgd":
+            self.scheduler.step()
+        return values
+
+    def _loss(self, student, teacher, x, y):
+        image = student.embedding(x)
+        logits = student.classifier(image)
+        share, weight = self.hparams["rise_distill"], self.hparams["rise_distance"]
+        relative_weight = self.hparams["rise_relative"]
+        if relative_weight is None:
+            relative_weight = weight if len(self.network) == 1 else 0  # 0: authors' mix
+        classify = F.cross_entropy(logits, y)
+        loss, terms = (1 - share) * classify, {"classify": classify}
+        if share:
+            terms["distill"] = kd_loss(
+                logits, teacher.logits(x, student.text), self.hparams["rise_temperature"])
+            loss = loss + share * terms["distill"]
+        if weight:
+            terms["absolute"] = absolute_distance(image, student.text, y)
+            loss = loss + weight * terms["absolute"]
+        if relative_weight:
+            terms["relative"] = 10 * relative_distance(  # 10: authors' scale
+                image, student.text, student.styled, y, self.hparams["rise_relative_temperature"])
+            loss = loss + relative_weight * terms["relative"]
+        return loss, terms
+
+    def predict(self, x):
+        """Logits (B, C) of the students alone."""
+        return self.network(x)

@@ -1,0 +1,71 @@
+"""What methods share that learn from a network trained on the same training domains."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from domainbed_kd import networks, teachers
+from domainbed_kd.algorithms.base import fixed, forked_rng
+from domainbed_kd.algorithms.erm import ERM
+
+
+class Taught(ERM):
+    """ERM's student beside a teacher that was trained on the same training domains.
+
+    The teacher is hparams["teacher"]: a folder of a finished run, or a module x -> logits. Where
+    there is none, as inside a fork, a second network of the student's kind is trained by ERM in
+    the first `teacher_steps` updates and frozen then; until then `predict` is that network's.
+
+    Subclasses implement `distill(x, y)`, one step of the student.
+    """
+
+    #: The sweep trains this algorithm's teacher, ERM with default hparams, before it.
+    learns_from_run = True
+
+    @staticmethod
+    def search_space(dataset):
+        """How long a teacher warms up where none is given: null for a fifth of all steps."""
+        return {"teacher_steps": fixed(None)}
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.register_buffer("warm_up_left", torch.tensor(0))
+        self.teacher = teachers.given(hparams, num_classes)
+        if self.teacher is None:
+            with forked_rng():
+                featurizer = networks.Featurizer(input_shape, hparams)
+                self.teacher = nn.Sequential(featurizer, networks.Classifier(
+                    featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"]))
+            self.teacher_optimizer = self.adam(self.teacher)
+            steps = hparams["teacher_steps"]
+            self.warm_up_left.fill_(
+                hparams.get("total_steps", 5001) // 5 if steps is None else steps)
+
+    def train(self, mode=True):
+        """Leaves the teacher in eval mode once it has warmed up."""
+        super().train(mode)
+        if not self.warm_up_left:
+            self.teacher.eval()
+        return self
+
+    def update(self, minibatches, unlabeled=None):
+        """One step of the student or, while it warms up, of the teacher."""
+        x, y = (torch.cat(part) for part in zip(*minibatches))
+        if not self.warm_up_left:
+            return self.distill(x, y)
+        loss = F.cross_entropy(self.teacher(x), y)
+        self.teacher_optimizer.zero_grad()
+        loss.backward()
+        self.teacher_optimizer.step()
+        self.warm_up_left -= 1
+        self.train(self.training)
+        return {"loss": loss.item(), "teacher_loss": loss.item()}
+
+    def teacher_logits(self, x):
+        """The teacher's logits (B, C) of the student's images, without gradients."""
+        with torch.no_grad():
+            return self.teacher(x)
+
+    def predict(self, x):
+        """Logits (B, C): the student's, or the teacher's while it warms up."""
+        return self.teacher(x) if self.warm_up_left else self.network(x)
