@@ -240,7 +240,7 @@ def _stop(processes: list) -> None:
     """Asks jobs to save and end; kills them, and what they started, after GRACE_S seconds."""
     if not processes:
         return
-    print(f"Stopping {len(processes)} jobs; again Ctrl-C to kill them at once.", file=sys.stderr)
+    print(f"Stopping {len(processes)} jobs. Ctrl-C again kills them at once.", file=sys.stderr)
     try:
         for process in processes:
             process.terminate()
