@@ -50,13 +50,18 @@ def register(cls: type) -> type:
     return cls
 
 
+def canonical_name(name: str) -> str:
+    """The class's name for any form in which users type it: "4Ds" is FourDs."""
+    return _ALIASES.get(name, name)
+
+
 def get_algorithm_class(name: str) -> type:
     """The class of that name.
 
     Raises:
         NotImplementedError: if there is none; the message names the nearest known.
     """
-    name = _ALIASES.get(name, name)
+    name = canonical_name(name)
     if name in _REGISTERED:
         return _REGISTERED[name]
     if name not in _MODULES:
