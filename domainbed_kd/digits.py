@@ -24,10 +24,9 @@ def domains() -> list[tuple[np.ndarray, np.ndarray]]:
     random = np.random.RandomState(0)
     order = random.permutation(len(images))
     order = order[np.argsort(labels[order], kind="stable")]
-    looks = (plain, colour, texture, sketch)
     result = []
-    for i, look in enumerate(looks):
-        chosen = random.permutation(order[i::len(looks)])
+    for i, look in enumerate((plain, colour, texture, sketch)):
+        chosen = random.permutation(order[i::4])
         painted = look(strokes(images[chosen], random), random)
         # Not 0.5: values half-way between two integers must not hang on the last bit.
         result.append((np.floor(255 * painted.clip(0, 1) + 0.4987).astype(np.uint8),
