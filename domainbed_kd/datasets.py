@@ -115,6 +115,8 @@ class MultipleDomainDataset:
     WORDS: dict[str, str] = {}
     #: The domains as words, in order.
     DOMAIN_NAMES: tuple | None = None
+    #: (mean, std) per channel that images in [0, 1] were normalized with; None if they were not.
+    NORMALIZATION: tuple | None = None
 
     datasets: list
     input_shape: tuple
@@ -303,6 +305,7 @@ class ImageFolders(MultipleDomainDataset):
     """
 
     CHECKPOINT_FREQ = 300
+    NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
     FOLDER = ""
 
     def __init__(self, root, test_envs, hparams):
@@ -511,6 +514,7 @@ class _WILDS(MultipleDomainDataset):
     """A data set of the package wilds, one domain per value of a metadata field."""
 
     INPUT_SHAPE = (3, 224, 224)
+    NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
     FIELD = ""
 
     def __init__(self, root, test_envs, hparams):
@@ -612,6 +616,7 @@ class _Spawrious(MultipleDomainDataset):
 
     ENVIRONMENTS = ["Test", "SC_group_1", "SC_group_2"]
     CLASSES = ("bulldog", "corgi", "dachshund", "labrador")
+    NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
     #: The order in which backgrounds are listed below.
     BREEDS = ("bulldog", "dachshund", "labrador", "corgi")
     N_IMAGES = 3168
