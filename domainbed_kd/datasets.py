@@ -280,6 +280,19 @@ def load_image(path: str):
         raise ValueError(f"{path} cannot be read as an image. Replace it.") from error
 
 
+def _image_size(hparams) -> int:
+    """Side in pixels of a data set's images.
+
+    Raises:
+        ValueError: if the hparam is not a positive whole number.
+    """
+    size = hparams.get("image_size", 224)
+    if type(size) is not int or size < 1:
+        raise ValueError(f"hparams['image_size'] is {size!r}; it must be a side in whole pixels, "
+                         "such as 224.")
+    return size
+
+
 def _transform(first: list, augment: bool):
     """Resizing or cropping, DomainBed's augmentation if asked for, ImageNet's normalization."""
     from torchvision import transforms as T
@@ -312,7 +325,7 @@ class ImageFolders(MultipleDomainDataset):
         from torchvision import transforms as T
         from torchvision.datasets import ImageFolder
 
-        size = hparams.get("image_size", 224)
+        size = _image_size(hparams)
         plain_transform = _transform([T.Resize((size, size))], augment=False)
         augmented = _transform([T.RandomResizedCrop(size, scale=(0.7, 1.0))], augment=True)
         self.input_shape = (3, size, size)
@@ -520,7 +533,7 @@ class _WILDS(MultipleDomainDataset):
     def __init__(self, root, test_envs, hparams):
         from torchvision import transforms as T
 
-        size = hparams.get("image_size", 224)
+        size = _image_size(hparams)
         resize = T.Resize((size, size))
         plain_transform = _transform([resize], augment=False)
         augmented = _transform(
@@ -628,7 +641,7 @@ class _Spawrious(MultipleDomainDataset):
     def __init__(self, root, test_envs, hparams):
         from torchvision import transforms as T
 
-        size = hparams.get("image_size", 224)
+        size = _image_size(hparams)
         resize = T.Resize((size, size))
         plain_transform = _transform([resize], augment=False)
         training_transform = _transform([resize], augment=hparams["data_augmentation"])

@@ -360,6 +360,13 @@ def test_a_truncated_image_is_read_as_far_as_it_goes(tmp_path):
     assert datasets.load_image(tmp_path / "cut.jpg").size == (64, 64)
 
 
+@pytest.mark.parametrize("size", [0, 96.0, "96", None, True])
+def test_an_image_size_that_is_none_is_refused(size, shapes):
+    with pytest.raises(ValueError, match="image_size.*whole pixels"):
+        datasets.get_dataset_class("Folder:my shapes")(
+            shapes, [0], AUGMENTED | {"image_size": size})
+
+
 # PACS, as it is.
 
 
