@@ -84,6 +84,13 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
         for hparams_seed in range(n_hparams_from, n_hparams)]
 
 
+def teacher_args(train_args: dict) -> dict:
+    """The train arguments of a student's teacher: ERM with default hparams, all else alike."""
+    args = {**train_args, "algorithm": "ERM", "hparams_seed": 0}
+    args["seed"] = seed_hash(args["dataset"], "ERM", args["test_envs"], 0, args["trial_seed"])
+    return args
+
+
 def _identity(args: dict) -> tuple:
     """What a run trains, wherever its data and results lie; hashable."""
     return tuple(
@@ -133,7 +140,9 @@ class Job:
         train_args: an entry of `make_args_list`.
         sweep_output_dir: the sweep's folder.
         runs: what that folder holds; share one among many jobs.
-        plugins: modules that train loads first; they are no part of the folder's name.
+        plugins: modules that train loads first.
+        teacher: the job whose model it learns from, which must be done first. Neither is part of
+            the folder's name.
     """
 
     NOT_LAUNCHED = "Not launched"
@@ -141,15 +150,16 @@ class Job:
     DONE = "Done"
 
     def __init__(self, train_args: dict, sweep_output_dir: str, runs: Runs | None = None,
-                 plugins: list[str] | tuple = ()):
+                 plugins: list[str] | tuple = (), teacher: "Job | None" = None):
         name = hashlib.md5(_encode(train_args).encode()).hexdigest()
         found = (runs or Runs(sweep_output_dir)).find(name, train_args)
         self.output_dir = os.path.join(sweep_output_dir, found or name)
         self.train_args = {**train_args, "output_dir": self.output_dir}
         self.plugins = plugins
+        self.teacher = teacher
         if found is None:
             self.state = self.NOT_LAUNCHED
-        elif os.path.exists(os.path.join(self.output_dir, "done")):
+        elif self.is_done():
             self.state = self.DONE
         else:
             self.state = self.INCOMPLETE
@@ -165,6 +175,8 @@ class Job:
                 words += [f"--{name}"] if value else []
             elif value is not None:
                 words += [f"--{name}", str(value)]
+        if self.teacher:
+            words += ["--teacher", self.teacher.output_dir]
         for plugin in self.plugins:
             words += ["--plugin", plugin]
         return shlex.join(words)
@@ -173,6 +185,10 @@ class Job:
         args = self.train_args
         what = (args["dataset"], args["algorithm"], args["test_envs"], args["hparams_seed"])
         return f"{self.state}: {self.output_dir} {what}"
+
+    def is_done(self) -> bool:
+        """Whether it has finished, as of now."""
+        return os.path.exists(os.path.join(self.output_dir, "done"))
 
     def wrote_within(self, seconds: float) -> bool:
         """Whether anything in its folder changed that recently: a hint that it is running."""

@@ -209,7 +209,11 @@ def make_algorithm(args: dict, hparams: dict, dataset, training: list[int], n_st
     Class names, the training domains' names (never the test domain's), the number of steps and
     how images were normalized are not hparams of the run and do not go on record.
     """
-    context = {"total_steps": n_steps, "class_names": dataset.class_names}
+    context = {
+        "dataset": args["dataset"], "test_envs": args["test_envs"], "total_steps": n_steps,
+        "class_names": dataset.class_names, "normalization": dataset.NORMALIZATION}
+    if "teacher" in args:
+        context["teacher"] = args["teacher"]
     if dataset.domain_names is not None:
         context["domain_names"] = [dataset.domain_names[i] for i in training]
     cls = averaging.averaged(
@@ -351,8 +355,9 @@ def save_model(path: Path, args: dict, hparams: dict, dataset, algorithm) -> Non
 
 
 def _identity(args: dict) -> dict:
-    """The args that make a run what it is; data and results may move."""
-    return {k: v for k, v in args.items() if k not in ("data_dir", "output_dir")}
+    """The args that make a run what it is; data, results and teachers may move."""
+    same = {k: v for k, v in args.items() if k not in ("data_dir", "output_dir")}
+    return same | ({"teacher": Path(args["teacher"]).name} if "teacher" in args else {})
 
 
 def _refuse_other_run(folder: Path, found: dict, args: dict) -> None:

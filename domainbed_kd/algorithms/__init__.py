@@ -19,25 +19,31 @@ _ABSTRACT = ("base", "taught")
 _ALIASES = {"4Ds": "FourDs"}
 
 
-def _discover() -> dict[str, str]:
-    """{class name: module} of all public subclasses of Algorithm in this folder."""
+def _discover() -> tuple[dict[str, str], set[str]]:
+    """{class name: module} of this folder's public algorithms, and those that are Taught."""
     bases, files = {}, {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 bases[node.name] = {ast.unparse(base).split(".")[-1] for base in node.bases}
                 files[node.name] = path.stem
-    known = {"Algorithm"}
-    while grown := {name for name, parents in bases.items() if parents & known} - known:
-        known |= grown
+
+    def descendants(root):
+        found = {root}
+        while grown := {name for name, parents in bases.items() if parents & found} - found:
+            found |= grown
+        return found
+
+    known = descendants("Algorithm")
     order = {name: i for i, name in enumerate(_PUBLISHED_ORDER)}
     methods = sorted(
         (name for name in known if not name.startswith("_") and files[name] not in _ABSTRACT),
         key=lambda name: (order.get(name, len(order)), name))
-    return {name: f"{__name__}.{files[name]}" for name in methods}
+    modules = {name: f"{__name__}.{files[name]}" for name in methods}
+    return modules, descendants("Taught")
 
 
-_MODULES = _discover()
+_MODULES, _TAUGHT = _discover()
 _REGISTERED: dict[str, type] = {}
 ALGORITHMS = list(_MODULES)
 
@@ -53,6 +59,13 @@ def register(cls: type) -> type:
 def canonical_name(name: str) -> str:
     """The class's name for any form in which users type it: "4Ds" is FourDs."""
     return _ALIASES.get(name, name)
+
+
+def learns_from_run(name: str) -> bool:
+    """Whether a finished ERM run is to be given to an algorithm as its teacher."""
+    if name in _REGISTERED:
+        return getattr(_REGISTERED[name], "learns_from_run", False)
+    return name in _TAUGHT
 
 
 def get_algorithm_class(name: str) -> type:

@@ -1,7 +1,8 @@
 """Launches the many runs behind a table, counts them, or deletes incomplete ones.
 
 `launch` runs what has no folder yet, in the order of the list (DomainBed shuffles it without a
-seed, which only changes who waits for whom). Flags may stand in a file, given as @FILE: any
+seed, which only changes who waits for whom). Methods that learn from a trained network wait for
+the ERM run of the same data set, trial and test domains, which is added where it is missing. Flags may stand in a file, given as @FILE: any
 number a line, quoted as in a shell, with # comments; flags after it on the command line win.
 """
 
@@ -216,12 +217,19 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
         check_data(args)
     if not confirmed(args):
         return 0
-    failed = Job.launch(new, launcher)
+    failed = Job.launch([job for job in new if not job.teacher], launcher)
+    taught = [job for job in new if job.teacher]
+    ready = [job for job in taught if job.teacher.is_done()]
+    if ready:
+        failed += Job.launch(ready, launcher)
+    if len(ready) < len(taught):
+        print(f"{len(taught) - len(ready)} jobs are not launched, as their teachers have not "
+              "finished. The same command launches them once these have.", file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(new)} jobs failed:", file=sys.stderr)
         for job in failed:
             print(f"  {job.output_dir}: {job.last_error() or 'no message'}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or len(ready) < len(taught) else 0
 
 
 def delete_incomplete(args: argparse.Namespace, all_jobs: list[Job]) -> int:
@@ -262,6 +270,30 @@ def status(all_jobs: list[Job]) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
+    """The jobs of the list, each with its teacher; teachers that it lacks come first.
+
+    Raises:
+        ValueError: if teachers are needed but are to save no model.
+    """
+    runs = jobs.Runs(args.output_dir)
+    listed = {repr(train_args): Job(train_args, args.output_dir, runs, args.plugin)
+              for train_args in args_list}
+    added = {}
+    for train_args, job in zip(args_list, listed.values()):
+        if not algorithms.learns_from_run(train_args["algorithm"]):
+            continue
+        if args.skip_model_save:
+            raise ValueError(f"--skip_model_save: {train_args['algorithm']} learns from the model "
+                             "of an ERM run. Leave the flag out.")
+        teacher = jobs.teacher_args(train_args)
+        key = repr(teacher)
+        if key not in listed and key not in added:
+            added[key] = Job(teacher, args.output_dir, runs, args.plugin)
+        job.teacher = listed.get(key) or added[key]
+    return [*added.values(), *listed.values()]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parses, lists the jobs, and launches, deletes or counts them."""
     args = build_parser().parse_args(argv)
@@ -274,8 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         single_test_envs=args.single_test_envs, hparams=args.hparams,
         checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
         skip_model_save=args.skip_model_save)
-    runs = jobs.Runs(args.output_dir)
-    all_jobs = [Job(train_args, args.output_dir, runs, args.plugin) for train_args in args_list]
+    all_jobs = plan(args, args_list)
     if args.command == "status":
         return status(all_jobs)
     for job in all_jobs:

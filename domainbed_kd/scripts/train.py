@@ -43,6 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save_model_every_checkpoint", action="store_true",
                         help="write model_stepN.pkl at each evaluation")
     ours = parser.add_argument_group("beyond DomainBed")
+    ours.add_argument("--teacher", metavar="FOLDER",
+                      help="finished run whose model teaches, for methods that learn from one")
+    ours.add_argument("--allow_bad_teacher", action="store_true",
+                      help="go on with a teacher that is near chance or has other classes")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file with algorithms or data sets of your own")
     ours.add_argument("--resume", choices=["auto", "never"], default="auto",
@@ -117,6 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     ours = ("plugin", "resume", "loader_processes")
     on_record = {k: v for k, v in vars(args).items() if k not in ours}
+    for name in ("teacher", "allow_bad_teacher"):  # DomainBed's records know neither
+        if not on_record[name]:
+            del on_record[name]
     with output_kept_in(folder):
         from domainbed_kd import extensions
 
