@@ -1,6 +1,6 @@
 """DigitsDG: the UCI optical digits drawn in four looks, each from digits of its own.
 
-The 8x8 images are enlarged, slanted, turned and shifted a little, so that strokes are two to four
+The 8x8 images are enlarged, slanted, turned and shifted a little, so that strokes are about five
 pixels wide at 32x32; then each domain paints them its way. Everything is drawn from a fixed
 private stream: the same images on every machine, and global random numbers never notice.
 """

@@ -111,3 +111,27 @@ def test_digitsdg_gives_tensors_between_0_and_1():
         assert x.dtype == torch.float32 and y.dtype == torch.int64
         assert x.shape[1:] == (3, 32, 32) and 0 <= x.min() < 0.1 and 0.9 < x.max() <= 1
         assert datasets.plain(domain) is domain
+
+
+@pytest.mark.slow
+def test_erm_learns_three_looks_in_300_steps_and_loses_much_on_the_sketch():
+    from domainbed_kd import hparams_registry
+    from domainbed_kd.algorithms import get_algorithm_class
+
+    def accuracy(x, y):
+        with torch.no_grad():
+            return (algorithm.predict(x).argmax(1) == y).float().mean().item()
+
+    # What sweeps/smoke.args sets.
+    hparams = hparams_registry.default_hparams("ERM", "DigitsDG") | {
+        "wrn_depth": 10, "wrn_widen": 1, "lr": 2e-3, "batch_size": 16}
+    *seen, (sketch_x, sketch_y) = [d.tensors for d in datasets.DigitsDG(None, [3], hparams)]
+    torch.manual_seed(0)
+    algorithm = get_algorithm_class("ERM")((3, 32, 32), 10, 3, hparams)
+    for _ in range(300):
+        batch = [torch.randint(90, len(y), (16,)) for _, y in seen]
+        algorithm.update([(x[i], y[i]) for (x, y), i in zip(seen, batch)])
+    algorithm.eval()
+    held_out = np.mean([accuracy(x[:90], y[:90]) for x, y in seen])
+    assert held_out >= 0.85
+    assert 0.2 < accuracy(sketch_x, sketch_y) < held_out - 0.1
