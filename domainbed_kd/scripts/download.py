@@ -2,15 +2,15 @@
 
 DomainBed's script fetches TerraIncognita unless it is edited; here --datasets names what to fetch.
 Archives go to DATA_DIR/downloads. An interrupted download goes on where it broke off; unpacking
-is all or nothing. The SHA-256 of each archive is kept beside it as ARCHIVE.sha256, and an archive
-fetched later must have the same; put one there to check the first.
+is all or nothing, and then the archive is deleted. Its SHA-256 stays there as ARCHIVE.sha256: an
+archive fetched later must have the same. Put a file there yourself to check the first.
 """
 
 import argparse
 import functools
+import gzip
 import hashlib
 import json
-import shutil
 import sys
 import tarfile
 import tempfile
@@ -213,11 +213,11 @@ def fetch_url(url: str, path: Path) -> None:
                     file.write(chunk)
                     bar.update(len(chunk))
     except OSError as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code == 416:
+        if isinstance(error, urllib.error.HTTPError) and error.code == 416 and start:
             part.unlink()  # longer than the file on the server, so not a part of it
             return fetch_url(url, path)
-        raise OSError(f"{url} cannot be fetched ({error}). Run the same command again: it goes "
-                      "on where it broke off.") from error
+        raise OSError(f"{url} cannot be fetched ({error}). If it was the connection, run the same "
+                      "command again: it goes on where it broke off.") from error
     size = part.stat().st_size
     if total is not None and size != total:
         raise OSError(f"{url} broke off after {size} of {total} bytes. Run the same command "
@@ -250,27 +250,34 @@ def fetch_drive(file_id: str, path: Path) -> None:
         ) from error
 
 
-def check_sha256(path: Path) -> None:
-    """Compares a file with the digest in `path`.sha256, or writes it there.
-
-    Raises:
-        ValueError: if it is another; the file is deleted.
-    """
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-    known = path.with_name(f"{path.name}.sha256")
-    if not known.exists():
-        known.write_text(f"{digest.hexdigest()}  {path.name}\n", encoding="utf-8")
-        return
-    expected = (known.read_text(encoding="utf-8").split() or ["nothing"])[0]
-    if expected != digest.hexdigest():
+    return digest.hexdigest()
+
+
+@contextmanager
+def verified(path: Path) -> Iterator[None]:
+    """Inside, an archive may be unpacked: its SHA-256 is what `path`.sha256 says, if that exists.
+
+    Afterwards the SHA-256 is written there and the archive, no longer needed, is deleted.
+
+    Raises:
+        ValueError: if it is another; the archive is deleted.
+    """
+    digest, known = sha256(path), path.with_name(f"{path.name}.sha256")
+    expected = (known.read_text(encoding="utf-8").split() or [""])[0] if known.exists() else digest
+    if digest != expected:
         path.unlink()
         raise ValueError(
-            f"{path.name} has the SHA-256 {digest.hexdigest()}, but {known} says {expected}. It is "
-            f"deleted. Run the same command again; if its publisher changed it, delete {known} "
-            "first.")
+            f"{path.name} has the SHA-256 {digest}, but {known} says {expected}. It is deleted. "
+            f"Run the same command again; if its publisher changed it, delete {known} first.")
+    yield
+    known.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    path.unlink()
 
 
 # Unpacking.
@@ -284,7 +291,8 @@ def _archive_errors(archive: Path) -> Iterator[None]:
     except tarfile.FilterError as error:
         raise ValueError(f"{archive} is not unpacked, as it would write outside its folder: "
                          f"{error}. Get it from elsewhere.") from error
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error,
+            EOFError) as error:
         raise ValueError(f"{archive} is damaged ({error}). Delete it and run the same command "
                          "again.") from error
 
@@ -309,25 +317,23 @@ def unpack(archive: Path, folder: Path) -> None:
             file.extractall(folder)
 
 
-@contextmanager
-def _whole_or_absent(target: Path) -> Iterator[Path]:
-    """A folder to work in, on the same disk as `target` and gone afterwards."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as folder:
-        yield Path(folder)
-
-
 def _from_drive(data_dir: Path, file_id: str, archive: str, inside: str, folder: str) -> None:
     """Fetches an archive whose folder `inside` becomes `data_dir/folder`."""
     path = _downloads(data_dir) / archive
     fetch_drive(file_id, path)
-    check_sha256(path)
-    with _whole_or_absent(data_dir / folder) as beside:
-        unpack(path, beside)
-        if not (beside / inside).is_dir():
+    with verified(path), _beside(data_dir) as unpacked:
+        unpack(path, unpacked)
+        if not (unpacked / inside).is_dir():
             raise ValueError(f"{path} holds no folder {inside}. Unpack it by hand as "
                              f"{data_dir / folder}.")
-        (beside / inside).rename(data_dir / folder)
-    path.unlink()
+        (unpacked / inside).rename(data_dir / folder)
+
+
+@contextmanager
+def _beside(data_dir: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards, on the disk where what is made in it belongs."""
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpacking-") as folder:
+        yield Path(folder)
 
 
 def _downloads(data_dir: Path) -> Path:
@@ -377,10 +383,13 @@ def build_terra(images: Path, annotations: Path, folder: Path) -> None:
                     places[image].add(place)
     with _archive_errors(images), tarfile.open(images, "r|*") as tar:
         for member in tar:
-            for place in places.pop(PurePosixPath(member.name).name, ()):
-                path = folder / place / PurePosixPath(member.name).name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(tar.extractfile(member).read())
+            name = PurePosixPath(member.name).name
+            if not member.isfile() or name not in places:
+                continue
+            content = tar.extractfile(member).read()
+            for place in places.pop(name):
+                (folder / place).mkdir(parents=True, exist_ok=True)
+                (folder / place / name).write_bytes(content)
     if places:
         raise ValueError(f"{images} lacks {len(places)} annotated images, such as "
                          f"{min(places)}.")
@@ -391,12 +400,9 @@ def _fetch_terra(data_dir: Path) -> None:
     paths = [downloads / f"eccv_18_{part}.tar.gz" for part in ("all_images_sm", "annotations")]
     for path in paths:
         fetch_url(TERRA_URL + path.name, path)
-        check_sha256(path)
-    with _whole_or_absent(target) as beside:
-        build_terra(*paths, beside / "terra")
-        (beside / "terra").rename(target)
-    for path in paths:
-        path.unlink()
+    with verified(paths[0]), verified(paths[1]), _beside(data_dir) as unpacked:
+        build_terra(*paths, unpacked / "terra")
+        (unpacked / "terra").rename(target)
 
 
 # What other packages fetch.
@@ -477,9 +483,6 @@ SOURCES = {
 
 def listing() -> str:
     """What can be fetched, from where and under what terms, as a table."""
-    names = defaultdict(list)
-    for name, source in SOURCES.items():
-        names[source].append(name)
     rows = [("data set", "size", "fetched by", "licence", "page")]
     rows += [(name, source.size, source.via, source.licence, source.page)
              for name, source in SOURCES.items()]
