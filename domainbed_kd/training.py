@@ -43,7 +43,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
         args: the flags of scripts/train.py that go on record, by name.
         resume: "auto" continues an unfinished run of the same args; "never" starts afresh and
             appends to what is there, as DomainBed does.
-        loader_processes: worker processes per training loader; results do not depend on it.
+        loader_processes: worker processes per loader; results do not depend on it.
 
     Returns:
         0 if the run is finished, 143 if a signal stopped it (its state is saved).
@@ -193,7 +193,7 @@ def make_loaders(dataset, splits: loaders.Splits, training: list[int], args: dic
             split, weights, hparams["batch_size"], dataset.N_WORKERS, n_processes=processes))
 
     def one_pass(split):
-        return loaders.FastDataLoader(split, 64, dataset.N_WORKERS)
+        return loaders.FastDataLoader(split, 64, dataset.N_WORKERS, n_processes=processes)
 
     train = [infinite(splits.in_[i], in_weights[i]) for i in training]
     unlabeled = [infinite(split, weights) for split, weights in zip(uda, uda_weights)]

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--resume", choices=["auto", "never"], default="auto",
                       help="auto continues an unfinished run; never starts again and appends")
     ours.add_argument("--loader_processes", type=int, default=0, metavar="N",
-                      help="worker processes per training loader; results do not depend on it")
+                      help="worker processes per loader; results do not depend on it")
     return parser
 
 
