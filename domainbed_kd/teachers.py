@@ -1,38 +1,46 @@
 """Teachers: CLIP, and the networks of finished runs. Frozen, with their own preprocessing."""
 
-from collections.abc import Callable, Sequence
+import difflib
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import checkpoints, datasets, networks
+from domainbed_kd import averaging, checkpoints, datasets, networks
 
 
-def given(hparams: dict, num_classes: int) -> networks.Frozen | None:
+def given(hparams: dict, num_classes: int,
+          input_shape: Sequence[int] | None = None) -> networks.Frozen | None:
     """hparams["teacher"], a finished run's folder or a module x -> logits; None if there is none.
 
     Raises:
-        FileNotFoundError, ValueError: as `from_run`, or if it knows another number of classes.
+        FileNotFoundError, ValueError: as `from_run`.
     """
     teacher = hparams.get("teacher")
     if teacher is None:
         return None
     if isinstance(teacher, nn.Module):
         return networks.Frozen(teacher)
-    return from_run(Path(teacher), hparams["dataset"], hparams["test_envs"], num_classes)
+    return from_run(Path(teacher), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
+                    input_shape)
 
 
-def from_run(folder: Path, dataset: str, test_envs: list[int],
-             num_classes: int | None = None) -> networks.Frozen:
-    """The predictor that a finished run saved, as a teacher.
+def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
+             num_classes: int | None = None,
+             input_shape: Sequence[int] | None = None) -> networks.Frozen:
+    """The predictor that a finished run saved, ours or DomainBed's, as a teacher.
 
     Inputs are (B, *input_shape), normalized as the run's data set is; outputs are (B, C) logits.
+    What is None, because a fork does not tell, is not compared.
 
     Raises:
         FileNotFoundError: if the run has not finished or saved no model.
-        ValueError: if it trained on another data set, or on a domain the student is tested on.
+        ValueError: if it trained on another data set, on a domain the student is tested on, on
+            images of another shape or on other classes, or if its weights do not all fit.
     """
     from domainbed_kd import algorithms  # they import this module
 
@@ -42,25 +50,107 @@ def from_run(folder: Path, dataset: str, test_envs: list[int],
         raise FileNotFoundError(
             f"{folder} holds no model.pkl. Train the teacher again without --skip_model_save.")
     model = checkpoints.load(folder / "model.pkl")
+    absent = {"args", "model_dict", "model_hparams", "model_input_shape", "model_num_classes",
+              "model_num_domains"} - model.keys()
+    if absent:
+        raise ValueError(f"{folder / 'model.pkl'} is no run's model: it lacks "
+                         f"{', '.join(sorted(absent))}. Name the folder of a run of train.")
     args = model["args"]
-    if args["dataset"] != dataset:
+    if dataset not in (None, args["dataset"]):
         raise ValueError(f"The teacher in {folder} trained on {args['dataset']}, the student "
                          f"trains on {dataset}. Name a teacher of the same data set.")
-    seen = sorted(set(test_envs) - set(args["test_envs"]))
+    seen = sorted(set(test_envs or ()) - set(args["test_envs"]))
     if seen:
         raise ValueError(
             f"The teacher in {folder} trained on environments {seen}, on which the student is "
             "tested. Name a teacher that held them out.")
     if num_classes not in (None, model["model_num_classes"]):
         raise ValueError(f"The teacher in {folder} knows {model['model_num_classes']} classes, "
-                         f"the student's data set has {num_classes}.")
+                         f"the student's data set has {num_classes}. Name another teacher.")
+    if input_shape is not None and tuple(input_shape) != tuple(model["model_input_shape"]):
+        raise ValueError(
+            f"The teacher in {folder} takes images of shape {tuple(model['model_input_shape'])}, "
+            f"the student's are {tuple(input_shape)}. Train both at the same size.")
     context = {"total_steps": 0, "class_names": model.get("class_names")}
+    if dataset is not None:
+        context["normalization"] = datasets.get_dataset_class(dataset).NORMALIZATION
+    if "teacher" in args:
+        context["teacher"] = nn.Identity()  # it is not in the state dict, nor needed to predict
     # The run's weights are all loaded below: none need be fetched first.
     hparams = context | model["model_hparams"] | {"weights": "none"}
-    algorithm = algorithms.get_algorithm_class(args["algorithm"])(
-        model["model_input_shape"], model["model_num_classes"], model["model_num_domains"], hparams)
-    algorithm.load_state_dict(model["model_dict"])
+    cls = averaging.averaged(
+        algorithms.get_algorithm_class(args["algorithm"]), hparams.get("averaging"))
+    algorithm = cls(model["model_input_shape"], model["model_num_classes"],
+                    model["model_num_domains"], hparams)
+    try:
+        algorithm.load_state_dict(model["model_dict"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"The teacher in {folder} does not load into {args['algorithm']}: "
+                         f"{reason}") from None
     return networks.Frozen(algorithm)
+
+
+def audit(algorithm: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
+          allow_bad: bool = False) -> dict | None:
+    """What an algorithm's teacher is worth to it, before the first step.
+
+    Args:
+        algorithm: one with `teacher_logits`, and `teacher`.
+        batches: (x, y) of the training domains' validation images, not augmented, on the
+            algorithm's device.
+        allow_bad: report a bad teacher's problem instead of raising it.
+
+    Returns:
+        `accuracy` and `chance`, in [0, 1]; `n_images`; `weights_loaded`, a share, None for an
+        object that was passed in; `preprocessing` and `problem`, in words, the latter None where
+        there is none. None altogether without a teacher, or while it warms up.
+
+    Raises:
+        ValueError: if the teacher is near chance, or its classes are in another order.
+    """
+    if not hasattr(algorithm, "teacher_logits") or getattr(algorithm, "warm_up_left", 0):
+        return None
+    confusion = 0
+    for x, y in batches:
+        logits = algorithm.teacher_logits(x)
+        n = logits.shape[1]
+        confusion += (y * n + logits.argmax(dim=1)).bincount(minlength=n * n).view(n, n).cpu()
+    problem = audit_confusion(confusion)
+    if problem and not allow_bad:
+        raise ValueError(f"The teacher {problem} Choose another, or pass --allow_bad_teacher.")
+    teacher, n_images = algorithm.teacher, confusion.sum().item()
+    return {
+        "accuracy": confusion.trace().item() / n_images, "chance": 1 / len(confusion),
+        "n_images": n_images, "weights_loaded": getattr(teacher, "weights_loaded", None),
+        "preprocessing": getattr(teacher, "preprocessing", "the student's"), "problem": problem}
+
+
+def audit_confusion(confusion: Tensor) -> str | None:
+    """What is wrong with a teacher, by its counts (C labels, C guesses); None if nothing is.
+
+    Classes count as being in another order if each label's most frequent guess is another's own,
+    and reading the guesses so adds more than 0.2 to the accuracy. Chance is 1 / C; a teacher is
+    near it if less than 3 standard errors of a guesser's accuracy above.
+    """
+    n_classes, n_images = len(confusion), confusion.sum().item()
+    accuracy = confusion.trace().item() / n_images
+    labels = confusion.sum(dim=1).nonzero().flatten()
+    count, guess = confusion[labels].max(dim=1)
+    gain = count.sum().item() / n_images - accuracy
+    if len(guess.unique()) == len(guess) and gain > 0.2:
+        order = ", ".join(f"{g} for {y}" for y, g in zip(labels.tolist(), guess.tolist())
+                          if g != y)
+        return (f"has its classes in another order: it says {order}. In the labels' order it "
+                f"would be right on {accuracy + gain:.0%} of the training domains' validation "
+                f"images, not {accuracy:.0%}.")
+    chance = 1 / n_classes
+    bound = chance + 3 * (chance * (1 - chance) / n_images) ** 0.5
+    if accuracy < bound:
+        return (f"is near chance: right on {accuracy:.1%} of {n_images} validation images of the "
+                f"training domains, where guessing gives {chance:.1%} and {bound:.1%} is asked "
+                "for.")
+    return None
 
 
 def check_class_names(method: str, hparams: dict, num_classes: int) -> None:
@@ -83,30 +173,42 @@ class CLIP(networks.Frozen):
     """A frozen CLIP that takes the student's images, and encodes text once.
 
     Args:
-        model: encode_image, encode_text and logit_scale, as open_clip's models have them.
+        model: encode_image, encode_text and logit_scale (a tensor, the scale's logarithm), as
+            open_clip's models have them.
         tokenizer: list of texts -> tokens.
         size: side of its images, in pixels.
         mean, std: of its images, per channel.
         student_mean, student_std: of the student's images, per channel; undone first.
         renormalize: False gives CLIP the student's normalization, as SCMD's and RISE's published
             code does.
+        weights_loaded: the share of its weights that came from a file, if that is known.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Callable, size: int,
                  mean: Sequence[float], std: Sequence[float],
                  student_mean: Sequence[float], student_std: Sequence[float],
-                 renormalize: bool = True):
+                 renormalize: bool = True, weights_loaded: float | None = 1.0):
         super().__init__(model)
         self.tokenizer, self.size = tokenizer, size
         self.mean, self.std = mean, std
         self.student_mean, self.student_std = student_mean, student_std
         self.renormalize = renormalize
+        self.weights_loaded = weights_loaded
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to the student's images, in words."""
+        size = f"3 channels, {self.size} x {self.size} pixels"
+        if not self.renormalize:
+            return f"{size}, normalization as the student's"
+        return (f"mean {self.student_mean} and std {self.student_std} undone; {size}; mean "
+                f"{self.mean}, std {self.std}")
 
     @torch.no_grad()
     def sentences(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
         """Embeddings (C, S, D), not normalized, of S templates filled with C class names."""
         texts = [template.format(name) for name in names for template in templates]
-        device = next(self.module.parameters()).device
+        device = self.module.logit_scale.device
         embedded = self.module.encode_text(self.tokenizer(texts).to(device))
         return embedded.float().unflatten(0, (len(names), len(templates)))
 
@@ -124,13 +226,14 @@ class CLIP(networks.Frozen):
         return (x - per_channel(self.mean)) / per_channel(self.std) if self.renormalize else x
 
     @torch.no_grad()
-    def embed(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Embeddings (B, D), not normalized, of the student's images."""
         return self.module.encode_image(self.preprocess(x)).float()
 
+    @torch.no_grad()
     def logits(self, x: Tensor, text: Tensor) -> Tensor:
         """Scaled cosines (B, C) of the student's images and text embeddings (C, D)."""
-        cosine = F.normalize(self.embed(x), dim=-1) @ F.normalize(text, dim=-1).T
+        cosine = F.normalize(self(x), dim=-1) @ F.normalize(text, dim=-1).T
         return self.module.logit_scale.exp().float() * cosine
 
 
@@ -138,28 +241,37 @@ def clip(hparams: dict, input_shape: Sequence[int]) -> CLIP:
     """The CLIP that hparams["clip_backbone"] names, or the object in hparams["clip_model"].
 
     Names are "tiny" (ships with the package), "ViT-B-16" (OpenAI's weights), any
-    "model/pretrained" of open_clip, or "model/path/to/checkpoint.pt". An object has encode_image,
-    encode_text, logit_scale and tokenizer, and optionally image_size, image_mean and image_std.
+    "model/pretrained" of open_clip, or "model/path/to/checkpoint.pt". An object is a module with
+    encode_image, encode_text, logit_scale and tokenizer, and optionally image_size (the
+    student's), image_mean and image_std (its images are in [0, 1]).
+
+    hparams["normalization"] is (mean, std) of the student's images, None if they are in [0, 1].
+    Where a fork does not tell, colour images from 64 pixels on have ImageNet's.
 
     Raises:
-        ValueError: if open_clip knows no such model or weights.
+        ValueError: if open_clip knows no such model or weights, or the object lacks a part.
         OSError: if the weights cannot be fetched.
     """
-    channels, height = input_shape[:2]
-    imagenet = channels == 3 and height >= 64
-    default = (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD) if imagenet else (
-        (0.0,) * channels, (1.0,) * channels)
-    student_mean, student_std = hparams.get("normalization") or default
+    channels, side = input_shape[0], input_shape[-1]
+    imagenet = datasets.IMAGENET_MEAN, datasets.IMAGENET_STD
+    normalization = hparams.get(
+        "normalization", imagenet if channels == 3 and side >= 64 else None)
+    student_mean, student_std = normalization or ((0.0,) * channels, (1.0,) * channels)
     options = {"student_mean": student_mean, "student_std": student_std,
                "renormalize": hparams.get("clip_renormalize", True)}
     model = hparams.get("clip_model")
-    if model is not None:
-        return CLIP(model, model.tokenizer, getattr(model, "image_size", height),
-                    getattr(model, "image_mean", (0.0,) * 3),
-                    getattr(model, "image_std", (1.0,) * 3), **options)
-    if hparams["clip_backbone"] == "tiny":
-        return CLIP(*tiny_clip(), **options)
-    return CLIP(*_open_clip(hparams["clip_backbone"]), **options)
+    if model is None:
+        name = hparams["clip_backbone"]
+        return CLIP(*(tiny_clip() if name == "tiny" else _open_clip(name)), **options)
+    absent = [name for name in ("encode_image", "encode_text", "logit_scale", "tokenizer")
+              if not hasattr(model, name)]
+    if absent or not isinstance(model, nn.Module):
+        raise ValueError("hparams['clip_model'] takes a torch module with encode_image, "
+                         "encode_text, logit_scale and tokenizer; found a "
+                         f"{type(model).__name__} without {', '.join(absent) or 'being a module'}.")
+    return CLIP(model, model.tokenizer, getattr(model, "image_size", side),
+                getattr(model, "image_mean", (0.0,) * 3), getattr(model, "image_std", (1.0,) * 3),
+                weights_loaded=None, **options)
 
 
 def _open_clip(name: str) -> tuple:
@@ -168,26 +280,39 @@ def _open_clip(name: str) -> tuple:
 
     architecture, _, pretrained = name.partition("/")
     pretrained = pretrained or "openai"
-    if architecture not in open_clip.list_models():
-        raise ValueError(f"CLIP: open_clip knows no model {architecture!r}. Known are, for "
-                         "example, ViT-B-16, ViT-B-32, RN50 (open_clip.list_models()).")
+    known = open_clip.list_models()
+    if architecture not in known:
+        near = difflib.get_close_matches(name.replace("/", "-"), known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"clip_backbone: open_clip knows no model {architecture!r}.{hint} Known "
+                         "are, for example, ViT-B-16, ViT-B-32, RN50 (open_clip.list_models()).")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if pretrained not in tags and not Path(pretrained).exists():
-        raise ValueError(f"CLIP: {architecture} has no weights {pretrained!r}, and no such file "
-                         f"exists. Known: {', '.join(tags)}.")
-    # OpenAI's networks use another GELU than open_clip's own; the weights' tag says which.
+    if pretrained not in tags and not Path(pretrained).is_file():
+        raise ValueError(f"clip_backbone: {architecture} has no weights {pretrained!r}, and no "
+                         f"such file exists. Known: {', '.join(tags) or 'none'}.")
+    # OpenAI's networks use another GELU than open_clip's own; the weights' tag says which, and of
+    # a file that OpenAI alone publishes TorchScript.
     config = open_clip.get_pretrained_cfg(architecture, pretrained) or {}
+    torchscript = _is_torchscript(pretrained)
     try:
         model = open_clip.create_model(
-            architecture, pretrained, force_quick_gelu=config.get("quick_gelu", False))
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+            architecture, pretrained, weights_only=not torchscript,
+            force_quick_gelu=torchscript or config.get("quick_gelu", False))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise OSError(
-            f"CLIP: the weights of {name} cannot be loaded ({reason}). On a machine without a "
-            'network, pass a file: --hparams \'{"clip_backbone": "ViT-B-32/path/file.pt"}\'.'
+            f"clip_backbone: the weights of {name} cannot be loaded ({reason}). On a machine "
+            'without a network, pass a file: --hparams \'{"clip_backbone": "ViT-B-32/file.pt"}\'.'
         ) from error
     preprocessing = open_clip.get_model_preprocess_cfg(model)
     size = preprocessing["size"]
     return (model, open_clip.get_tokenizer(architecture),
             size if isinstance(size, int) else size[0],
             preprocessing["mean"], preprocessing["std"])
+
+
+def _is_torchscript(path: str) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())

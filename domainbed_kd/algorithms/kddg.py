@@ -7,8 +7,15 @@ The abstract names a "gradient filter" and calls it a regularizer; no code is pu
 filter's definition could not be had. This is a reading of it: a sample is filtered where the
 student is right and at least as sure of the label as the teacher, since nothing is left to
 learn from it there and cross-entropy would only overfit. What the source leaves open is an
-hparam: `kddg_filter`, `kddg_filter_on`, `kddg_norm`, `kddg_margin`. All constants are ours.
+hparam: `kddg_filter`, `kddg_filter_on`, `kddg_norm`, `kddg_margin`, `kddg_filter_start`. All
+constants are ours, and so is the teacher: ERM's network on the same training domains.
+
+The two diagnostics of the analysis are our definitions too: how far the weights travel is logged
+with `kddg_weight_distance`, and `mutual_information` is there to be called. A step whose samples
+are all filtered has no gradient, but Adam's momentum and weight decay still move the weights.
 """
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +38,43 @@ def keep_mask(student: Tensor, teacher: Tensor, y: Tensor, rule: str,
     """
     row = torch.arange(len(y), device=y.device)
     correct = student.argmax(dim=1) == y
-    sure = (student.softmax(dim=1) - teacher.softmax(dim=1))[row, y] >= margin
+    sure = student.softmax(dim=1)[row, y] >= teacher.softmax(dim=1)[row, y] + margin
     filtered = {"none": torch.zeros_like(correct), "correct": correct, "confident": sure,
                 "both": correct & sure}[rule]
     return (~filtered).float()
+
+
+def distance(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
+    """Euclidean distance between two lists of weights, each taken as one vector."""
+    return sum(((new - old) ** 2).sum() for old, new in zip(before, after)).sqrt()
+
+
+def mutual_information(features: Tensor, labels: Tensor, held_out: Tensor,
+                       held_out_labels: Tensor) -> float:
+    """A lower bound, in nats, on what features (N, D) tell about labels (N,); at least 0.
+
+    H(y) - CE of a linear probe, fitted to the first two and measured on the held-out ones. The
+    labels may be classes or domains. Deterministic; draws no random numbers.
+    """
+    n_classes = int(max(labels.max(), held_out_labels.max())) + 1
+    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    weights = torch.zeros(n_classes, features.shape[1] + 1, dtype=torch.float64,
+                          device=features.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def cross_entropy(x, y):
+        x = F.pad(((x - mean) / std).double(), (0, 1), value=1)  # the bias
+        return F.cross_entropy(x @ weights.T, y)
+
+    def step():
+        optimizer.zero_grad()
+        loss = cross_entropy(features, labels) + 1e-4 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(step)
+    entropy = torch.special.entr(held_out_labels.bincount() / len(held_out_labels)).sum()
+    return max(0.0, (entropy - cross_entropy(held_out, held_out_labels)).item())
 
 
 class KDDG(Taught):
@@ -50,7 +90,8 @@ class KDDG(Taught):
             "kddg_filter_on": ("all", lambda r: str(r.choice(["all", "ce"]))),
             "kddg_margin": (0.0, lambda r: r.choice([0.0, 0.05])),
             "kddg_norm": fixed("batch"),
-            "kddg_filter_start": fixed(0),
+            "kddg_filter_start": fixed(0),  # in steps of the student
+            "kddg_weight_distance": fixed(False),
         }
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
@@ -61,6 +102,7 @@ class KDDG(Taught):
                 raise ValueError(
                     f"KDDG: {name} is {hparams[name]!r}; it takes one of {', '.join(known)}.")
         self.register_buffer("update_count", torch.tensor(0))
+        self.register_buffer("weight_distance", torch.tensor(0.0))
 
     def distill(self, x, y):
         """One step on the filtered mix; a batch that is filtered whole has loss 0."""
@@ -74,11 +116,21 @@ class KDDG(Taught):
         keep = keep_mask(logits.detach(), teacher, y, rule, self.hparams["kddg_margin"])
         self.update_count += 1
         on, alpha = self.hparams["kddg_filter_on"], self.hparams["kddg_alpha"]
-        loss = ((1 - alpha) * classify * (keep if on in ("all", "ce") else 1)
-                + alpha * distill * (keep if on in ("all", "kd") else 1))
+        loss = (1 - alpha) * classify * (keep if on in ("all", "ce") else 1)
+        if alpha:
+            loss = loss + alpha * distill * (keep if on in ("all", "kd") else 1)
         # By the whole batch: filtering a sample must not change the gradient of another.
         divisor = len(y) if self.hparams["kddg_norm"] == "batch" else keep.sum().clamp(min=1)
-        return self.descend(
+        return self._descend(
             loss.sum() / divisor, classify=classify.mean(), distill=distill.mean(),
             filtered=1 - keep.mean(),
             teacher_accuracy=(teacher.argmax(dim=1) == y).float().mean())
+
+    def _descend(self, loss, **terms):
+        if not self.hparams["kddg_weight_distance"]:
+            return self.descend(loss, **terms)
+        before = [p.detach().clone() for p in self.network.parameters()]
+        values = self.descend(loss, **terms)
+        with torch.no_grad():
+            self.weight_distance += distance(before, self.network.parameters())
+        return values | {"weight_distance": self.weight_distance.item()}

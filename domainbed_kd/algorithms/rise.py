@@ -3,10 +3,13 @@
 Huang et al., "A Sentence Speaks a Thousand Images: Domain Generalization through Distilling
 CLIP with Language Guidance", ICCV 2023, https://arxiv.org/abs/2309.12530.
 Losses from the paper, constants from the authors' code (github.com/OoDBag/RISE).
-Departures: DomainBed's Adam and lr unless `rise_optimizer` is "sgd"; the temperature is drawn
-from [2, 4] (theirs is 3) and the weights from ranges around their grids; class names are those of
-the labels' own order (theirs disagree on OfficeHome and TerraIncognita); CLIP gets its own
-normalization unless `clip_renormalize` is false.
+Departures: DomainBed's student, Adam, lr and batches, not BiT and SGD (`rise_optimizer` "sgd" is
+theirs: momentum 0.9, lr divided by 10 at 80 % of the steps; they take lr 1e-3 and weight decay
+5e-4); the temperature is drawn from [2, 4] (theirs is 3) and the weights from ranges around their
+grids; class names are in the labels' order (theirs disagree on OfficeHome and TerraIncognita) and
+have no underscores; CLIP's scores have its own scale, not a literal 100 (for OpenAI's weights that
+is the same); CLIP gets its own normalization unless `clip_renormalize` is false. On TerraIncognita
+they distil a CLIP tuned to the task: name its file in `clip_backbone`.
 """
 
 from collections.abc import Sequence
@@ -45,9 +48,10 @@ def relative_distance(image: Tensor, text: Tensor, styled: Tensor, y: Tensor,
 
 
 def anchors(domain_names: Sequence[str] | None) -> list[str]:
-    """Templates that name the training domains or, where these have no names, ways to photograph.
+    """Templates that name the training domains, never the test domain's name.
 
-    One anchor alone would make every relative distance 0.
+    Where these have no telling names, or where there is only one and so every relative distance
+    would be 0, they name ways to photograph.
     """
     if domain_names is None or len(domain_names) < 2:
         return list(STYLED)
@@ -64,14 +68,17 @@ class Student(nn.Module):
             neutral = teacher.sentences(hparams["rise_templates"], names).mean(dim=1)  # (C, D)
             styled = teacher.sentences(anchors(hparams.get("domain_names")), names)
         self.register_buffer("text", F.normalize(neutral, dim=-1))
-        self.register_buffer("styled", styled)  # (C, S, D)
+        # Not needed to predict, so a model loads whatever its domains are called.
+        self.register_buffer("styled", styled, persistent=False)  # (C, S, D)
 
         self.featurizer = networks.Featurizer(input_shape, hparams)
         self.embed = nn.Linear(self.featurizer.n_outputs, self.text.shape[1])
         self.classifier = nn.Linear(self.text.shape[1], num_classes)
+        for layer in (self.embed, self.classifier):
+            nn.init.normal_(layer.weight, std=0.01)  # 0.01: authors' start
+            nn.init.zeros_(layer.bias)
         if hparams["rise_text_init"]:
             self.classifier.weight.data.copy_(self.text)
-            self.classifier.bias.data.zero_()
         # The authors do so where zero-shot CLIP is weak (TerraIncognita); CLIP itself is not run.
         self.text_at_test = hparams["rise_clip_head_at_test"]
 
@@ -105,6 +112,9 @@ class RISE(Algorithm):
     The student embeds images at CLIP's width and its classifier starts as CLIP's zero-shot one.
     Only `update` needs CLIP: `predict` is the bare student. With several `rise_teachers` there is
     a student for each, as in the paper's mix of teachers.
+
+    Raises:
+        ValueError: if classes have no names, `rise_optimizer` is unknown, or as `teachers.clip`.
     """
 
     @staticmethod
@@ -147,7 +157,7 @@ class RISE(Algorithm):
         sgd = torch.optim.SGD(self.network.parameters(), self.hparams["lr"], momentum=0.9,
                               weight_decay=self.hparams["weight_decay"])
         steps = int(0.8 * self.hparams.get("total_steps", 5001))  # 0.8: the authors' drop
-        self.scheduler = torch.optim.lr_scheduler.StepLR(sgd, steps, gamma=0.1)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(sgd, max(1, steps), gamma=0.1)
         return sgd
 
     def update(self, minibatches, unlabeled=None):
@@ -185,6 +195,15 @@ class RISE(Algorithm):
                 image, student.text, student.styled, y, self.hparams["rise_relative_temperature"])
             loss = loss + relative_weight * terms["relative"]
         return loss, terms
+
+    @property
+    def teacher(self) -> teachers.CLIP:
+        """The first teacher; without a mix, the only one."""
+        return self.teachers[0]
+
+    def teacher_logits(self, x):
+        """The first teacher's zero-shot logits (B, C) of the student's images."""
+        return self.teacher.logits(x, self.network[0].text)
 
     def predict(self, x):
         """Logits (B, C) of the students alone."""

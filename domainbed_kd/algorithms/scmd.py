@@ -3,9 +3,13 @@
 Leng et al., "Choosing Wisely and Learning Deeply: Selective Cross-Modality Distillation via CLIP
 for Domain Generalization", TMLR 2024, https://arxiv.org/abs/2311.15145.
 Losses, schedule and constants from the authors' code.
-Departures: CLIP gets its own normalization unless `clip_renormalize` is false; the selection phase
-ends after its share of the run's steps, not of a literal 5,000; the logit scale has no weight
-decay; everything runs in the precision of the inputs.
+Departures: CLIP gets its own normalization, the selection phase ends after its share of the run's
+steps, not of a literal 5,000, and the logit scale has no weight decay (`scmd_published` undoes all
+three; `clip_renormalize` the first alone); everything runs in the precision of the inputs, not in
+half; lr, weight decay, batch size and the student are DomainBed's, so BatchNorm learns unless
+`freeze_bn` and the ImageNet weights are torchvision's V1 unless `weights` is IMAGENET1K_V2.
+Like theirs, the pass that finds the hardest samples runs in train mode: BatchNorm that is not
+frozen takes in the whole batch there, and the kept samples in the step.
 """
 
 import torch
@@ -25,11 +29,20 @@ def hardest(losses: Tensor, share: float) -> Tensor:
     return losses.topk(max(1, int(len(losses) * share))).indices
 
 
+def cross_modal_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    """Scaled cosines (B, C) of projected features (B, D) with text (C, D) of unit length."""
+    return log_scale.exp() * F.normalize(image, dim=-1) @ text.T
+
+
 class SCMD(ERM):
     """Cross-entropy and two distillations, over the hardest samples for most of the run.
 
     One distillation is from CLIP's scores to the student's logits, the other to the cosines of
-    the student's projected features with CLIP's text. Predicts with the moving average.
+    the student's projected features with CLIP's text. In eval mode it predicts with the mean of
+    the student's weights since one update before `scmd_sma_start`. Only `update` needs CLIP.
+
+    Raises:
+        ValueError: if classes have no names, `scmd_sma_start` is below 1, or as `teachers.clip`.
     """
 
     averages_weights = True
@@ -48,13 +61,18 @@ class SCMD(ERM):
             "scmd_temperature": (3.0, lambda r: r.uniform(2, 5)),
             "scmd_sma": fixed(True),
             "scmd_sma_start": fixed(300),
+            "scmd_published": fixed(False),
         }
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         teachers.check_class_names("SCMD", hparams, num_classes)
+        start, published = hparams["scmd_sma_start"], hparams["scmd_published"]
+        if start < 1:
+            raise ValueError(f"SCMD: scmd_sma_start is {start}; updates count from 1.")
+        renormalize = hparams["clip_renormalize"] and not published
         with forked_rng():
-            self.teacher = teachers.clip(hparams, input_shape)
+            self.teacher = teachers.clip(hparams | {"clip_renormalize": renormalize}, input_shape)
             text = self.teacher.sentences([hparams["scmd_template"]], hparams["class_names"])
             self.register_buffer("text", F.normalize(text[:, 0], dim=-1))  # (C, D)
             self.projector = nn.Linear(
@@ -62,14 +80,18 @@ class SCMD(ERM):
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # CLIP's own start
         self.optimizer = self.adam(self.network)
         self.optimizer.add_param_group({"params": self.projector.parameters()})
-        self.optimizer.add_param_group({"params": [self.log_scale], "lr": 1e-4, "weight_decay": 0})
+        self.optimizer.add_param_group({
+            "params": [self.log_scale], "lr": 1e-4,
+            "weight_decay": hparams["weight_decay"] if published else 0})
         self.register_buffer("update_count", torch.tensor(0))
         # The authors fold update `start` into a copy of the one before it.
-        self.average = averaging.MovingAverage(self.network, hparams["scmd_sma_start"] - 1)
+        self.average = averaging.MovingAverage(self.network, start - 1)
 
     def selects(self) -> bool:
         """Whether the next update keeps only the hardest samples."""
         steps = self.hparams.get("total_steps", 5001) - 1
+        if self.hparams["scmd_published"]:
+            steps = 5000
         return bool(self.update_count <= int(steps * (1 - self.hparams["scmd_last_k"])))
 
     def update(self, minibatches, unlabeled=None):
@@ -88,22 +110,27 @@ class SCMD(ERM):
         lambda1, lambda2 = self.hparams["scmd_lambda1"], self.hparams["scmd_lambda2"]
         temperature = self.hparams["scmd_temperature"]
         if lambda1 or lambda2:
-            teacher = self.teacher.logits(x, self.text)
+            teacher = self.teacher_logits(x)
         if lambda1:
             terms["distill"] = kd_loss(logits, teacher, temperature)
             loss = loss + lambda1 * terms["distill"]
         if lambda2:
-            projected = F.normalize(self.projector(features), dim=-1)
-            cross_modal = self.log_scale.exp() * projected @ self.text.T
-            terms["cross_modal"] = kd_loss(cross_modal, teacher, temperature)
+            logits = cross_modal_logits(self.projector(features), self.text, self.log_scale)
+            terms["cross_modal"] = kd_loss(logits, teacher, temperature)
             loss = loss + lambda2 * terms["cross_modal"]
         values = self.descend(loss, **terms)
         with torch.no_grad():
             self.log_scale.clamp_(0, LARGEST_SCALE)
-        self.average.update(self.network)
+        if self.hparams["scmd_sma"]:
+            self.average.update(self.network)
         self.update_count += 1
         return values | {"selected": len(y) / n_rows, "scale": self.log_scale.exp().item()}
 
+    def teacher_logits(self, x):
+        """CLIP's zero-shot logits (B, C) of the student's images."""
+        return self.teacher.logits(x, self.text)
+
     def predict(self, x):
-        """Logits (B, C) of the moving average or, with `scmd_sma` off, of the live student."""
-        return (self.average if self.hparams["scmd_sma"] else self.network)(x)
+        """Logits (B, C) of the live student or, in eval mode with `scmd_sma`, of the average."""
+        averaged = self.hparams["scmd_sma"] and not self.training
+        return (self.average if averaged else self.network)(x)

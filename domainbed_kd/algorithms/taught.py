@@ -15,8 +15,13 @@ class Taught(ERM):
     The teacher is hparams["teacher"]: a folder of a finished run, or a module x -> logits. Where
     there is none, as inside a fork, a second network of the student's kind is trained by ERM in
     the first `teacher_steps` updates and frozen then; until then `predict` is that network's.
+    Only a teacher that warmed up here is in the state dict.
 
     Subclasses implement `distill(x, y)`, one step of the student.
+
+    Raises:
+        FileNotFoundError, ValueError: as `teachers.given`; if `teacher_steps` is negative; or if
+            weights are to be averaged while a teacher warms up and the student stands still.
     """
 
     #: The sweep trains this algorithm's teacher, ERM with default hparams, before it.
@@ -30,16 +35,25 @@ class Taught(ERM):
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.register_buffer("warm_up_left", torch.tensor(0))
-        self.teacher = teachers.given(hparams, num_classes)
-        if self.teacher is None:
-            with forked_rng():
-                featurizer = networks.Featurizer(input_shape, hparams)
-                self.teacher = nn.Sequential(featurizer, networks.Classifier(
-                    featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"]))
-            self.teacher_optimizer = self.adam(self.teacher)
-            steps = hparams["teacher_steps"]
-            self.warm_up_left.fill_(
-                hparams.get("total_steps", 5001) // 5 if steps is None else steps)
+        with forked_rng():
+            self.teacher = teachers.given(hparams, num_classes, input_shape)
+            if self.teacher is not None:
+                return
+            featurizer = networks.Featurizer(input_shape, hparams)
+            self.teacher = nn.Sequential(featurizer, networks.Classifier(
+                featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"]))
+        self.teacher_optimizer = self.adam(self.teacher)
+        steps = hparams["teacher_steps"]
+        if steps is None:
+            steps = hparams.get("total_steps", 5001) // 5
+        name = type(self).__name__
+        if steps < 0:
+            raise ValueError(f"{name}: teacher_steps is {steps}; it takes a number from 0 up, or "
+                             "null.")
+        if steps and getattr(self, "averages_weights", False):
+            raise ValueError(f"{name}: the average would take in a student that stands still "
+                             "while its teacher warms up. Name a trained one: --teacher FOLDER.")
+        self.warm_up_left.fill_(steps)
 
     def train(self, mode=True):
         """Leaves the teacher in eval mode once it has warmed up."""
@@ -47,6 +61,12 @@ class Taught(ERM):
         if not self.warm_up_left:
             self.teacher.eval()
         return self
+
+    def load_state_dict(self, *args, **kwargs):
+        """As nn.Module's; a teacher that had warmed up is in eval mode again."""
+        keys = super().load_state_dict(*args, **kwargs)
+        self.train(self.training)
+        return keys
 
     def update(self, minibatches, unlabeled=None):
         """One step of the student or, while it warms up, of the teacher."""
@@ -61,10 +81,14 @@ class Taught(ERM):
         self.train(self.training)
         return {"loss": loss.item(), "teacher_loss": loss.item()}
 
+    def distill(self, x, y):
+        """One step of the student on images (B, ...) and labels (B,); returns what to log."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement distill().")
+
+    @torch.no_grad()
     def teacher_logits(self, x):
         """The teacher's logits (B, C) of the student's images, without gradients."""
-        with torch.no_grad():
-            return self.teacher(x)
+        return self.teacher(x)
 
     def predict(self, x):
         """Logits (B, C): the student's, or the teacher's while it warms up."""
