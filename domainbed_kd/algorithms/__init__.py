@@ -14,7 +14,7 @@ _PUBLISHED_ORDER = (
     "ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN",
     "CDANN", "MTL", "SagNet", "ARM", "VREx", "RSC", "SD", "Fishr", "SMA", "SWAD")
 # Files whose classes other methods build on; they are no methods themselves.
-_ABSTRACT = ("base", "taught")
+_ABSTRACT = ("base", "annealed", "taught")
 # Names that a class cannot have, or that users type in another form.
 _ALIASES = {"4Ds": "FourDs"}
 

@@ -1,0 +1,50 @@
+"""CORAL: the domains' features shall have the same mean and the same covariance.
+
+Sun & Saenko, "Deep CORAL: Correlation Alignment for Deep Domain Adaptation", ECCV 2016 Workshops,
+https://arxiv.org/abs/1607.01719. Departures, as in DomainBed: means are aligned too, and every
+pair of training domains.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from domainbed_kd.algorithms.erm import ERM
+
+
+def moment_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of two batches' (B, D) means plus that of their covariances."""
+    def moments(x):
+        mean = x.mean(dim=0, keepdim=True)
+        centred = x - mean
+        return mean, centred.T @ centred / (len(x) - 1)
+
+    return sum((of_a - of_b).square().mean() for of_a, of_b in zip(moments(a), moments(b)))
+
+
+def mean_over_pairs(distance: Callable[[Tensor, Tensor], Tensor], features: list[Tensor]) -> Tensor:
+    """The mean of a distance over all pairs of domains' features (B, D); 0 for one domain."""
+    distances = [distance(a, b) for a, b in itertools.combinations(features, 2)]
+    return sum(distances) / len(distances) if distances else features[0].new_zeros(())
+
+
+class CORAL(ERM):
+    """Mean cross-entropy of the domains, and the distance of their features' moments."""
+
+    distance = staticmethod(moment_distance)
+
+    @staticmethod
+    def search_space(dataset):
+        """The weight of the distance."""
+        return {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))}
+
+    def update(self, minibatches, unlabeled=None):
+        """One step; as in DomainBed, the loss that is returned is the cross-entropy alone."""
+        features = [self.featurizer(x) for x, _ in minibatches]
+        loss = sum(F.cross_entropy(self.classifier(f), y)
+                   for f, (_, y) in zip(features, minibatches)) / len(minibatches)
+        penalty = mean_over_pairs(self.distance, features)
+        self.descend(loss + self.hparams["mmd_gamma"] * penalty)
+        return {"loss": loss.item(), "penalty": penalty.item()}

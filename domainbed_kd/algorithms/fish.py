@@ -1,0 +1,50 @@
+"""Fish: move towards where a pass over the domains, one after the other, ends.
+
+Shi et al., "Gradient Matching for Domain Generalization", ICLR 2022,
+https://arxiv.org/abs/2104.09937 (algorithm 1): steps in turn align the domains' gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from domainbed_kd import networks
+from domainbed_kd.algorithms.base import Algorithm
+
+
+class Fish(Algorithm):
+    """An Adam step on each domain in turn, then a share of the way from start to end.
+
+    Adam's moments outlive the pass, as in DomainBed; but they belong to `self.optimizer`, so that
+    a restarted run goes on with them.
+    """
+
+    @staticmethod
+    def search_space(dataset):
+        """The share of the way."""
+        return {"meta_lr": (0.5, lambda r: r.choice([0.05, 0.1, 0.5]))}
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        featurizer = networks.Featurizer(input_shape, hparams)
+        classifier = networks.Classifier(
+            featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
+        self.network = nn.Module()  # so named for DomainBed's checkpoints: network.net.0...
+        self.network.net = nn.Sequential(featurizer, classifier)
+        self.network.forward = self.network.net.forward
+        self.optimizer = self.adam(self.network)
+
+    def update(self, minibatches, unlabeled=None):
+        """One pass; the loss is that of the last domain."""
+        start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        for x, y in minibatches:
+            values = self.descend(F.cross_entropy(self.predict(x), y))
+        with torch.no_grad():
+            for name, tensor in self.network.state_dict().items():
+                way = tensor - start[name]
+                tensor.copy_(start[name] + self.hparams["meta_lr"] * way)
+        return values
+
+    def predict(self, x):
+        """Logits (B, C) of images (B, ...)."""
+        return self.network.net(x)

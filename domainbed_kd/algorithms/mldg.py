@@ -1,0 +1,65 @@
+"""MLDG: a step on some domains shall also be a step for others.
+
+Li et al., "Learning to Generalize: Meta-Learning for Domain Generalization", AAAI 2018,
+https://arxiv.org/abs/1710.03463; its first-order variant, as in DomainBed.
+"""
+
+import copy
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from domainbed_kd.algorithms.erm import ERM
+
+
+def meta_pairs(n_domains: int, n_meta_test: int) -> list[tuple[int, int]]:
+    """Each meta-training domain with a meta-test domain, from a random order of all domains."""
+    order = torch.randperm(n_domains).tolist()
+    meta_train = order[:n_domains - n_meta_test]
+    return list(zip(meta_train, itertools.cycle(order[-n_meta_test:])))
+
+
+class MLDG(ERM):
+    """Gradients of meta-training domains, plus those of meta-test domains one Adam step later.
+
+    Departure from DomainBed: at least one domain is left for meta-training, where it would
+    otherwise learn nothing from two domains; `upstream_exact` restores that.
+    """
+
+    @staticmethod
+    def search_space(dataset):
+        """The weight of the meta-test gradients, and how many domains they come from."""
+        return {
+            "mldg_beta": (1.0, lambda r: 10 ** r.uniform(-1, 1)),
+            "n_meta_test": (2, lambda r: int(r.choice([1, 2]))),
+        }
+
+    def update(self, minibatches, unlabeled=None):
+        """One step on the gradients of all pairs, over the number of domains."""
+        n_domains, n_meta_test = len(minibatches), self.hparams["n_meta_test"]
+        if not self.hparams.get("upstream_exact"):
+            n_meta_test = max(1, min(n_meta_test, n_domains - 1))
+        beta, total = self.hparams["mldg_beta"], 0.0
+        gradients = [torch.zeros_like(p) for p in self.network.parameters()]
+        for i, j in meta_pairs(n_domains, n_meta_test) or [(0, 0)] * (n_domains == 1):
+            (xi, yi), (xj, yj) = minibatches[i], minibatches[j]
+            inner = copy.deepcopy(self.network)
+            optimizer = self.adam(inner)
+            loss_i = F.cross_entropy(inner(xi), yi)
+            loss_i.backward()
+            optimizer.step()
+            loss_j = F.cross_entropy(inner(xj), yj)
+            later = torch.autograd.grad(loss_j, inner.parameters())
+            for total_gradient, p, g in zip(gradients, inner.parameters(), later):
+                total_gradient += p.grad / n_domains
+                total_gradient += beta * g / n_domains
+            total += (loss_i + beta * loss_j).item()
+        for p, gradient in zip(self.network.parameters(), gradients):
+            p.grad = gradient
+        self.optimizer.step()
+        return {"loss": total / n_domains}
+
+    def predict(self, x):
+        """Logits (B, C) of images (B, ...)."""
+        return self.network(x)

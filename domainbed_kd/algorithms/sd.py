@@ -1,0 +1,28 @@
+"""SD: small logits starve no feature.
+
+Pezeshki et al., "Gradient Starvation: A Learning Proclivity in Neural Networks", NeurIPS 2021,
+https://arxiv.org/abs/2011.09468 (spectral decoupling).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from domainbed_kd.algorithms.erm import ERM
+
+
+class SD(ERM):
+    """Cross-entropy, and the mean square of the logits in the place of weight decay."""
+
+    @staticmethod
+    def search_space(dataset):
+        """The weight of the logits' square."""
+        return {"sd_reg": (0.1, lambda r: 10 ** r.uniform(-5, -1))}
+
+    def update(self, minibatches, unlabeled=None):
+        """One step; as in DomainBed, the loss that is returned is the cross-entropy alone."""
+        x, y = (torch.cat(part) for part in zip(*minibatches))
+        logits = self.predict(x)
+        loss = F.cross_entropy(logits, y)
+        penalty = logits.square().mean()
+        self.descend(loss + self.hparams["sd_reg"] * penalty)
+        return {"loss": loss.item(), "penalty": penalty.item()}
