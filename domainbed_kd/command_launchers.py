@@ -52,8 +52,9 @@ def multi_gpu(commands: list[str], *, jobs_per_device: int = 1,
     return _run_all(commands, slots, threads_per_job)
 
 
-def dummy(commands: list[str]) -> None:
-    """Prints the commands and runs nothing."""
+def dummy(commands: list[str], *, jobs_per_device: int = 1,
+          threads_per_job: int | None = None) -> None:
+    """Prints the commands and runs nothing, whatever the options."""
     for command in commands:
         print(f"Dummy launcher: {command}")
 

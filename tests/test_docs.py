@@ -1,0 +1,70 @@
+"""Every command that the documentation prints is run as it stands."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(page):
+    """Whole command lines, continuations joined, without what CI runs by itself."""
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("python -m domainbed_kd"):
+                yield " ".join(line.split("#")[0].split())
+
+
+def run_all(lines, folder):
+    """Runs them in one folder, in turn, with this interpreter as `python`."""
+    (folder / "sweeps").symlink_to(ROOT / "sweeps")
+    if (ROOT / "demo").exists():  # `make demo` made it: the sweep need not be trained again
+        shutil.copytree(ROOT / "demo", folder / "demo")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for line in lines:
+        process = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True,
+                                 env={**os.environ, "PATH": path}, timeout=1200)
+        assert process.returncode == 0, f"{line}\n{process.stdout}\n{process.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_work_as_printed(page, tmp_path):
+    for i, code in enumerate(blocks(page, "python")):
+        name = re.search(r"`(\w+\.py)`", page.read_text(encoding="utf-8"))
+        if i == 0 and name:
+            (tmp_path / name.group(1)).write_text(code, encoding="utf-8")
+    run_all(commands(page), tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.args")), ids=lambda p: p.name)
+def test_a_sweep_file_states_its_command_and_plans(path, tmp_path):
+    head = path.read_text(encoding="utf-8").split("--datasets")[0]
+    assert f"sweep launch @sweeps/{path.name}" in head and "Cost" in head
+    plan = subprocess.run(
+        [sys.executable, "-m", "domainbed_kd.scripts.sweep", "launch", f"@{path}",
+         "--command_launcher", "dummy", "--output_dir", str(tmp_path), "--data_dir", "d"],
+        capture_output=True, text=True)
+    assert plan.returncode == 0, plan.stderr
+    assert re.search(r"^[1-9]\d* jobs: 0 done", plan.stdout, re.MULTILINE)
+
+
+def test_the_printed_method_takes_forty_lines_of_code():
+    code, = blocks(ROOT / "docs" / "your_method.md", "python")[:1]
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 40
