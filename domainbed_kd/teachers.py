@@ -88,7 +88,9 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"The teacher in {folder} does not load into {args['algorithm']}: "
                          f"{reason}") from None
-    return networks.Frozen(algorithm)
+    teacher = networks.Frozen(algorithm)
+    teacher.weights_loaded = 1.0
+    return teacher
 
 
 def audit(algorithm: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],

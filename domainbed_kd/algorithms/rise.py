@@ -124,7 +124,7 @@ class RISE(Algorithm):
         return {
             "clip_backbone": fixed("tiny" if dataset == "DigitsDG" else "ViT-B-16"),
             "clip_renormalize": fixed(True),
-            "rise_teachers": fixed(None),  # null, or names as clip_backbone takes them
+            "rise_teachers": fixed(None),  # null, or a list of what clip_backbone takes
             "rise_templates": fixed(list(NEUTRAL)),
             "rise_text_init": fixed(True),
             "rise_temperature": (3.0, lambda r: r.uniform(2, 4)),
@@ -139,14 +139,18 @@ class RISE(Algorithm):
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         teachers.check_class_names("RISE", hparams, num_classes)
-        backbones = hparams["rise_teachers"] or [hparams["clip_backbone"]]
         with forked_rng():
             self.teachers = nn.ModuleList(
-                teachers.clip(hparams | {"clip_backbone": name}, input_shape)
-                for name in backbones)
+                teachers.clip(hparams | teacher, input_shape) for teacher in self._mix())
         self.network = Ensemble(
             Student(input_shape, num_classes, hparams, teacher) for teacher in self.teachers)
         self.optimizer = self._optimizer()
+
+    def _mix(self) -> list[dict]:
+        """The hparams in which teachers differ; a list may also hold CLIP objects."""
+        return [{"clip_model": None, "clip_backbone": teacher} if isinstance(teacher, str)
+                else {"clip_model": teacher} for teacher in self.hparams["rise_teachers"] or ()
+                ] or [{}]
 
     def _optimizer(self):
         if self.hparams["rise_optimizer"] == "adam":
