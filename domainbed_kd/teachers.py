@@ -2,6 +2,7 @@
 
 import difflib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -296,6 +297,10 @@ def _open_clip(name: str) -> tuple:
     # a file that OpenAI alone publishes TorchScript.
     config = open_clip.get_pretrained_cfg(architecture, pretrained) or {}
     torchscript = _is_torchscript(pretrained)
+    if (pretrained not in tags and "openai" in tags and not torchscript
+            and not architecture.endswith("-quickgelu")):
+        warnings.warn(f"clip_backbone: if {pretrained} holds OpenAI's weights, it needs their "
+                      f"activation: name {architecture}-quickgelu/{pretrained}.", stacklevel=2)
     try:
         model = open_clip.create_model(
             architecture, pretrained, weights_only=not torchscript,

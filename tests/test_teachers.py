@@ -1,4 +1,5 @@
 import json
+import warnings
 import zipfile
 
 import clips
@@ -564,6 +565,22 @@ def test_openais_weights_get_openais_activation(monkeypatch, small_architecture,
     for tag in ("openai", "laion2b_s34b_b79k"):
         teachers.clip({"clip_backbone": f"ViT-B-32/{tag}"}, (3, 28, 28))
     assert asked == {"openai": True, "laion2b_s34b_b79k": False}
+
+
+def test_a_file_that_may_hold_openais_weights_says_which_name_they_need(
+        monkeypatch, small_architecture, tmp_path):
+    import open_clip
+
+    create = open_clip.create_model
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **options: create(
+        small_architecture))
+    (tmp_path / "b32.pt").touch()
+    with pytest.warns(UserWarning, match="if .*b32.pt holds OpenAI's weights, .*name "
+                                         "ViT-B-32-quickgelu/.*b32.pt"):
+        teachers.clip({"clip_backbone": f"ViT-B-32/{tmp_path}/b32.pt"}, (3, 28, 28))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teachers.clip({"clip_backbone": f"ViT-B-32-quickgelu/{tmp_path}/b32.pt"}, (3, 28, 28))
 
 
 # The audit.
