@@ -29,7 +29,15 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from domainbed_kd import algorithms, averaging, checkpoints, datasets, hparams_registry, loaders
+from domainbed_kd import (
+    algorithms,
+    averaging,
+    checkpoints,
+    datasets,
+    hparams_registry,
+    loaders,
+    teachers,
+)
 from domainbed_kd.algorithms.base import forked_rng
 from domainbed_kd.seeds import seed_hash
 
@@ -76,6 +84,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
     first_step, pending = 0, defaultdict(list)  # values since the last record, by name
     if resume == "auto":
         first_step = restore(folder, args, algorithm, load, pending)
+    teacher = audit_teacher(algorithm, splits, training, device, args) if not first_step else None
     header = None
     with stop_signals() as stopped, SummaryWriter(folder, purge_step=first_step) as writer:
         for step in tqdm(range(first_step, n_steps), initial=first_step, total=n_steps,
@@ -103,6 +112,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
                 log_scalars(writer, record, training, len(dataset))
                 if algorithm.selects_last:
                     record["selection"] = "last"
+                if teacher:
+                    record["teacher"], teacher = teacher, None  # once a run
                 append_record(folder, record | {"hparams": hparams, "args": args})
                 pending.clear()
                 if args["save_model_every_checkpoint"]:
@@ -243,6 +254,12 @@ def accuracy(algorithm, loader, device) -> float:
     return correct / total
 
 
+def in_order(split, device) -> Iterator[tuple[Tensor, Tensor]]:
+    """A split's (x, y), 64 images at a time, not augmented; no random stream moves."""
+    for batch in DataLoader(datasets.plain(split), batch_size=64, generator=torch.Generator()):
+        yield to_device(batch, device)
+
+
 def validation_loss(algorithm, splits: loaders.Splits, training: list[int], device,
                     predict: Callable[[Tensor], Tensor]) -> float:
     """Mean over the training domains of the cross-entropy on the out-split, not augmented."""
@@ -250,13 +267,28 @@ def validation_loss(algorithm, splits: loaders.Splits, training: list[int], devi
     algorithm.eval()
     with torch.no_grad():
         for i in training:
-            split, total = datasets.plain(splits.out[i]), 0.0
-            for x, y in DataLoader(split, batch_size=64, generator=torch.Generator()):
-                logits = predict(x.to(device))
-                total += F.cross_entropy(logits, y.to(device), reduction="sum").item()
-            losses.append(total / len(split))
+            total = sum(F.cross_entropy(predict(x), y, reduction="sum").item()
+                        for x, y in in_order(splits.out[i], device))
+            losses.append(total / len(splits.out[i]))
     algorithm.train()
     return sum(losses) / len(losses)
+
+
+def audit_teacher(algorithm, splits: loaders.Splits, training: list[int], device,
+                  args: dict) -> dict | None:
+    """What a method's teacher is worth on the training domains, which is also printed.
+
+    Raises:
+        ValueError: if it is worth nothing and --allow_bad_teacher is not given.
+    """
+    algorithm.eval()
+    found = teachers.audit(
+        algorithm, (batch for i in training for batch in in_order(splits.out[i], device)),
+        args.get("allow_bad_teacher", False))
+    algorithm.train()
+    if found:
+        print_settings("Teacher", found)
+    return found
 
 
 def extra_minibatches(splits: loaders.Splits, training: list[int], batch_size: int, seed: int,

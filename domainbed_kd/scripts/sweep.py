@@ -82,6 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
                       help="share of the test domains given without labels; default: 0")
     ours.add_argument("--skip_model_save", action="store_const", const=True,
                       help="write no model.pkl")
+    ours.add_argument("--allow_bad_teacher", action="store_const", const=True,
+                      help="go on with teachers that are near chance or have other classes")
     ours.add_argument("--jobs_per_device", type=int, metavar="N",
                       help="jobs at a time, on each GPU if there are several; default: 1")
     ours.add_argument("--threads_per_job", type=int, metavar="N",
@@ -305,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         data_dir=args.data_dir, task=args.task, holdout_fraction=args.holdout_fraction,
         single_test_envs=args.single_test_envs, hparams=args.hparams,
         checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
-        skip_model_save=args.skip_model_save)
+        skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher)
     all_jobs = plan(args, args_list)
     if args.command == "status":
         return status(all_jobs)
