@@ -13,7 +13,7 @@ from conftest import golden, seed_everything
 from sklearn.metrics.pairwise import rbf_kernel
 from torch import nn
 
-from domainbed_kd import checkpoints, hparams_registry
+from domainbed_kd import algorithms, checkpoints, hparams_registry
 from domainbed_kd.algorithms import ALGORITHMS, get_algorithm_class
 
 UPSTREAMS = [name for name in ALGORITHMS if name in golden("default_hparams.json")]
@@ -208,6 +208,35 @@ def test_unlabeled_images_may_be_given(name):
     if name in UPSTREAMS:  # none of DomainBed's reads them
         assert results[0][0] == results[1][0]
         assert_same(results[0][1], results[1][1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_cuda_gives_the_losses_that_the_cpu_gives(name):
+    losses = []
+    for device in ("cpu", "cuda"):
+        algorithm = build(name).to(device)
+        seed_everything(2)
+        losses.append([algorithm.update([(x.to(device), y.to(device)) for x, y in batch])
+                       for batch in (minibatches(seed=0), minibatches(seed=1))])
+    for on_cpu, on_gpu in zip(*losses):
+        assert on_gpu == pytest.approx(on_cpu, rel=1e-2, abs=1e-3)
+
+
+def test_an_algorithm_of_ones_own_can_be_registered(monkeypatch):
+    monkeypatch.setattr(algorithms, "ALGORITHMS", list(ALGORITHMS))
+    monkeypatch.setattr(algorithms, "_REGISTERED", {})
+
+    @algorithms.register
+    class Mine(algorithms.ERM):
+        pass
+
+    assert get_algorithm_class("Mine") is Mine and "Mine" in algorithms.ALGORITHMS
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_known():
+    with pytest.raises(NotImplementedError, match="not found: CORL. Did you mean CORAL?"):
+        get_algorithm_class("CORL")
 
 
 # What single methods compute, against the same written another way.

@@ -5,7 +5,8 @@ from domainbed_kd.seeds import seed_hash
 
 
 def as_argument(value):
-    return tuple(value["__tuple__"]) if isinstance(value, dict) else value
+    is_tuple = isinstance(value, dict) and "__tuple__" in value
+    return tuple(value["__tuple__"]) if is_tuple else value
 
 
 @pytest.mark.parametrize("vector", golden("seed_hash.json")["vectors"],

@@ -209,7 +209,7 @@ def test_defaults_are_domainbeds():
     (["--datasets", "RotatedMNIST", "--data_dir", "/no/such"], "no folder /no/such"),
     (["--command_launcher", "locl"], "Launcher not found: locl. Did you mean local?"),
     (["--command_launcher", "no_module:f"], "Launcher not found: no_module:f"),
-    (["--command_launcher", "dummy", "--jobs_per_device", "2"], "does not take"),
+    (["--command_launcher", "os:getcwd", "--jobs_per_device", "2"], "does not take"),
     (["--jobs_per_device", "0"], "--jobs_per_device is 0"),
     (["--threads_per_job", "0"], "--threads_per_job is 0"),
     (["--plugin", "no_such_module"], "--plugin no_such_module"),

@@ -59,7 +59,3 @@ class MLDG(ERM):
             p.grad = gradient
         self.optimizer.step()
         return {"loss": total / n_domains}
-
-    def predict(self, x):
-        """Logits (B, C) of images (B, ...)."""
-        return self.network(x)
