@@ -1,6 +1,7 @@
 """Teachers: CLIP, and the networks of finished runs. Frozen, with their own preprocessing."""
 
 import difflib
+import json
 import pickle
 import warnings
 import zipfile
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import averaging, checkpoints, datasets, networks
+
+ASSETS = Path(__file__).parent / "assets"
 
 
 def given(hparams: dict, num_classes: int,
@@ -323,3 +326,42 @@ def _is_torchscript(path: str) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any("/code/" in name for name in archive.namelist())
+
+
+class TinyTokenizer:
+    """open_clip's tokens by the tiny CLIP's own ids; what is not in its vocabulary is one token.
+
+    Args:
+        config: the content of assets/tiny_clip.json.
+    """
+
+    def __init__(self, config: dict):
+        import open_clip
+
+        vocabulary = config["vocabulary"]  # 0: padding, 1: unknown, last: the end
+        self.bpe = open_clip.SimpleTokenizer(
+            context_length=config["model_cfg"]["text_cfg"]["context_length"])
+        self.ids = torch.ones(self.bpe.vocab_size, dtype=torch.long)
+        self.ids[0] = 0
+        self.ids[[self.bpe.encoder[token] for token in vocabulary[2:]]] = torch.arange(
+            2, len(vocabulary))
+
+    def __call__(self, texts: str | list[str]) -> Tensor:
+        """Ids (N, context length), int64; a text that is too long loses its end."""
+        return self.ids[self.bpe(texts)]
+
+
+def tiny_clip(folder: Path = ASSETS) -> tuple:
+    """(model, tokenizer, size, mean, std) of the CLIP that ships with the package.
+
+    It reads sentences about digits and sees 32 x 32 pixels; see assets/tiny_clip.md.
+    """
+    import open_clip
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "tiny_clip.json").read_text(encoding="utf-8"))
+    model = open_clip.CLIP(**config["model_cfg"])
+    model.load_state_dict(load_file(folder / "tiny_clip.safetensors"))
+    preprocessing = config["preprocess_cfg"]
+    return (model.eval(), TinyTokenizer(config), preprocessing["size"], preprocessing["mean"],
+            preprocessing["std"])
