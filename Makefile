@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo test lint parity clean
+.PHONY: demo test lint parity bench clean
 
 demo: $(VENV)/installed
 	$(PY) -m domainbed_kd.scripts.sweep launch @sweeps/smoke.args --output_dir demo/sweep
@@ -20,8 +20,12 @@ parity: $(VENV)/tests-installed
 	$(PY) -m pytest -n auto -k "domainbed or upstream or golden"
 	$(if $(DOMAINBED),$(PY) tools/parity.py $(DOMAINBED))
 
+# What methods cost, as ratios to ERM and to ERM plus a teacher's forward pass.
+bench: $(VENV)/installed
+	$(PY) tools/bench.py
+
 clean:
-	rm -rf $(VENV) demo train_output
+	rm -rf $(VENV) demo train_output bench.json bench.md
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -138,8 +138,8 @@ def checkpoint_tensors(folder):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(tmp_path):
-    command = [sys.executable, "-m", "domainbed_kd.scripts.train", *DEBUG, "--steps", "400",
-               "--checkpoint_freq", "100", "--output_dir"]
+    command = [sys.executable, "-m", "domainbed_kd.scripts.train", *DEBUG, "--steps", "150",
+               "--checkpoint_freq", "50", "--output_dir"]
     subprocess.run([*command, str(tmp_path / "quiet")], check=True, capture_output=True)
     folder = tmp_path / "stopped"
     process = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL,
