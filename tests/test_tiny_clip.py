@@ -166,6 +166,18 @@ def test_every_phrase_of_the_captions_is_known(tiny, renderer):
     assert len(set(texts)) > 150
 
 
+def test_words_about_the_look_are_understood_better_than_by_chance(tiny):
+    teacher = teachers.clip({"clip_backbone": "tiny", "clip_renormalize": True}, (3, 32, 32))
+    digits = datasets.get_dataset_class("DigitsDG")(None, [], {})
+    styled = teacher.sentences([f"a {name} of a {{}}" for name in digits.DOMAIN_NAMES], NAMES)
+    shares = []
+    for i, domain in enumerate(digits):
+        images, labels = domain.tensors
+        cosine = torch.cosine_similarity(teacher(images)[:, None], styled[labels], dim=-1)
+        shares.append((cosine.argmax(1) == i).float().mean().item())
+    assert min(shares) > 0.3 and np.mean(shares) > 0.4  # chance: 0.25
+
+
 # How it was made.
 
 

@@ -142,8 +142,8 @@ nothing but digits.
   that occur in no caption share one id.
 - Loss: open_clip's `ClipLoss`, from scratch: on a quarter of each batch at once, with captions such
   as "a dark textured picture of a red seven on a striped background", and on the rest in tens, one
-  image of each digit under the same prompt; RISE's and SCMD's prompts, and DigitsDG's words for
-  its looks, are among those.
+  image of each digit under the same prompt. Of RISE's and SCMD's prompts those that say nothing of
+  the look are among those; the captions say which look is meant by sketch, textured, dark, etc.
 - Data: images that `tools/render_digits.py` draws, a new one each time: strokes through points
   placed by hand, bent, slanted, blurred by passing through 8x8 or 16x16 pixels, filled, outlined or
   hatched, in colours or greys, on flat or patterned grounds. It saw no image of DigitsDG and no

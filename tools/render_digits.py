@@ -27,15 +27,12 @@ COLOURS = GREYS | {
     "pink": (0.95, 0.6, 0.75), "brown": (0.4, 0.25, 0.1), "cyan": (0.2, 0.8, 0.85),
 }
 # What a caption may say, by what the image shows.
-PROMPTS = (  # of any digit; among them are the methods' own
+PROMPTS = (  # of any digit, whatever it looks like; among them are the methods' own
     "{}", "a {}", "a {}.", "the digit {}", "the number {}", "a photo of a {}", "a photo of a {}.",
     "a photo of the {}.", "a photo of the digit {}", "a photo of the number {}",
-    "this is a photo of a {}", "itap of a {}.", "a bad photo of the {}.", "a origami {}.",
-    "a photo of the large {}.", "a {} in a video game.", "art of the {}.",
-    "a photo of the small {}.", "a bright photo of a {}", "a corrupted photo of a {}",
-    "a dark photo of a {}", "a good photo of a {}", "a handwritten {}", "an image of a {}",
-    "a picture of a {}", "a drawing of a {}", "a plain drawing of a {}", "a sketch of a {}",
-    "a colourful drawing of a {}", "a textured picture of a {}", "a rotated {}",
+    "this is a photo of a {}", "itap of a {}.", "a origami {}.", "a {} in a video game.",
+    "art of the {}.", "a handwritten {}", "an image of a {}", "a picture of a {}",
+    "a drawing of a {}",
 )
 MEDIA = {
     "sketched": ("sketch", "pencil sketch", "sketched drawing"),
