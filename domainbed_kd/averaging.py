@@ -12,7 +12,6 @@ live network trains to the same bits as without. `averaged` puts either on top o
 
 import contextlib
 import copy
-import itertools
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -67,10 +66,12 @@ class MovingAverage(nn.Module):
 
         So whatever `predict` does around its network, it does around the averaged one.
         """
+        # Whole tensors change places, not their data: a graph that is made inside remembers them,
+        # so that its gradients are the average's even if they are asked for outside.
         def swap():
-            for live, mean in zip(*(itertools.chain(module.parameters(), module.buffers())
-                                    for module in (network, self.network))):
-                live.data, mean.data = mean.data, live.data
+            for live, mean in zip(network.modules(), self.network.modules()):
+                live._parameters, mean._parameters = mean._parameters, live._parameters
+                live._buffers, mean._buffers = mean._buffers, live._buffers
 
         swap()
         try:

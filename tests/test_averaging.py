@@ -101,11 +101,24 @@ def test_inside_in_place_of_the_network_computes_with_the_average_and_afterwards
     parameters = list(network.parameters())
     with pytest.raises(KeyboardInterrupt), average.in_place_of(network):
         assert_same(network(x), mean)
-        assert list(map(id, network.parameters())) == list(map(id, parameters))
         raise KeyboardInterrupt
     assert_same(network(x), live)
+    assert list(map(id, network.parameters())) == list(map(id, parameters))
     assert_same(average(x), mean)
     assert not torch.equal(live, mean)
+
+
+def test_what_is_computed_in_place_of_the_network_has_the_averages_gradients_outside_too():
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    average = averaging.MovingAverage(network)
+    for tensor in average.network.state_dict().values():
+        tensor.add_(1)
+    x = torch.randn(5, 3, requires_grad=True)
+    with average.in_place_of(network):
+        y = network(x)
+    found, = torch.autograd.grad(y.sum(), x)
+    expected, = torch.autograd.grad(average(x).sum(), x)
+    assert torch.equal(found, expected)
 
 
 def test_sma_predicts_with_the_average_and_trains_with_the_live_network():
