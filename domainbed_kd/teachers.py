@@ -94,6 +94,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
                          f"{reason}") from None
     teacher = networks.Frozen(algorithm)
     teacher.weights_loaded = 1.0
+    teacher.held_out = args["test_envs"]
     return teacher
 
 
@@ -243,6 +244,18 @@ class CLIP(networks.Frozen):
         return self.module.logit_scale.exp().float() * cosine
 
 
+def normalization(hparams: dict, input_shape: Sequence[int]) -> tuple:
+    """(mean, std) of the student's images, a number per channel each.
+
+    They are hparams["normalization"], where None stands for images in [0, 1]. Where a fork does
+    not tell, colour images from 64 pixels on have ImageNet's.
+    """
+    channels, side = input_shape[0], input_shape[-1]
+    imagenet = datasets.IMAGENET_MEAN, datasets.IMAGENET_STD
+    known = hparams.get("normalization", imagenet if channels == 3 and side >= 64 else None)
+    return known or ((0.0,) * channels, (1.0,) * channels)
+
+
 def clip(hparams: dict, input_shape: Sequence[int]) -> CLIP:
     """The CLIP that hparams["clip_backbone"] names, or the object in hparams["clip_model"].
 
@@ -251,18 +264,13 @@ def clip(hparams: dict, input_shape: Sequence[int]) -> CLIP:
     encode_image, encode_text, logit_scale and tokenizer, and optionally image_size (the
     student's), image_mean and image_std (its images are in [0, 1]).
 
-    hparams["normalization"] is (mean, std) of the student's images, None if they are in [0, 1].
-    Where a fork does not tell, colour images from 64 pixels on have ImageNet's.
+    The student's images are normalized as `normalization` says.
 
     Raises:
         ValueError: if open_clip knows no such model or weights, or the object lacks a part.
         OSError: if the weights cannot be fetched.
     """
-    channels, side = input_shape[0], input_shape[-1]
-    imagenet = datasets.IMAGENET_MEAN, datasets.IMAGENET_STD
-    normalization = hparams.get(
-        "normalization", imagenet if channels == 3 and side >= 64 else None)
-    student_mean, student_std = normalization or ((0.0,) * channels, (1.0,) * channels)
+    student_mean, student_std = normalization(hparams, input_shape)
     options = {"student_mean": student_mean, "student_std": student_std,
                "renormalize": hparams.get("clip_renormalize", True)}
     model = hparams.get("clip_model")
@@ -275,7 +283,7 @@ def clip(hparams: dict, input_shape: Sequence[int]) -> CLIP:
         raise ValueError("hparams['clip_model'] takes a torch module with encode_image, "
                          "encode_text, logit_scale and tokenizer; found a "
                          f"{type(model).__name__} without {', '.join(absent) or 'being a module'}.")
-    return CLIP(model, model.tokenizer, getattr(model, "image_size", side),
+    return CLIP(model, model.tokenizer, getattr(model, "image_size", input_shape[-1]),
                 getattr(model, "image_mean", (0.0,) * 3), getattr(model, "image_std", (1.0,) * 3),
                 weights_loaded=None, **options)
 
