@@ -14,8 +14,10 @@ A. as published: the teacher trained on one domain, the student on another one's
    3: `--algorithm ERM --test_envs 1 2 3 --output_dir T`, then `--algorithm 4Ds --test_envs 0 2 3
    --teacher T --hparams '{"fourds_protocol": "target"}'`, and read env1_out_acc.
 B. generalization: teacher and student train on the same domains; the test domain is unseen.
-C. `--task domain_adaptation`: once the teacher is there, only unlabelled images of the test
-   domains are used. Cross-entropy is with the plain teacher's confident predictions.
+C. `--task domain_adaptation`: unlabelled images of the test domains join in. Their cross-entropy
+   is with the plain teacher's confident predictions. Without labelled images (`fourds_source`
+   false; the authors never show the student the teacher's domain) the two players have next to
+   nothing to hold on to but each other, and soon agree on nothing.
 
 B and C are ours. So are these defaults, each with what restores the authors' code: phases are
 compared as unit phasors (`fourds_phase` "raw": as angles, of which 0.002 apart may cost 39); the
@@ -38,6 +40,7 @@ from domainbed_kd.algorithms.taught import Taught
 from domainbed_kd.losses import kd_loss
 
 FLOOR = 1e-5**0.5  # of an amplitude: the authors'
+UNKNOWN = -100  # the label of an image without one
 OPTIONS = {
     "fourds_protocol": ("generalization", "target"),
     "fourds_phase": ("circular", "raw"),
@@ -181,6 +184,12 @@ class FusionActivation(nn.Module):
         return phase_distance(ours, theirs, self.gate(theirs))
 
 
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of the rows whose label is not UNKNOWN; 0 if there are none."""
+    loss = F.cross_entropy(logits, y, reduction="sum", ignore_index=UNKNOWN)
+    return loss / (y != UNKNOWN).sum().clamp(min=1)
+
+
 def stage_maps(featurizer: nn.Module, x: Tensor) -> list[Tensor]:
     """What each stage of a featurizer returns for images x."""
     maps = []
@@ -191,7 +200,7 @@ def stage_maps(featurizer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def widths(featurizer: nn.Module, input_shape, who: str) -> list[int]:
+def stage_widths(featurizer: nn.Module, input_shape, who: str) -> list[int]:
     """Channels of each stage's maps, found by running it in eval mode.
 
     Raises:
@@ -255,6 +264,7 @@ class FourDs(Taught):
             "fourds_adapter_lr": (1e-3, lambda r: 10 ** r.uniform(-4, -2.5)),
             "fourds_reduction": (4, lambda r: int(r.choice([2, 4, 8]))),
             "fourds_ramp": fixed(0.1),  # share of the student's steps
+            "fourds_source": fixed(True),
             "fourds_confidence": fixed(0.9),  # of a pseudo-label; 1: there are none
             **{name: fixed(known[0]) for name, known in OPTIONS.items()},
         }
@@ -273,10 +283,10 @@ class FourDs(Taught):
         self.adapters = None
         if given and isinstance(self.teacher.module, nn.Identity):
             return  # teachers.from_run's stand-in: this student only predicts
-        student_widths = widths(self.featurizer, input_shape, "student")
+        student_widths = stage_widths(self.featurizer, input_shape, "student")
         if given:
             self._take_apart(input_shape)
-        teacher_widths = widths(self._teacher_parts()[0], input_shape, "teacher")
+        teacher_widths = stage_widths(self._teacher_parts()[0], input_shape, "teacher")
         raw = hparams["fourds_phase"] == "raw"
         with forked_rng():
             self.adapters = nn.ModuleList(
@@ -321,25 +331,28 @@ class FourDs(Taught):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def update(self, minibatches, unlabeled=None):
-        """One step of adapters and student: on the unlabelled images alone, where there are any."""
+        """One step of adapters and student, on the unlabelled images too where there are any."""
         if self.warm_up_left or not unlabeled:
             return super().update(minibatches)
-        x = torch.cat(unlabeled)
-        y = self.pseudo_labels(x)
-        return self.distill(x, y) | {"pseudo_labels": (y >= 0).float().mean().item()}
+        unlabeled = torch.cat(unlabeled)
+        guesses = self.pseudo_labels(unlabeled)
+        batches = [*minibatches] if self.hparams["fourds_source"] else []
+        x, y = (torch.cat(part) for part in zip(*batches, (unlabeled, guesses)))
+        share = (guesses != UNKNOWN).float().mean().item()
+        return self.distill(x, y) | {"pseudo_labels": share}
 
     @torch.no_grad()
     def pseudo_labels(self, x):
-        """The plain teacher's classes (B,) for images, and -100 where it is not confident."""
+        """The plain teacher's classes (B,) for images, UNKNOWN where it is not confident."""
         self.teacher.eval()
         confidence, y = self.teacher_logits(x).softmax(dim=1).max(dim=1)
         self.train(self.training)
-        return y.where(confidence > self.hparams["fourds_confidence"], -100)
+        return y.where(confidence > self.hparams["fourds_confidence"], UNKNOWN)
 
     def distill(self, x, y):
         """One step of the adapters, then one of the student from what they gave before it.
 
-        Images whose label is -100 take no part in cross-entropy.
+        Images whose label is UNKNOWN take no part in cross-entropy.
         """
         cls, div, beta, temperature = (
             self.hparams[f"fourds_{name}"] for name in ("cls", "div", "beta", "temperature"))
@@ -347,7 +360,7 @@ class FourDs(Taught):
         logits = self.classifier(self.featurizer.pool(maps[-1]))
         adapted, phases = self._adapted(x)
 
-        terms = {"teacher_classify": F.cross_entropy(adapted, y, reduction="sum") / len(y)}
+        terms = {"teacher_classify": cross_entropy(adapted, y)}
         loss = cls * terms["teacher_classify"]
         if div:
             terms["teacher_distill"] = kd_loss(adapted, logits.detach(), temperature)
@@ -358,7 +371,7 @@ class FourDs(Taught):
         self.adapter_scheduler.step()
         self.update_count += 1
 
-        terms["classify"] = F.cross_entropy(logits, y, reduction="sum") / len(y)
+        terms["classify"] = cross_entropy(logits, y)
         loss = cls * terms["classify"]
         if div:
             terms["distill"] = kd_loss(logits, adapted.detach(), temperature)
