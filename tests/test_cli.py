@@ -1,7 +1,6 @@
 import importlib
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -43,19 +42,20 @@ def test_each_command_is_a_script_that_gets_the_flags_after_its_name(name, monke
     assert received == [["--help", "x"]]
 
 
-def test_the_package_is_imported_at_once():
-    # `python -X importtime` reports microseconds, without the start of the interpreter.
-    ran = subprocess.run([sys.executable, "-X", "importtime", "-c", "import domainbed_kd"],
+def imported_by(*words):
+    """The modules that a Python command line imports (`-X importtime` names them on stderr)."""
+    ran = subprocess.run([sys.executable, "-X", "importtime", *words],
                          capture_output=True, text=True, check=True)
-    line = next(line for line in ran.stderr.splitlines() if line.endswith("| domainbed_kd"))
-    assert int(line.split("|")[1]) < 50_000
+    return {line.split("|")[-1].strip() for line in ran.stderr.splitlines() if "|" in line}
+
+
+def test_the_package_imports_nothing_of_its_own_nor_others():
+    without = imported_by("-c", "pass")
+    assert imported_by("-c", "import domainbed_kd") - without == {"domainbed_kd"}
 
 
 @pytest.mark.parametrize("args", [["--help"], ["sweep", "launch", "--help"]])
-def test_help_comes_at_once(args):
-    def seconds():
-        start = time.perf_counter()
-        assert run(*args).returncode == 0
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.3  # the least, as other tests run beside
+def test_help_needs_no_library_that_is_slow_to_import(args):
+    modules = imported_by("-m", "domainbed_kd", *args)
+    assert "argparse" in modules
+    assert not modules & {"torch", "torchvision", "numpy", "pandas", "timm", "open_clip", "tqdm"}
