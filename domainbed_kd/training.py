@@ -34,6 +34,7 @@ from domainbed_kd import (
     averaging,
     checkpoints,
     datasets,
+    diagnostics,
     hparams_registry,
     loaders,
     teachers,
@@ -81,9 +82,13 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
     batches = functools.partial(
         extra_minibatches, splits, training, hparams["batch_size"], args["seed"], device)
 
+    measures = None
+    if args.get("diagnostics"):
+        measures = diagnostics.Diagnostics(
+            algorithm, splits.out, training, functools.partial(in_order, device=device))
     first_step, pending = 0, defaultdict(list)  # values since the last record, by name
     if resume == "auto":
-        first_step = restore(folder, args, algorithm, load, pending)
+        first_step = restore(folder, args, algorithm, load, pending, measures)
     teacher = audit_teacher(algorithm, splits, training, device, args) if not first_step else None
     header = None
     with stop_signals() as stopped, SummaryWriter(folder, purge_step=first_step) as writer:
@@ -99,6 +104,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
             for name, value in values.items():
                 pending[name].append(value)
             algorithm.checkpoint(step, last, validate, batches)
+            if measures:
+                measures.after_step()
 
             at_checkpoint = step % checkpoint_freq == 0 or last
             if at_checkpoint:
@@ -114,12 +121,14 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
                     record["selection"] = "last"
                 if teacher:
                     record["teacher"], teacher = teacher, None  # once a run
+                if measures:
+                    record["diagnostics"] = measures.measure()
                 append_record(folder, record | {"hparams": hparams, "args": args})
                 pending.clear()
                 if args["save_model_every_checkpoint"]:
                     save_model(folder / f"model_step{step}.pkl", args, hparams, dataset, algorithm)
             if resume == "auto" and not last and (at_checkpoint or stopped()):
-                save_state(folder, args, algorithm, load, pending, step + 1)
+                save_state(folder, args, algorithm, load, pending, step + 1, measures)
             if stopped() and not last:
                 print(f"Stopped after step {step}. The same command continues.", file=sys.stderr)
                 return INTERRUPTED
@@ -410,7 +419,7 @@ def _already_finished(folder: Path, args: dict) -> bool:
 
 
 def save_state(folder: Path, args: dict, algorithm, load: Loaders, pending: dict,
-               next_step: int) -> None:
+               next_step: int, measures: diagnostics.Diagnostics | None = None) -> None:
     """Everything that the steps from `next_step` on depend on."""
     results = folder / "results.jsonl"
     checkpoints.save(folder / "resume.pt", {
@@ -420,10 +429,12 @@ def save_state(folder: Path, args: dict, algorithm, load: Loaders, pending: dict
         "loaders": [loader.state_dict() for loader in load.all()],
         "random": checkpoints.random_state(),
         "pending": dict(pending),
+        "diagnostics": measures.state_dict() if measures else None,
         "results_bytes": results.stat().st_size if results.exists() else 0})
 
 
-def restore(folder: Path, args: dict, algorithm, load: Loaders, pending: dict) -> int:
+def restore(folder: Path, args: dict, algorithm, load: Loaders, pending: dict,
+            measures: diagnostics.Diagnostics | None = None) -> int:
     """Puts back what `save_state` left, and returns the step to go on with.
 
     Records written after the state was saved are cut off: they will be written again. Where
@@ -441,6 +452,8 @@ def restore(folder: Path, args: dict, algorithm, load: Loaders, pending: dict) -
         loader.load_state_dict(loader_state)
     checkpoints.set_random_state(state["random"])
     pending.update(state["pending"])
+    if measures:
+        measures.load_state_dict(state["diagnostics"])
     if results.exists():
         os.truncate(results, state["results_bytes"])
     print(f"Continuing at step {state['next_step']}.", file=sys.stderr)

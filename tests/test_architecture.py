@@ -22,8 +22,9 @@ ALLOWED = {
     "jobs": {"seeds", "datasets", "hparams_registry"},
     "model_selection": {"records"},
     "tables": {"model_selection", "datasets", "algorithms"},
-    "training": {"algorithms", "averaging", "checkpoints", "datasets", "hparams_registry",
-                 "loaders", "seeds", "teachers"},
+    "diagnostics": {"algorithms", "checkpoints"},
+    "training": {"algorithms", "averaging", "checkpoints", "datasets", "diagnostics",
+                 "hparams_registry", "loaders", "seeds", "teachers"},
 }
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "scripts" not in p.parts
                  and p.stem not in ("__main__", "plugin") and p != PACKAGE / "__init__.py")

@@ -50,11 +50,12 @@ def distance(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
 
 
 def mutual_information(features: Tensor, labels: Tensor, held_out: Tensor,
-                       held_out_labels: Tensor) -> float:
+                       held_out_labels: Tensor, ridge: float = 1e-4) -> float:
     """A lower bound, in nats, on what features (N, D) tell about labels (N,); at least 0.
 
     H(y) - CE of a linear probe, fitted to the first two and measured on the held-out ones. The
-    labels may be classes or domains. Deterministic; draws no random numbers.
+    labels may be classes or domains. `ridge` is the weight of the probe's squared weights; any
+    gives a lower bound. Deterministic; draws no random numbers.
     """
     n_classes = int(max(labels.max(), held_out_labels.max())) + 1
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
@@ -68,7 +69,7 @@ def mutual_information(features: Tensor, labels: Tensor, held_out: Tensor,
 
     def step():
         optimizer.zero_grad()
-        loss = cross_entropy(features, labels) + 1e-4 * weights.square().sum()
+        loss = cross_entropy(features, labels) + ridge * weights.square().sum()
         loss.backward()
         return loss
 

@@ -85,6 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
                       help="write no model.pkl")
     ours.add_argument("--allow_bad_teacher", action="store_const", const=True,
                       help="go on with teachers that are near chance or have other classes")
+    ours.add_argument("--diagnostics", action="store_const", const=True,
+                      help="record weight distance, mutual information, calibration and agreement "
+                           "with the teacher at each evaluation")
     ours.add_argument("--jobs_per_device", type=int, metavar="N",
                       help="jobs at a time, on each GPU if there are several; default: 1")
     ours.add_argument("--threads_per_job", type=int, metavar="N",
@@ -308,7 +311,8 @@ def main(argv: list[str] | None = None) -> int:
         data_dir=args.data_dir, task=args.task, holdout_fraction=args.holdout_fraction,
         single_test_envs=args.single_test_envs, hparams=args.hparams,
         checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
-        skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher)
+        skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher,
+        diagnostics=args.diagnostics)
     all_jobs = plan(args, args_list)
     if args.command == "status":
         return status(all_jobs)

@@ -47,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
                       help="finished run whose model teaches, for methods that learn from one")
     ours.add_argument("--allow_bad_teacher", action="store_true",
                       help="go on with a teacher that is near chance or has other classes")
+    ours.add_argument("--diagnostics", action="store_true",
+                      help="record weight distance, mutual information, calibration and agreement "
+                           "with the teacher at each evaluation; see docs/analysis.md")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file with algorithms or data sets of your own")
     ours.add_argument("--resume", choices=["auto", "never"], default="auto",
@@ -121,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     ours = ("plugin", "resume", "loader_processes")
     on_record = {k: v for k, v in vars(args).items() if k not in ours}
-    for name in ("teacher", "allow_bad_teacher"):  # DomainBed's records know neither
+    for name in ("teacher", "allow_bad_teacher", "diagnostics"):  # DomainBed's know none of them
         if not on_record[name]:
             del on_record[name]
     with output_kept_in(folder):
