@@ -6,7 +6,7 @@ import torch
 from conftest import seed_everything
 from torch import nn
 
-from domainbed_kd import hparams_registry
+from domainbed_kd import hparams_registry, networks
 from domainbed_kd.algorithms import get_algorithm_class
 
 NAMES = ["cat", "horse", "guitar"]
@@ -64,11 +64,24 @@ class Teacher(nn.Module):
         return 3 * self.layers(x)
 
 
+def staged_teacher(shape=(3, 32, 32), n_classes=3, seed=1, **changes):
+    """A featurizer and a classifier whose BatchNorm has seen images."""
+    torch.manual_seed(seed)
+    hparams = hparams_registry.default_hparams("ERM", "Debug28") | SMALL | changes
+    featurizer = networks.Featurizer(shape, hparams)
+    net = nn.Sequential(featurizer, nn.Linear(featurizer.n_outputs, n_classes))
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.rand(8, *shape))
+    return net.eval()
+
+
 def make(name, shape=(3, 28, 28), n_classes=3, seed=0, **changes):
     """An algorithm with default hparams but for `changes`, on a small student."""
+    teacher = staged_teacher(shape, n_classes) if name == "FourDs" else Teacher(shape[0], n_classes)
     hparams = hparams_registry.default_hparams(name, "Debug28") | SMALL | {
         "class_names": NAMES[:n_classes], "total_steps": 10, "normalization": None,
-        "teacher": Teacher(shape[0], n_classes), "clip_model": StubCLIP()} | changes
+        "teacher": teacher, "clip_model": StubCLIP()} | changes
     seed_everything(seed)
     return get_algorithm_class(name)(shape, n_classes, 3, hparams)
 

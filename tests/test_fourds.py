@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clips import bits, minibatches, run, same_bits
+from clips import staged_teacher as network
 from torch import nn
 
-from domainbed_kd import checkpoints, hparams_registry, networks, teachers
+from domainbed_kd import checkpoints, hparams_registry, teachers
 from domainbed_kd.algorithms.fourds import (
     FLOOR,
     UNKNOWN,
@@ -32,20 +33,7 @@ SIZES = [(7, 7), (8, 8), (14, 14), (8, 6), (5, 9), (6, 5), (1, 4), (28, 28)]
 ORIGINAL, LEARNED = (-100.0, 100.0), (100.0, -100.0)  # alpha is (0, 1), and (1, 0)
 
 
-def network(seed=1, shape=SHAPE, n_classes=3, **changes):
-    """A featurizer and a classifier whose BatchNorm has seen images."""
-    torch.manual_seed(seed)
-    hparams = hparams_registry.default_hparams("ERM", "Debug28") | clips.SMALL | changes
-    featurizer = networks.Featurizer(shape, hparams)
-    net = nn.Sequential(featurizer, nn.Linear(featurizer.n_outputs, n_classes))
-    with torch.no_grad():
-        for _ in range(3):
-            net(torch.rand(8, *shape))
-    return net.eval()
-
-
 def make(shape=SHAPE, **changes):
-    changes = {"teacher": network(shape=shape)} | changes if "teacher" not in changes else changes
     return clips.make("FourDs", shape, **changes)
 
 
@@ -364,7 +352,7 @@ def test_adapters_that_keep_the_amplitude_leave_the_plain_teachers_logits(raw):
 
 @pytest.mark.parametrize("shape", [SHAPE, (2, 28, 28)])
 def test_a_student_that_is_the_teacher_has_the_same_circular_phases(shape):
-    teacher = network(shape=shape)
+    teacher = network(shape)
     algorithm = make(shape, teacher=teacher)
     algorithm.network.load_state_dict(teacher.state_dict())
     set_alpha(algorithm, ORIGINAL)
