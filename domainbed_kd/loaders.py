@@ -195,6 +195,11 @@ class FastDataLoader:
         for _ in range(self._length):
             yield next(self._batches)
 
+    @property
+    def indices(self) -> list[int]:
+        """Which items the batch consists of that was returned last."""
+        return self._batches.indices
+
     def __len__(self):
         return self._length
 
@@ -305,7 +310,7 @@ class _Batches:
             batch = self._from_processes()
         else:
             batch = self._workers.read_here(self._n_returned, self._ahead[0])
-        self._ahead.popleft()
+        self.indices = self._ahead.popleft()
         self._n_returned += 1
         return batch
 

@@ -37,6 +37,7 @@ from domainbed_kd import (
     diagnostics,
     hparams_registry,
     loaders,
+    results,
     teachers,
 )
 from domainbed_kd.algorithms.base import forked_rng
@@ -86,6 +87,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
     if args.get("diagnostics"):
         measures = diagnostics.Diagnostics(
             algorithm, splits.out, training, functools.partial(in_order, device=device))
+    kept = splits_to_keep(splits, args) if args.get("save_logits") else {}
     first_step, pending = 0, defaultdict(list)  # values since the last record, by name
     if resume == "auto":
         first_step = restore(folder, args, algorithm, load, pending, measures)
@@ -109,10 +111,11 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
 
             at_checkpoint = step % checkpoint_freq == 0 or last
             if at_checkpoint:
+                logits = {name: [] for name in kept}
                 record = {
                     "step": step, "epoch": step / steps_per_epoch,
                     **{name: float(np.mean(v)) for name, v in pending.items()},
-                    **{f"{name}_acc": accuracy(algorithm, loader, device)
+                    **{f"{name}_acc": accuracy(algorithm, loader, device, logits.get(name))
                        for name, loader in load.evaluation.items()},
                     "mem_gb": peak_memory_gb(device)}
                 header = print_record(record, header)
@@ -123,6 +126,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
                     record["teacher"], teacher = teacher, None  # once a run
                 if measures:
                     record["diagnostics"] = measures.measure()
+                if kept:
+                    results.save_logits(folder / "logits" / f"step{step}.npz", logits, kept)
                 append_record(folder, record | {"hparams": hparams, "args": args})
                 pending.clear()
                 if args["save_model_every_checkpoint"]:
@@ -249,8 +254,11 @@ def to_device(batch, device):
     return [part.to(device) for part in batch]
 
 
-def accuracy(algorithm, loader, device) -> float:
-    """Share of the loader's images, in [0, 1], whose class `predict` finds."""
+def accuracy(algorithm, loader, device, kept: list | None = None) -> float:
+    """Share of the loader's images, in [0, 1], whose class `predict` finds.
+
+    A list that is given gathers each batch's (indices, labels, logits), on the CPU.
+    """
     correct = total = 0
     algorithm.eval()
     with torch.no_grad():
@@ -259,8 +267,16 @@ def accuracy(algorithm, loader, device) -> float:
             guess = logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0
             correct += (guess == y.to(device)).sum().item()
             total += len(y)
+            if kept is not None:
+                kept.append((loader.indices, y, logits.float().cpu()))
     algorithm.train()
     return correct / total
+
+
+def splits_to_keep(splits: loaders.Splits, args: dict) -> dict[str, list[int]]:
+    """{name of a split that model selection looks at: its items' numbers in their domain}."""
+    return ({f"env{i}_out": split.keys for i, split in enumerate(splits.out)}
+            | {f"env{i}_in": splits.in_[i].keys for i in args["test_envs"]})
 
 
 def in_order(split, device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -23,8 +23,9 @@ ALLOWED = {
     "model_selection": {"records"},
     "tables": {"model_selection", "datasets", "algorithms"},
     "diagnostics": {"algorithms", "checkpoints"},
+    "results": {"checkpoints"},
     "training": {"algorithms", "averaging", "checkpoints", "datasets", "diagnostics",
-                 "hparams_registry", "loaders", "seeds", "teachers"},
+                 "hparams_registry", "loaders", "results", "seeds", "teachers"},
 }
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "scripts" not in p.parts
                  and p.stem not in ("__main__", "plugin") and p != PACKAGE / "__init__.py")
@@ -55,7 +56,8 @@ def test_imports_follow_the_design(path):
 
 HEAVY = ("torch", "torchvision", "timm", "open_clip", "pandas", "wilds", "ray", "submitit")
 LIGHT = ["domainbed_kd", "domainbed_kd.algorithms", "domainbed_kd.datasets", "domainbed_kd.jobs",
-         "domainbed_kd.records", "domainbed_kd.model_selection", "domainbed_kd.tables",
+         "domainbed_kd.records", "domainbed_kd.results", "domainbed_kd.model_selection",
+         "domainbed_kd.tables",
          "domainbed_kd.command_launchers", "domainbed_kd.extensions", "domainbed_kd.__main__",
          *(f"domainbed_kd.scripts.{p.stem}" for p in (PACKAGE / "scripts").glob("[!_]*.py"))]
 

@@ -37,6 +37,12 @@ def run_all(lines, folder):
         assert process.returncode == 0, f"{line}\n{process.stdout}\n{process.stderr}"
 
 
+def run_python(code, folder):
+    process = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True,
+                             text=True, timeout=600)
+    assert process.returncode == 0, f"{code}\n{process.stdout}\n{process.stderr}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_work_as_printed(page, tmp_path):
@@ -45,6 +51,9 @@ def test_the_commands_of_a_page_work_as_printed(page, tmp_path):
         if i == 0 and name:
             (tmp_path / name.group(1)).write_text(code, encoding="utf-8")
     run_all(commands(page), tmp_path)
+    if page.name == "analysis.md":
+        for code in blocks(page, "python"):
+            run_python(code, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

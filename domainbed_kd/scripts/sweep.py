@@ -88,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--diagnostics", action="store_const", const=True,
                       help="record weight distance, mutual information, calibration and agreement "
                            "with the teacher at each evaluation")
+    ours.add_argument("--save_logits", action="store_const", const=True,
+                      help="keep the predictions that model selection looks at, at each "
+                           "evaluation")
     ours.add_argument("--jobs_per_device", type=int, metavar="N",
                       help="jobs at a time, on each GPU if there are several; default: 1")
     ours.add_argument("--threads_per_job", type=int, metavar="N",
@@ -312,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         single_test_envs=args.single_test_envs, hparams=args.hparams,
         checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
         skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher,
-        diagnostics=args.diagnostics)
+        diagnostics=args.diagnostics, save_logits=args.save_logits)
     all_jobs = plan(args, args_list)
     if args.command == "status":
         return status(all_jobs)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from domainbed_kd.scripts import USER_ERRORS, Parser, one_line, run_main
 
+# Flags of ours that go on record, but only when they are given: DomainBed's records know none.
+OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """DomainBed's flags, then ours."""
@@ -50,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--diagnostics", action="store_true",
                       help="record weight distance, mutual information, calibration and agreement "
                            "with the teacher at each evaluation; see docs/analysis.md")
+    ours.add_argument("--save_logits", action="store_true",
+                      help="keep the predictions that model selection looks at, at each "
+                           "evaluation, in logits/stepN.npz (float16); see docs/analysis.md")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file with algorithms or data sets of your own")
     ours.add_argument("--resume", choices=["auto", "never"], default="auto",
@@ -124,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     ours = ("plugin", "resume", "loader_processes")
     on_record = {k: v for k, v in vars(args).items() if k not in ours}
-    for name in ("teacher", "allow_bad_teacher", "diagnostics"):  # DomainBed's know none of them
+    for name in OPTIONAL:
         if not on_record[name]:
             del on_record[name]
     with output_kept_in(folder):

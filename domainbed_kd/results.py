@@ -1,0 +1,249 @@
+"""Questions to runs that need no further training: all records as a table, and kept logits.
+
+`to_frame` reads every value that runs recorded. What `train --save_logits` keeps, at each
+checkpoint, are the predictions on the `out` split of every domain and on the `in` split of the
+test domains: what model selection looks at. See docs/analysis.md.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# float16 after each image's largest logit is subtracted: no softmax and no order of classes changes
+# but for differences below 3e-8, and close to the largest the steps are finest.
+LOGITS_DTYPE = np.float16
+
+
+class Predictions(NamedTuple):
+    """What a predictor makes of a split, in the order of `index`."""
+
+    #: (N, C) float32, the largest of each row 0; of two classes with a single logit, C is 2.
+    logits: np.ndarray
+    #: (N,) the right classes.
+    labels: np.ndarray
+    #: (N,) each image's number in its domain, the same in every run.
+    index: np.ndarray
+
+
+def to_frame(input_dir: str | Path):
+    """A pandas DataFrame with a row for each record of a run or of a sweep's runs.
+
+    Columns are named as in results.jsonl, with a dot where it nests: `env0_in_acc`, `loss`,
+    `args.algorithm`, `hparams.lr`, `diagnostics.weight_distance`. Added are `run` (the folder's
+    name), `val_acc` (mean over the training domains' out-splits), `test_acc` (mean over the test
+    domains' in-splits) and `selected` (whether training-domain validation chooses this checkpoint
+    of its run). Lists, such as `args.test_envs`, are tuples. Lines that cannot be read are named
+    on stderr and left out.
+
+    Raises:
+        FileNotFoundError: if the folder holds no results.jsonl, nor does any folder in it.
+    """
+    import pandas as pd
+
+    rows = []
+    for path in _record_files(Path(input_dir)):
+        rows += _with_choice(path.parent.name, list(_lines(path)))
+    frame = pd.json_normalize(rows)
+    for name in filter(lambda name: pd.api.types.is_object_dtype(frame[name]), frame):
+        frame[name] = frame[name].map(lambda v: tuple(v) if isinstance(v, list) else v)
+    return frame
+
+
+def _record_files(folder: Path) -> list[Path]:
+    paths = [path for path in (folder / "results.jsonl", *sorted(folder.glob("*/results.jsonl")))
+             if path.is_file()]
+    if not paths:
+        raise FileNotFoundError(f"{folder}: neither it nor a folder in it holds a results.jsonl.")
+    return paths
+
+
+def _lines(path: Path) -> Iterable[dict]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and {"step", "args"} <= record.keys():
+                yield record
+            else:
+                print(f"skipped {path}: line {number}, no record", file=sys.stderr)
+
+
+def _with_choice(run: str, records: list[dict]) -> list[dict]:
+    """The records with `run`, `val_acc`, `test_acc` and `selected`."""
+    rows = [{"run": run, **record, "val_acc": _validation(record), "test_acc": _mean(
+        record, (f"env{i}_in_acc" for i in record["args"]["test_envs"]))} for record in records]
+    chosen = _selected(rows, lambda row: row["val_acc"])
+    return [row | {"selected": row is chosen} for row in rows]
+
+
+def _selected(records: list[dict], validation: Callable[[dict], float]) -> dict | None:
+    """The first of the records with the highest validation accuracy, or the last that counts."""
+    candidates = [record for record in records if not np.isnan(validation(record))]
+    if any(record.get("selection") == "last" for record in candidates):
+        candidates = sorted(candidates, key=lambda record: record["step"])[-1:]
+    return max(candidates, key=validation, default=None)
+
+
+def _validation(record: dict) -> float:
+    """Mean accuracy on the training domains' out-splits; NaN if the record has none."""
+    tested = {f"env{i}_out_acc" for i in record["args"]["test_envs"]}
+    return _mean(record, (n for n in record if re.fullmatch(r"env\d+_out_acc", n)
+                          and n not in tested))
+
+
+def _mean(record: dict, names: Iterable[str]) -> float:
+    values = [record.get(name, np.nan) for name in names]
+    return float(np.mean(values)) if values else np.nan
+
+
+# Logits that a run kept.
+
+
+def save_logits(path: Path, kept: dict[str, list[tuple]], keys: dict[str, list[int]]) -> None:
+    """Writes a checkpoint's predictions, compressed and whole or not at all.
+
+    Args:
+        path: of the .npz file; its folder is made.
+        kept: {split: [(indices within the split, labels (B,), logits (B, C)), ...]}, as tensors.
+        keys: {split: its items' numbers in their domain}.
+    """
+    from domainbed_kd import checkpoints
+
+    arrays = {}
+    for name, batches in kept.items():
+        index, labels, logits = (
+            np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*batches))
+        if logits.shape[1] == 1:
+            logits = np.pad(logits, ((0, 0), (1, 0)))
+        index = np.asarray(keys[name], dtype=np.int32)[index]
+        order = index.argsort()
+        shifted = np.maximum(logits - logits.max(axis=1, keepdims=True),
+                             np.finfo(LOGITS_DTYPE).min)
+        arrays |= {f"{name}.logits": shifted[order].astype(LOGITS_DTYPE),
+                   f"{name}.labels": labels[order].astype(np.int32), f"{name}.index": index[order]}
+    path.parent.mkdir(exist_ok=True)
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    checkpoints.write_atomically(path, write)
+
+
+def steps(run: str | Path) -> list[int]:
+    """The steps at which a run kept its logits, in order.
+
+    Raises:
+        FileNotFoundError: if it kept none.
+    """
+    names = (re.fullmatch(r"step(\d+)\.npz", path.name) for path in Path(run, "logits").glob("*"))
+    found = sorted(int(name[1]) for name in names if name)
+    if not found:
+        raise FileNotFoundError(f"{run} holds no logits. Train it with --save_logits.")
+    return found
+
+
+def load_logits(run: str | Path, step: int | None = None) -> dict[str, Predictions]:
+    """A checkpoint's predictions by split: `env0_out`, and `env3_in` if 3 is a test domain.
+
+    Args:
+        run: the run's folder.
+        step: of the checkpoint; None for the one that training-domain validation selects.
+
+    Raises:
+        FileNotFoundError: if the run kept no logits there.
+    """
+    known = steps(run)
+    if step is None:
+        step = _selected(records(run), _validation)["step"]
+    if step not in known:
+        raise FileNotFoundError(f"{run} kept no logits at step {step}, but at "
+                                f"{', '.join(map(str, known))}.")
+    with np.load(Path(run, "logits", f"step{step}.npz"), allow_pickle=False) as arrays:
+        names = dict.fromkeys(name.split(".")[0] for name in arrays)
+        return {name: Predictions(arrays[f"{name}.logits"].astype(np.float32),
+                                  arrays[f"{name}.labels"], arrays[f"{name}.index"])
+                for name in names}
+
+
+def records(run: str | Path) -> list[dict]:
+    """A run's records with accuracies counted anew from its logits, for `model_selection`'s rules.
+
+    They have `step`, `args`, `hparams`, `selection` if there is one, and the accuracies of the
+    splits whose logits are kept.
+    """
+    recorded = {record["step"]: record for record in _lines(Path(run, "results.jsonl"))}
+    return [{name: recorded[step][name] for name in ("step", "args", "hparams", "selection")
+             if name in recorded[step]}
+            | {f"{name}_acc": accuracy(p) for name, p in load_logits(run, step).items()}
+            for step in steps(run) if step in recorded]
+
+
+def whole_domain(predictions: dict[str, Predictions], env: int) -> Predictions:
+    """Predictions on all kept splits of a domain together, by index."""
+    parts = [p for name, p in predictions.items() if name.startswith(f"env{env}_")]
+    if not parts:
+        raise ValueError(f"There are no predictions on domain {env}, but on "
+                         f"{', '.join(predictions)}.")
+    joined = Predictions(*map(np.concatenate, zip(*parts)))
+    return Predictions(*(part[joined.index.argsort()] for part in joined))
+
+
+def ensemble(members: Iterable[Predictions]) -> Predictions:
+    """The mean of the members' probabilities, on the images that all of them have.
+
+    Logits are the mean's logarithms, less the largest.
+
+    Raises:
+        ValueError: if there are no members, they have no image in common, or they disagree about
+            classes.
+    """
+    members = list(members)
+    if not members:
+        raise ValueError("An ensemble needs members; there are none.")
+    common = members[0].index
+    for member in members[1:]:
+        common = np.intersect1d(common, member.index)
+    picked = [Predictions(*(part[np.searchsorted(m.index, common)] for part in m))
+              for m in members]
+    if not len(common) or any(p.logits.shape != picked[0].logits.shape
+                              or (p.labels != picked[0].labels).any() for p in picked):
+        raise ValueError("These predictions cannot be averaged: they have no image in common, or "
+                         "other classes. Take runs of one data set, and the same domain of each.")
+    # In double precision, so that a class that all give next to nothing keeps its place.
+    mean = np.log(np.mean([probabilities(p) for p in picked], axis=0) + np.finfo(float).tiny)
+    return Predictions((mean - mean.max(axis=1, keepdims=True)).astype(np.float32),
+                       picked[0].labels, common)
+
+
+def probabilities(predictions: Predictions) -> np.ndarray:
+    """Softmax of the logits, float64 (N, C)."""
+    exp = np.exp(predictions.logits.astype(np.float64))
+    return exp / exp.sum(axis=1, keepdims=True)
+
+
+def accuracy(predictions: Predictions) -> float:
+    """Share of right guesses, in [0, 1]."""
+    return float((predictions.logits.argmax(axis=1) == predictions.labels).mean())
+
+
+def confusion(predictions: Predictions) -> np.ndarray:
+    """Counts (C, C): a row for each right class, a column for each guess."""
+    n = predictions.logits.shape[1]
+    pairs = predictions.labels * n + predictions.logits.argmax(axis=1)
+    return np.bincount(pairs, minlength=n * n).reshape(n, n)
+
+
+def class_errors(predictions: Predictions) -> np.ndarray:
+    """Share of wrong guesses for each class, (C,); NaN for a class without images."""
+    counts = confusion(predictions)
+    n_images = counts.sum(axis=1)
+    return 1 - np.divide(np.diag(counts), n_images, where=n_images > 0,
+                         out=np.full(len(counts), np.nan))
