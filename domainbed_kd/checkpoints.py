@@ -4,14 +4,20 @@ Everything is written beside and then renamed, so a file is whole or absent, and
 with `weights_only=True`: no pickled code is ever run.
 """
 
+import io
 import os
 import pickle
 import random
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+
+# Which global a refused pickle asks for, in torch's message.
+REFUSED = re.compile(r"GLOBAL \S+|[Uu]nsupported operand \d+|[Ii]nvalid load key[^.]*")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -27,8 +33,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save(path: Path, content: dict) -> None:
-    """torch.save, atomically."""
-    write_atomically(path, lambda beside: torch.save(content, beside))
+    """torch.save, atomically; the bytes depend on the content alone, not on the file's name."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, lambda beside: beside.write_bytes(buffer.getbuffer()))
+
+
+def remove_half_written(folder: Path) -> None:
+    """Deletes what `write_atomically` left in a folder when it was killed."""
+    for beside in folder.glob("*.tmp"):
+        beside.unlink()
 
 
 def load(path: Path) -> dict:
@@ -42,12 +56,18 @@ def load(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except pickle.UnpicklingError as error:
+        reason = REFUSED.search(str(error))
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values ({reason}). "
-            "If it comes from DomainBed with random hparams, it holds NumPy scalars: load it there "
-            "once and save it with plain Python numbers.") from None
+            f"{path} cannot be read as a checkpoint of tensors and plain values, and nothing else "
+            f"is unpickled, as it could run code ({reason[0] if reason else 'no valid pickle'}). "
+            "If you trust where it comes from (DomainBed with random hparams saves NumPy scalars), "
+            "load it there once and save it with plain Python numbers.") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            struct.error) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged ({reason}). "
+                         "Delete it, or put an intact copy there.") from None
 
 
 def optimizers(algorithm) -> dict:

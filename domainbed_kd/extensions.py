@@ -107,6 +107,8 @@ def _is_a(kind: str, value) -> bool:
 
 def _import(name: str):
     """The module of a dotted name or a .py file."""
+    if not name.endswith(".py") and not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"--plugin {name!r}: it takes a .py file or a module's dotted name.")
     try:
         if not name.endswith(".py"):
             if os.getcwd() not in sys.path:  # as for `python -m`; a console script lacks it

@@ -6,6 +6,7 @@ or reordering entries moves no other draw. Values are plain Python, so they surv
 
 import difflib
 import json
+import math
 import warnings
 
 import numpy as np
@@ -77,6 +78,26 @@ def random_hparams(algorithm: str, dataset: str, seed: int) -> dict:
             for name, (_, draw_value) in search_space(algorithm, dataset).items()}
 
 
+def parse(text: str) -> dict:
+    """The hparams of a JSON object, such as '{"lr": 0.001}'.
+
+    Raises:
+        ValueError: if the text is no JSON object, or holds a number that is not finite.
+    """
+    def finite(number):
+        if not math.isfinite(float(number)):
+            raise ValueError(f"--hparams: {number} is no finite number: {text}")
+        return float(number)
+
+    try:
+        changes = json.loads(text, parse_float=finite, parse_constant=finite)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"--hparams is not JSON ({error}): {text[:200]}") from None
+    if not isinstance(changes, dict):
+        raise ValueError(f'--hparams takes a JSON object such as {{"lr": 0.001}}; found {text}')
+    return changes
+
+
 def override(hparams: dict, text: str | None) -> dict:
     """`hparams` with those of a JSON object, such as '{"lr": 0.001}', on top.
 
@@ -87,12 +108,7 @@ def override(hparams: dict, text: str | None) -> dict:
     """
     if text is None:
         return hparams
-    try:
-        changes = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--hparams is not JSON ({error}): {text}") from None
-    if not isinstance(changes, dict):
-        raise ValueError(f'--hparams takes a JSON object such as {{"lr": 0.001}}; found {text}')
+    changes = parse(text)
     for name, value in changes.items():
         if name not in hparams and name not in OPTIONAL:
             near = difflib.get_close_matches(name, [*hparams, *OPTIONAL], n=1)

@@ -326,7 +326,18 @@ class _Batches:
                 generator=torch.Generator()))  # its own: the global stream must not notice
         else:
             self._unsent.append((self._n_returned + len(self._ahead) - 1, self._ahead[-1]))
-        batch, worker, state = next(self._real)
+        try:
+            batch, worker, state = next(self._real)
+        except (OSError, ValueError) as error:
+            # What a process sends is its traceback, whose last line is the error.
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(reason.partition("Error: ")[2] or reason) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise ChildProcessError(
+                f"A loader process ended early ({str(error).splitlines()[0]}). If memory ran out, "
+                "pass a smaller --loader_processes or batch_size.") from error
         self._workers.states[worker] = state
         return batch
 

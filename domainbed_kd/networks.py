@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import functools
 import pickle
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -462,7 +463,8 @@ def _read_tensors(path: str) -> dict[str, Tensor]:
             content = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError,
+            LookupError, struct.error) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"weights: {path} cannot be read ({reason}).") from error
     if not isinstance(content, dict):

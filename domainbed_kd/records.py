@@ -19,6 +19,9 @@ PROTOCOL = ("steps", "hparams", "task")
 # What collect_results leaves beside the runs.
 _OURS = ("results.txt", "results.tex", "results.csv", "results.md")
 _MOST_WARNINGS = 10
+# Arguments by which runs are compared or named.
+_ONE_VALUE = (*PROTOCOL, "data_dir", "output_dir", "holdout_fraction", "uda_holdout_fraction",
+              "checkpoint_freq", "skip_model_save")
 
 
 def load(input_dir: str | Path) -> list[dict]:
@@ -115,6 +118,19 @@ def _is_record(record) -> bool:
                 accuracies = record[f"fd_env{i}_in_acc"],
             if not isinstance(i, int) or set(map(type, accuracies)) != {float}:
                 return False
+        if any(type(record[name]) is not float for name in _kept_names(tuple(record))
+               if name.endswith("_acc")):
+            return False
+        n_envs = _n_envs(tuple(record))
+        if n_envs and not set(args["test_envs"]) < set(range(n_envs)):
+            return False
+        if any(f"env{i}_{split}_acc" not in record
+               for i in range(n_envs) for split in ("in", "out")):
+            return False
+        if any(isinstance(args.get(name), (list, dict)) for name in _ONE_VALUE):
+            return False
+        if not isinstance(args.get("steps"), (int, type(None))):
+            return False
         return (isinstance(args["dataset"], str) and isinstance(args["algorithm"], str)
                 and isinstance(args["trial_seed"], int) and isinstance(args["hparams_seed"], int)
                 and isinstance(record["step"], int) and isinstance(record["hparams"], dict)

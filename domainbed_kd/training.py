@@ -5,6 +5,7 @@ algorithm, steps), so that a run trains to the same losses from the same seeds.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -387,11 +388,39 @@ def log_scalars(writer: SummaryWriter, record: dict, training: list[int], n_envs
 
 
 def append_record(folder: Path, record: dict) -> None:
-    """Adds a whole line to results.jsonl, on disk before this returns."""
-    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Adds a whole line to results.jsonl, on disk before this returns.
+
+    A torn last line, which a machine that broke down may have left, is cut off first; so is
+    what could be written of a line if the disk is full.
+
+    Raises:
+        OSError: if it cannot be written; the lines before it stay.
+    """
+    path = folder / "results.jsonl"
+    line = (json.dumps(record, sort_keys=True) + "\n").encode()
+    with path.open("a+b", buffering=0) as file:
+        size = _whole_lines(file)
+        file.truncate(size)
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(size)
+            error.filename = str(path)
+            raise
+
+
+def _whole_lines(file) -> int:
+    """The size in bytes of a file without its last line, if that lacks its end."""
+    size = file.seek(0, os.SEEK_END)
+    while size:
+        start = max(size - 65536, 0)
+        file.seek(start)
+        if end := file.read(size - start).rfind(b"\n") + 1:
+            return start + end
+        size = start
+    return 0
 
 
 def save_model(path: Path, args: dict, hparams: dict, dataset, algorithm) -> None:
@@ -429,8 +458,15 @@ def _refuse_other_run(folder: Path, found: dict, args: dict) -> None:
 def _already_finished(folder: Path, args: dict) -> bool:
     if not (folder / "done").exists() or not (folder / "results.jsonl").exists():
         return False
-    with (folder / "results.jsonl").open(encoding="utf-8") as file:
-        _refuse_other_run(folder, json.loads(file.readline())["args"], args)
+    with (folder / "results.jsonl").open(encoding="utf-8", errors="replace") as file:
+        try:
+            found = json.loads(file.readline())["args"]
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(
+                f"{folder} holds a finished run, but the first line of its results.jsonl is no "
+                "record. Delete the folder to train again, or choose another --output_dir."
+            ) from None
+        _refuse_other_run(folder, found, args)
     return True
 
 
@@ -454,26 +490,45 @@ def restore(folder: Path, args: dict, algorithm, load: Loaders, pending: dict,
     """Puts back what `save_state` left, and returns the step to go on with.
 
     Records written after the state was saved are cut off: they will be written again. Where
-    there is no state, records of an unfinished run are set aside as results.jsonl.old.
+    there is no state, records of an unfinished run are set aside as results.jsonl.old, unless
+    there is only the first, which is written again too.
+
+    Raises:
+        ValueError: if the state is damaged, another run's, or its records are not all there.
     """
     results, state_path = folder / "results.jsonl", folder / "resume.pt"
+    checkpoints.remove_half_written(folder)
     if not state_path.exists():
         if results.exists():
-            results.replace(folder / "results.jsonl.old")
+            if results.read_bytes().count(b"\n") > 1:
+                results.replace(folder / "results.jsonl.old")
+            else:
+                results.unlink()
         return 0
     state = checkpoints.load(state_path)
-    _refuse_other_run(folder, state["args"], args)
-    checkpoints.load_algorithm_state(algorithm, state["algorithm"])
-    for loader, loader_state in zip(load.all(), state["loaders"]):
-        loader.load_state_dict(loader_state)
-    checkpoints.set_random_state(state["random"])
-    pending.update(state["pending"])
-    if measures:
-        measures.load_state_dict(state["diagnostics"])
+    size = results.stat().st_size if results.exists() else 0
+    afresh = f"Delete {state_path}, and the run starts again from its first step."
+    try:
+        _refuse_other_run(folder, state["args"], args)
+        if size < state["results_bytes"]:
+            raise ValueError(f"{results} has {size} bytes, but {state['results_bytes']} when the "
+                             f"run's state was saved: records are lost. {afresh}")
+        checkpoints.load_algorithm_state(algorithm, state["algorithm"])
+        for loader, loader_state in zip(load.all(), state["loaders"]):
+            loader.load_state_dict(loader_state)
+        checkpoints.set_random_state(state["random"])
+        pending.update(state["pending"])
+        if measures:
+            measures.load_state_dict(state["diagnostics"])
+        first_step = state["next_step"]
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{state_path} does not fit this run ({type(error).__name__}: {reason})."
+                         f" {afresh}") from error
     if results.exists():
         os.truncate(results, state["results_bytes"])
-    print(f"Continuing at step {state['next_step']}.", file=sys.stderr)
-    return state["next_step"]
+    print(f"Continuing at step {first_step}.", file=sys.stderr)
+    return first_step
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ comments; flags after it on the command line win.
 import argparse
 import functools
 import inspect
-import json
 import os
 import shlex
 import sys
@@ -126,13 +125,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--task domain_adaptation needs unlabeled images of the test domains. "
                          "Pass --uda_holdout_fraction, for example 0.5.")
     if args.hparams is not None:
-        try:
-            is_object = isinstance(json.loads(args.hparams), dict)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--hparams is not JSON ({error}): {args.hparams}") from None
-        if not is_object:
-            raise ValueError('--hparams takes a JSON object such as {"lr": 0.001}; found '
-                             f"{args.hparams}")
+        from domainbed_kd import hparams_registry  # it imports NumPy
+
+        hparams_registry.parse(args.hparams)
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; it takes a folder.")
 

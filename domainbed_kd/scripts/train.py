@@ -114,12 +114,41 @@ def output_kept_in(folder: Path) -> Iterator[None]:
         try:
             yield
         except USER_ERRORS as error:
+            if isinstance(error, BlamedOnHparams):
+                traceback.print_exception(error.__cause__, file=err.file)
             print(one_line(error), file=err.file, flush=True)
             raise
         except Exception:
             traceback.print_exc(file=err.file)
             err.file.flush()
             raise
+
+
+class BlamedOnHparams(ValueError):
+    """An algorithm failed with hparams of the user's choice; the cause is what it raised."""
+
+
+@contextlib.contextmanager
+def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
+    """Inside, what goes wrong with --hparams is said in a line; without them it is our bug.
+
+    Raises:
+        BlamedOnHparams: with hparams, for what Python or torch raise when they are of no use.
+        OSError: if memory ran out.
+    """
+    try:
+        yield
+    except USER_ERRORS:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "out of memory" in reason or "can't allocate memory" in reason:
+            raise OSError(f"{algorithm} needs more memory than there is ({reason}). Lower "
+                          "batch_size or jobs_per_device.") from error
+        if hparams is None:
+            raise
+        raise BlamedOnHparams(f"{algorithm} fails with --hparams {hparams} ({reason}). Its "
+                              "traceback is in err.txt.") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,7 +168,8 @@ def main(argv: list[str] | None = None) -> int:
         extensions.load(args.plugin, [args.algorithm, args.dataset])
         from domainbed_kd import training
 
-        return training.train(on_record, args.resume, args.loader_processes)
+        with hparams_blamed(args.algorithm, args.hparams):
+            return training.train(on_record, args.resume, args.loader_processes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,364 @@
+"""Whatever a user types, or whatever has happened to a file: one line, exit 2, nothing lost."""
+
+import json
+import os
+import random
+import shutil
+
+import pytest
+from conftest import GOLDENS
+from PIL import Image
+
+from domainbed_kd import __main__ as cli
+from domainbed_kd import algorithms, training
+from domainbed_kd.scripts import run_main
+
+TRAIN = ["train", "--dataset", "Debug28", "--steps", "1", "--hparams", '{"batch_size": 4}',
+         "--output_dir", "run"]
+SWEEP = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--n_trials", "1",
+         "--output_dir", "sweep", "--skip_confirmation"]
+LAUNCH, STATUS, DELETE = (["sweep", command, *SWEEP]
+                          for command in ("launch", "status", "delete_incomplete"))
+COLLECT = ["collect_results", "--input_dir", "results"]
+LIST = ["list_top_hparams", "--input_dir", "results", "--dataset", "VLCS", "--algorithm", "ERM",
+        "--test_env", "0"]
+DOWNLOAD = ["download", "--data_dir", "data"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A working directory with the results of a sweep, and no network to wait for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.copytree(GOLDENS / "sweep_data", "results")
+    return tmp_path
+
+
+def said(argv, capsys):
+    """(exit status, stdout, stderr) of a command, run here."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: cli.dispatch(list(argv)))
+    return ended.value.code, *capsys.readouterr()
+
+
+def refused(argv, message, capsys):
+    status, _, err = said(argv, capsys)
+    assert status == 2, err
+    assert err.count("\n") == 1 and err.startswith("error: ") and message in err, err
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command, flags, message", [
+    # Unknown names, with the nearest known.
+    (TRAIN, ["--algorithm", "MosaikKD"], "Did you mean MosaicKD?"),
+    (TRAIN, ["--dataset", "DigitDG"], "Did you mean DigitsDG?"),
+    (TRAIN, ["--task", "generalization"], "invalid choice"),
+    (TRAIN, ["--resum", "sometimes"], "invalid choice"),
+    (TRAIN, ["--plugin", "no_such_plugin"], "no_such_plugin"),
+    (TRAIN, ["--plugin", "../.."], "takes a .py file or a module's dotted name"),
+    (TRAIN, ["--plugin", "absent.py"], "there is no such file"),
+    (LAUNCH, ["--algorithms", "ERM", "RISSE"], "Did you mean RISE?"),
+    (LAUNCH, ["--datasets", "OficeHome"], "Did you mean OfficeHome?"),
+    (LAUNCH, ["--command_launcher", "multigpu"], "Did you mean multi_gpu?"),
+    (STATUS, ["--algorithms", "SCDM"], "Did you mean SCMD?"),
+    (DELETE, ["--datasets", "DomainNett"], "Did you mean DomainNet?"),
+    (LIST, ["--algorithm", "ERN"], "it has"),
+    (LIST, ["--dataset", "VLC"], "it has VLCS"),
+    (DOWNLOAD, ["--datasets", "PASC"], "Did you mean PACS?"),
+    (["sweep", "lunch", *SWEEP], [], "lunch"),
+    (["collect_result"], [], "collect_result"),
+    # Wrong types, and numbers that are negative, absurd or not numbers.
+    (TRAIN, ["--steps", "ten"], "invalid int value: 'ten'"),
+    (TRAIN, ["--steps", "1.5"], "invalid int value"),
+    (TRAIN, ["--steps", "-1"], "--steps is -1"),
+    (TRAIN, ["--checkpoint_freq", "-1"], "--checkpoint_freq is -1"),
+    (TRAIN, ["--holdout_fraction", "nan"], "--holdout_fraction is nan"),
+    (TRAIN, ["--holdout_fraction", "inf"], "--holdout_fraction is inf"),
+    (TRAIN, ["--holdout_fraction", "0.9999"], "less than a batch of 4"),
+    (TRAIN, ["--uda_holdout_fraction", "nan"], "--uda_holdout_fraction is nan"),
+    (TRAIN, ["--seed", "-1"], "--seed is -1"),
+    (TRAIN, ["--seed", str(10**30)], "--seed is 1000"),
+    (TRAIN, ["--loader_processes", "-1"], "--loader_processes is -1"),
+    (LAUNCH, ["--n_trials", "0"], "--n_trials is 0"),
+    (LAUNCH, ["--n_hparams", "-3"], "--n_hparams is -3"),
+    (LAUNCH, ["--holdout_fraction", "nan"], "--holdout_fraction is nan"),
+    (LAUNCH, ["--steps", "1e3"], "invalid int value"),
+    (LAUNCH, ["--jobs_per_device", "0"], "--jobs_per_device is 0"),
+    (STATUS, ["--n_trials", "-1"], "--n_trials is -1"),
+    (LIST, ["--test_env", "one"], "invalid int value"),
+    (LIST, ["--test_env", "7"], "--test_env 7"),
+    # Test envs out of range, twice, or all.
+    (TRAIN, ["--test_envs", "3"], "environments 0 to 2"),
+    (TRAIN, ["--test_envs", "-1"], "environments 0 to 2"),
+    (TRAIN, ["--test_envs", "0", "0"], "twice"),
+    (TRAIN, ["--test_envs", "0", "1", "2"], "no environment is left"),
+    (TRAIN, ["--test_envs"], "expected at least one argument"),
+    # JSON that is none, and hparams of no use.
+    (TRAIN, ["--hparams", "{"], "--hparams is not JSON"),
+    (TRAIN, ["--hparams", "[" * 5000], "--hparams is not JSON"),
+    (TRAIN, ["--hparams", "3"], "takes a JSON object"),
+    (TRAIN, ["--hparams", '{"lr": NaN}'], "NaN is no finite number"),
+    (TRAIN, ["--hparams", '{"lr": 1e400}'], "1e400 is no finite number"),
+    (TRAIN, ["--hparams", '{"lr": -1, "batch_size": 4}'], "learning rate"),
+    (TRAIN, ["--hparams", '{"lr": "fast"}'], "it takes a float"),
+    (TRAIN, ["--hparams", '{"batch_size": -4}'], "at least 1"),
+    (TRAIN, ["--hparams", '{"batch_size": 1000000000}'], "less than a batch"),
+    (TRAIN, ["--hparams", '{"averaging": "swadd", "batch_size": 4}'], "swadd"),
+    (TRAIN, ["--algorithm", "RSC", "--hparams", '{"rsc_b_drop_factor": -1, "batch_size": 4}'],
+     "RSC fails with --hparams"),
+    (LAUNCH, ["--hparams", '{"lr": Infinity}'], "Infinity is no finite number"),
+    (STATUS, ["--hparams", "lr=1"], "--hparams is not JSON"),
+    # Folders and files that are not what they should be.
+    (TRAIN, ["--output_dir", "file"], "file"),
+    (TRAIN, ["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
+    (TRAIN, ["--output_dir", "a\0b"], "null byte"),
+    (TRAIN, ["--dataset", "PACS", "--data_dir", "absent"], "absent"),
+    (TRAIN, ["--dataset", "PACS"], "--data_dir"),
+    (TRAIN, ["--dataset", "Folder:../x", "--data_dir", "."], "without a path"),
+    (TRAIN, ["--algorithm", "KDDG", "--teacher", "absent"], "no finished run"),
+    (TRAIN, ["--algorithm", "KDDG", "--teacher", "results"], "no finished run"),
+    (LAUNCH, ["--output_dir", "file"], "is a file"),
+    (LAUNCH, ["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
+    (LAUNCH, ["@absent.args"], "absent.args"),
+    (LAUNCH, ["--datasets", "PACS", "--data_dir", "absent"], "absent"),
+    (DELETE, ["--output_dir", "file"], "is a file"),
+    (COLLECT, ["--input_dir", "absent"], "there is no such folder"),
+    (COLLECT, ["--input_dir", "file"], "there is no such folder"),
+    (COLLECT, ["--format", "html"], "invalid choice"),
+    (COLLECT, ["--latex", "--format", "csv"], "contradict"),
+    (LIST, ["--input_dir", "absent"], "there is no such folder"),
+    (DOWNLOAD, ["--datasets", "Debug28"], "no files to fetch"),
+    (["download", "--datasets", "PACS"], [], "--data_dir is required"),
+])
+def test_bad_input_is_one_line_and_changes_nothing(command, flags, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    refused([*command, *flags], message, capsys)
+    after = {path: content for path, content in contents(tmp_path).items()
+             if path.parts[0] != "run"}  # a run's folder keeps what it said
+    assert after == before
+
+
+def test_reports_commands_are_all_tested_here():
+    tested = {command[0] for command in (TRAIN, LAUNCH, COLLECT, LIST, DOWNLOAD)}
+    assert tested <= set(cli.COMMANDS)
+
+
+# Files that are damaged.
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three domains with two classes of four images, one of which is none."""
+    for domain in "abc":
+        for label in ("cat", "dog"):
+            folder = tmp_path / "mine" / domain / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (8, 8), (i * 30, 0, 0)).save(folder / f"{i}.png")
+    broken = tmp_path / "mine" / "b" / "dog"
+    for i in range(8):
+        (broken / f"{i}.png").write_bytes(b"no image")
+    return ["train", "--dataset", "Folder:mine", "--data_dir", ".", "--steps", "1",
+            "--output_dir", "run", "--hparams",
+            json.dumps({"batch_size": 4, "image_size": 32, "weights": "none", "resnet18": True})]
+
+
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_a_corrupt_image_is_named_also_by_a_loader_process(processes, images, capsys):
+    refused([*images, "--loader_processes", processes],
+            ".png cannot be read as an image. Replace it.\n", capsys)
+
+
+def test_a_loader_process_that_is_killed_is_said(images, monkeypatch, capsys):
+    from domainbed_kd import datasets
+
+    monkeypatch.setattr(datasets, "load_image", lambda path: os._exit(9))
+    refused([*images, "--loader_processes", "1"], "A loader process ended early", capsys)
+
+
+def train_until(steps, monkeypatch, capsys, *flags):
+    """A run that is cut short after its second record; returns what its folder holds."""
+    append, calls = training.append_record, []
+
+    def die(*args):
+        append(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "append_record", die)
+        status, *_ = said([*TRAIN, "--steps", str(steps), "--checkpoint_freq", "1", *flags], capsys)
+        assert status == 130
+
+
+RESUMED = [*TRAIN, "--steps", "3", "--checkpoint_freq", "1"]
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.write_bytes(b""), "damaged"),
+    (lambda path: path.write_bytes(path.read_bytes()[:2000]), "damaged"),
+    (lambda path: path.write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR."), "could run code"),
+    (lambda path: training.checkpoints.save(path, {"args": {}}), "holds another run"),
+    (lambda path: training.checkpoints.save(path, [1]), "does not fit this run"),
+])
+def test_a_corrupt_state_is_refused_and_loses_no_record(
+        damage, message, tmp_path, monkeypatch, capsys):
+    train_until(3, monkeypatch, capsys)
+    before = (tmp_path / "run" / "results.jsonl").read_bytes()
+    damage(tmp_path / "run" / "resume.pt")
+    refused(RESUMED, message, capsys)
+    assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_state_whose_records_are_lost_is_refused(tmp_path, monkeypatch, capsys):
+    train_until(3, monkeypatch, capsys)
+    (tmp_path / "run" / "results.jsonl").write_bytes(b"")
+    refused(RESUMED, "records are lost. Delete run/resume.pt", capsys)
+
+
+def test_what_a_killed_run_left_half_written_goes_and_its_torn_line_is_written_again(
+        tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    train_until(3, monkeypatch, capsys)
+    whole = (run / "results.jsonl").read_bytes()
+    (run / "results.jsonl").write_bytes(whole[:-100])
+    (run / "resume.pt.123.tmp").write_bytes(b"half")
+    assert said(RESUMED, capsys)[0] == 0
+    records = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert not list(run.glob("*.tmp")) and not list(run.glob("*.old"))
+
+
+def test_the_only_record_of_a_killed_run_is_written_again_and_more_are_set_aside(
+        tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    for n_records, aside in ((1, []), (2, ["results.jsonl.old"])):
+        train_until(3, monkeypatch, capsys)
+        (run / "resume.pt").unlink()
+        lines = (run / "results.jsonl").read_bytes().splitlines(keepends=True)
+        (run / "results.jsonl").write_bytes(b"".join(lines[:n_records]))
+        assert said(RESUMED, capsys)[0] == 0
+        assert [path.name for path in run.glob("*.old")] == aside
+        shutil.rmtree(run)
+
+
+def test_records_are_appended_after_the_last_whole_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": ' + b"2" * 200_000)
+    training.append_record(tmp_path, {"c": 3})
+    assert path.read_bytes() == b'{"a": 1}\n{"c": 3}\n'
+    path.write_bytes(b"torn")
+    training.append_record(tmp_path, {"c": 3})
+    assert path.read_bytes() == b'{"c": 3}\n'
+
+
+def test_a_finished_run_with_a_first_line_that_is_none_is_refused(tmp_path, capsys):
+    assert said(TRAIN, capsys)[0] == 0
+    for text in ("\n", '{"step": 1}\n', "[]\n", "torn"):
+        (tmp_path / "run" / "results.jsonl").write_text(text)
+        refused(TRAIN, "is no record", capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\3\4", b"cos\nsystem\n(S'touch hacked'\ntR.",
+                                     b"\x80\x04\x95", b"\x80\x02}q\x00."])
+def test_a_teacher_whose_model_is_damaged_or_dangerous_is_refused(content, tmp_path, capsys):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "done").write_text("done")
+    (tmp_path / "teacher" / "model.pkl").write_bytes(content)
+    refused([*TRAIN, "--algorithm", "KDDG", "--teacher", "teacher"], "model.pkl", capsys)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_folder_of_mixed_and_damaged_results_is_read_as_far_as_it_goes(tmp_path, capsys):
+    runs = sorted(path for path in (tmp_path / "results").iterdir() if path.is_dir())
+    (runs[0] / "results.jsonl").write_bytes(b"\x00\xff{")
+    (runs[1] / "results.jsonl").unlink()
+    (runs[2] / "results.jsonl").write_text("[]\n" + (runs[2] / "results.jsonl").read_text())
+    status, out, err = said(COLLECT, capsys)
+    assert status == 0 and "Total records: " in out
+    assert len([line for line in err.splitlines() if line.startswith("skipped ")]) >= 3
+
+
+# Random input.
+
+VALUES = ["-1", "0", "1", "2", "nan", "inf", "1e309", "9" * 40, "0.5", "", "é", "[]", "{}", "/",
+          "../..", "--", " ", "\x00", "true", "ERM", "results", "local"]
+JSON_VALUES = [0, -1, 1, 3, 0.1, 1e308, 10**30, None, True, "", "x", [], [1], {}, "tiny", "swad"]
+
+
+def flags_of(command):
+    """The long flags of a command's parser but for steps, which would take long."""
+    import importlib
+
+    module = importlib.import_module(f"domainbed_kd.scripts.{command}")
+    return sorted(flag for action in module.build_parser()._actions
+                  for flag in action.option_strings if flag.startswith("--") and
+                  flag not in ("--steps", "--help", "--n_hparams", "--n_trials"))
+
+
+def random_argv(r):
+    command = r.choice([*["train"] * 2, "sweep", "collect_results", "list_top_hparams"])
+    if command == "train" and r.random() < 0.5:
+        algorithm = r.choice(list(algorithms.ALGORITHMS))
+        from domainbed_kd import hparams_registry
+
+        names = list(hparams_registry.default_hparams(algorithm, "Debug28"))
+        chosen = {r.choice(names): r.choice(JSON_VALUES) for _ in range(r.choice([1, 1, 2]))}
+        hparams = {"batch_size": 4, "clip_backbone": "tiny"} | chosen
+        return [*TRAIN, "--algorithm", algorithm, "--hparams", json.dumps(hparams)]
+    start = {"train": TRAIN, "sweep": STATUS, "collect_results": COLLECT,
+             "list_top_hparams": LIST}[command]
+    argv = list(start)
+    for _ in range(r.choice([1, 1, 2, 3])):
+        argv.append(r.choice(flags_of(command)))
+        argv += [r.choice(VALUES) for _ in range(r.choice([0, 1, 1, 1, 2]))]
+    return argv
+
+
+def never_a_traceback(seeds, tmp_path, capsys):
+    for seed in seeds:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        argv = random_argv(random.Random(seed))
+        status, _, err = said(argv, capsys)  # other exceptions than SystemExit are not caught
+        assert status in (0, 1, 2) and "Traceback" not in err, (seed, argv, err)
+        if status == 2:
+            assert err.splitlines()[-1].startswith("error: "), (seed, argv, err)
+
+
+def test_random_arguments_never_end_in_a_traceback(tmp_path, capsys):
+    never_a_traceback(range(60), tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_two_thousand_random_arguments_never_end_in_a_traceback(tmp_path, capsys):
+    never_a_traceback(range(60, 2000), tmp_path, capsys)
+
+
+def test_random_damage_to_records_never_ends_in_a_traceback(tmp_path, capsys):
+    path = next((tmp_path / "results").glob("*/results.jsonl"))
+    whole = path.read_bytes()
+    line = json.loads(whole.splitlines()[0])
+    for seed in range(150):
+        r = random.Random(seed)
+        record = json.loads(json.dumps(line))
+        target = r.choice([record, record["args"], record["hparams"]])
+        name = r.choice(list(target))
+        if r.random() < 0.3:
+            del target[name]
+        else:
+            target[name] = r.choice([*JSON_VALUES, float("nan"), -(10**400)])
+        damaged = bytearray(json.dumps(record).encode() + b"\n" + whole)
+        if r.random() < 0.3:
+            damaged[r.randrange(len(damaged))] = r.randrange(256)
+        path.write_bytes(damaged)
+        for argv in (COLLECT, LIST):
+            status, _, err = said(argv, capsys)
+            assert status in (0, 2) and "Traceback" not in err, (seed, err)
