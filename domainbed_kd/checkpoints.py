@@ -5,6 +5,7 @@ with `weights_only=True`: no pickled code is ever run.
 """
 
 import io
+import json
 import os
 import pickle
 import random
@@ -28,6 +29,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -37,6 +41,20 @@ def save(path: Path, content: dict) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, lambda beside: beside.write_bytes(buffer.getbuffer()))
+
+
+def save_safetensors(path: Path, content: dict) -> None:
+    """A model's tensors by name; what else there is of it, as JSON, in the file's metadata.
+
+    What is no tensor in model_dict (an average's bookkeeping, which `predict` does not need) is
+    left out.
+    """
+    from safetensors.torch import save as as_bytes
+
+    tensors = {name: value.contiguous().clone() for name, value in content["model_dict"].items()
+               if isinstance(value, torch.Tensor)}
+    metadata = {name: json.dumps(value) for name, value in content.items() if name != "model_dict"}
+    write_atomically(path, lambda beside: beside.write_bytes(as_bytes(tensors, metadata)))
 
 
 def remove_half_written(folder: Path) -> None:

@@ -435,6 +435,8 @@ def save_model(path: Path, args: dict, hparams: dict, dataset, algorithm) -> Non
     if dataset.class_names is not None:
         content["class_names"] = dataset.class_names
     checkpoints.save(path, content)
+    if args.get("format") == "safetensors":
+        checkpoints.save_safetensors(path.with_suffix(".safetensors"), content)
 
 
 # What survives a restart.

@@ -1,12 +1,20 @@
 """The commands: parse, call, print. Each module has `main(argv=None) -> int`."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
 
 # What a user can mend: a missing folder, an unknown name, a value out of range.
 USER_ERRORS = (ValueError, OSError, NotImplementedError)
+# What to do about an error of the system's.
+HINTS = {
+    errno.ENOSPC: ". Free some space there; the same command goes on from what is whole.",
+    errno.EDQUOT: ". Free some space there; the same command goes on from what is whole.",
+    errno.EACCES: ". Choose a folder in which you may write.",
+    errno.EROFS: ". Choose a folder in which you may write.",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,7 +27,11 @@ class Parser(argparse.ArgumentParser):
 
 def one_line(error: Exception) -> str:
     """An error as the line that a user sees."""
-    return f"error: {' '.join(str(error).split()) or type(error).__name__}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}{HINTS.get(error.errno, '.')}"
+    return f"error: {text}"
 
 
 def run_main(main: Callable[[], int]) -> None:

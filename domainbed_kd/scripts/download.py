@@ -293,7 +293,8 @@ def _archive_errors(archive: Path) -> Iterator[None]:
                          f"{error}. Get it from elsewhere.") from error
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error,
             EOFError) as error:
-        raise ValueError(f"{archive} is damaged ({error}). Delete it and run the same command "
+        reason = " ".join(str(error).split())  # tarfile's takes lines
+        raise ValueError(f"{archive} is damaged ({reason}). Delete it and run the same command "
                          "again.") from error
 
 

@@ -84,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
                       help="write no model.pkl")
     ours.add_argument("--allow_bad_teacher", action="store_const", const=True,
                       help="go on with teachers that are near chance or have other classes")
+    ours.add_argument("--format", choices=["safetensors"],
+                      help="also write each run's model as model.safetensors")
     ours.add_argument("--diagnostics", action="store_const", const=True,
                       help="record weight distance, mutual information, calibration and agreement "
                            "with the teacher at each evaluation")
@@ -310,7 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         single_test_envs=args.single_test_envs, hparams=args.hparams,
         checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
         skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher,
-        diagnostics=args.diagnostics, save_logits=args.save_logits)
+        diagnostics=args.diagnostics, save_logits=args.save_logits,
+        format=args.format)
     all_jobs = plan(args, args_list)
     if args.command == "status":
         return status(all_jobs)

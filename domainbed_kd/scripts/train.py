@@ -10,7 +10,7 @@ from pathlib import Path
 from domainbed_kd.scripts import USER_ERRORS, Parser, one_line, run_main
 
 # Flags of ours that go on record, but only when they are given: DomainBed's records know none.
-OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits")
+OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits", "format")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
                            "evaluation, in logits/stepN.npz (float16); see docs/analysis.md")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file with algorithms or data sets of your own")
+    ours.add_argument("--format", choices=["safetensors"],
+                      help="also write model.safetensors: the tensors by name, and all else that "
+                           "model.pkl has as JSON in the file's metadata")
     ours.add_argument("--resume", choices=["auto", "never"], default="auto",
                       help="auto continues an unfinished run; never starts again and appends")
     ours.add_argument("--loader_processes", type=int, default=0, metavar="N",
