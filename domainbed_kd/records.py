@@ -8,11 +8,13 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
+
+from domainbed_kd import record_cache
 
 #: Arguments in which runs of one cell must agree for their accuracies to be compared.
 PROTOCOL = ("steps", "hparams", "task")
@@ -22,45 +24,6 @@ _MOST_WARNINGS = 10
 # Arguments by which runs are compared or named.
 _ONE_VALUE = (*PROTOCOL, "data_dir", "output_dir", "holdout_fraction", "uda_holdout_fraction",
               "checkpoint_freq", "skip_model_save")
-
-
-def load(input_dir: str | Path) -> list[dict]:
-    """The records in `<input_dir>/*/results.jsonl`, in order of folder, then of line.
-
-    A record keeps `args`, `hparams`, `step`, `selection` and its accuracies; losses and times
-    are dropped, and `args` and `hparams` are shared by the records of a run. What cannot be read
-    is named on stderr and skipped.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-    """
-    input_dir = Path(input_dir)
-    if not input_dir.is_dir():
-        raise FileNotFoundError(f"--input_dir {input_dir}: there is no such folder.")
-    with os.scandir(input_dir) as entries:
-        entries = sorted((e for e in entries if not e.name.startswith(".") and e.name not in _OURS),
-                         key=lambda entry: entry.name)
-    records, skipped = [], []
-    with _no_garbage():
-        for entry in tqdm(entries, unit="run", disable=None, leave=False):
-            if not entry.is_dir():
-                skipped.append(f"{entry.path}: not the folder of a run")
-                continue
-            path = os.path.join(entry.path, "results.jsonl")
-            try:
-                found, problem = _read(path)
-            except FileNotFoundError:
-                found, problem = [], f"{entry.path}: no results.jsonl yet"
-            except OSError as error:
-                found, problem = [], f"{path}: {error.strerror}"
-            records += found
-            if problem:
-                skipped.append(problem)
-    for line in skipped[:_MOST_WARNINGS]:
-        print(f"skipped {line}", file=sys.stderr)
-    if len(skipped) > _MOST_WARNINGS:
-        print(f"skipped {len(skipped) - _MOST_WARNINGS} more in {input_dir}", file=sys.stderr)
-    return records
 
 
 @contextlib.contextmanager
@@ -75,23 +38,164 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
+class Folder:
+    """A sweep's folder as it is now: its runs, and what became of reading them.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+    """
+
+    def __init__(self, input_dir: str | Path):
+        self.path = Path(input_dir)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"--input_dir {input_dir}: there is no such folder.")
+        with os.scandir(self.path) as entries:
+            entries = sorted(
+                (e for e in entries if not e.name.startswith(".") and e.name not in _OURS),
+                key=lambda entry: entry.name)
+        #: {name: (size in bytes, mtime in ns) of the run's results.jsonl, or None}.
+        self.stamps = {entry.name: self._stamp(entry) for entry in entries}
+        #: One line for each run that `records` could not read, or not all of it.
+        self.skipped: list[str] = []
+        self.is_large = len(self.stamps) >= record_cache.LEAST_RUNS
+
+    @staticmethod
+    def _stamp(entry: os.DirEntry) -> tuple[int, int] | None:
+        try:
+            found = os.stat(f"{entry.path}/results.jsonl")
+        except OSError:  # `records` names it
+            return None
+        return found.st_size, found.st_mtime_ns
+
+    @_no_garbage()
+    def records(self) -> list[dict]:
+        """What `load` returns."""
+        cache_path = self.path / ".records.npz"
+        cached = record_cache.load(cache_path) if self.is_large else {}
+        runs, self.skipped, n_parsed = {}, [], 0
+        for name, stamp in tqdm(self.stamps.items(), unit="run", disable=None, leave=False):
+            known = cached.get(name)
+            if known and known[0] == stamp:
+                runs[name] = known
+                continue
+            found, problem = self._parse(str(self.path / name))
+            n_parsed += 1
+            if problem:  # said each time, so read each time
+                self.skipped.append(problem)
+            runs[name] = (None if problem else stamp), found
+        for line in self.skipped[:_MOST_WARNINGS]:
+            print(f"skipped {line}", file=sys.stderr)
+        if len(self.skipped) > _MOST_WARNINGS:
+            print(f"skipped {len(self.skipped) - _MOST_WARNINGS} more in {self.path}",
+                  file=sys.stderr)
+        # To write it takes as long as to parse a twentieth of the runs.
+        if self.is_large and 20 * (n_parsed - len(self.skipped)) > len(runs):
+            record_cache.save(cache_path, {name: run for name, run in runs.items() if run[0]})
+        return [record for _, found in runs.values() for record in found]
+
+    @staticmethod
+    def _parse(path: str) -> tuple[list[dict], str]:
+        if not os.path.isdir(path):
+            return [], f"{path}: not the folder of a run"
+        try:
+            return _read(os.path.join(path, "results.jsonl"))
+        except FileNotFoundError:
+            return [], f"{path}: no results.jsonl yet"
+        except OSError as error:
+            return [], f"{os.path.join(path, 'results.jsonl')}: {error.strerror}"
+
+    def answer(self, *question: str, make: Callable[[], list[str]]) -> list[str]:
+        """What `make` returns, kept beside a large sweep for as long as nothing changes.
+
+        A sweep with something to skip is read each time, so that each time it is said.
+        """
+        if not self.is_large:
+            return make()
+        path = record_cache.answer_path(self.path, *question)
+        of = record_cache.fingerprint(self.stamps)
+        answer = record_cache.load_answer(path, of)
+        if answer is None:
+            answer = make()
+            if not self.skipped:
+                record_cache.save_answer(path, of, answer)
+        return answer
+
+
+def load(input_dir: str | Path) -> list[dict]:
+    """The records in `<input_dir>/*/results.jsonl`, in order of folder, then of line.
+
+    A record keeps `args`, `hparams`, `step`, `selection` and its accuracies; losses and times
+    are dropped, and `args` and `hparams` are shared by the records of a run. What cannot be read
+    is named on stderr and skipped. A large sweep is read from `record_cache` where nothing
+    changed.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+    """
+    return Folder(input_dir).records()
+
+
+class _Decoder:
+    """Parses a run's lines, of which most is args and hparams, and the same text in each.
+
+    What an earlier line began with or held, byte for byte, is not parsed again but shared.
+    """
+
+    def __init__(self):
+        self._json = json.JSONDecoder()
+        self._args_text, self._args = None, None
+        self._hparams_text, self._hparams = None, None
+
+    def decode(self, line: str) -> Any:
+        """What json.loads returns."""
+        if self._args_text is None or not line.startswith(self._args_text):
+            self._learn(line)
+        if self._args_text is None:
+            return self._json.decode(line)
+        rest = line[len(self._args_text):]
+        shorter = rest
+        if self._hparams_text:
+            shorter = rest.replace(self._hparams_text, '"hparams": 0', 1)
+        record = self._json.decode('{"args": 0' + shorter)
+        if record["args"] == 0:  # else the line has a second "args", which counts
+            record["args"] = self._args
+        if len(shorter) < len(rest) and record.get("hparams") == 0:
+            record["hparams"] = self._hparams
+        return record
+
+    def _learn(self, line: str) -> None:
+        self._args_text = self._hparams_text = None
+        if not line.startswith('{"args": {'):
+            return
+        args, end = self._json.raw_decode(line, len('{"args": '))
+        start = line.find('"hparams": {', end)
+        if start >= 0:
+            hparams, stop = self._json.raw_decode(line, start + len('"hparams": '))
+            self._hparams_text = line[start:stop]
+            self._hparams = self._hparams if hparams == self._hparams else hparams
+        self._args_text = line[:end]
+        self._args = self._args if args == self._args else args
+
+
 def _read(path: str) -> tuple[list[dict], str]:
     """A file's records, and what is wrong with it ("" if nothing)."""
     records, broken = [], []
     args = hparams = None
+    decoder = _Decoder()
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = json.loads(str(line, "utf-8"))
+                record = decoder.decode(str(line, "utf-8"))
             except ValueError:
                 record = None
-            if not _is_record(record):
+            alike = args is not None and _is_alike(record, args, hparams, records[-1])
+            if not alike and not _is_record(record):
                 broken.append(number)
                 continue
             # One object for all of a run's records: they are most of its memory.
-            if record["args"] != args:
+            if record["args"] is not args and record["args"] != args:
                 args = record["args"]
-            if record["hparams"] != hparams:
+            if record["hparams"] is not hparams and record["hparams"] != hparams:
                 hparams = record["hparams"]
             kept = {name: record[name] for name in _kept_names(tuple(record))}
             kept["args"], kept["hparams"] = args, hparams
@@ -105,6 +209,15 @@ def _read(path: str) -> tuple[list[dict], str]:
 @functools.cache
 def _kept_names(names: tuple[str, ...]) -> list[str]:
     return [n for n in names if n in ("step", "selection") or n.endswith("_acc")]
+
+
+def _is_alike(record, args: dict, hparams: dict, known: dict) -> bool:
+    """Whether it is a record because a known one of the same args and hparams is."""
+    if (type(record) is not dict or record.get("args") is not args
+            or record.get("hparams") is not hparams or type(record.get("step")) is not int):
+        return False
+    tested = [name for i in args["test_envs"] for name in (f"env{i}_in_acc", f"env{i}_out_acc")]
+    return all(name in known and type(record.get(name)) is float for name in tested)
 
 
 def _is_record(record) -> bool:

@@ -12,7 +12,8 @@ import domainbed_kd
 PACKAGE = Path(domainbed_kd.__file__).parent
 ALLOWED = {
     "seeds": set(), "losses": set(), "networks": set(), "digits": set(), "datasets": {"digits"},
-    "command_launchers": set(), "records": set(), "checkpoints": set(),
+    "command_launchers": set(), "record_cache": set(), "records": {"record_cache"},
+    "checkpoints": set(),
     "averaging": {"networks"},
     "teachers": {"networks", "averaging", "checkpoints", "algorithms", "datasets"},
     "loaders": {"seeds", "datasets"},

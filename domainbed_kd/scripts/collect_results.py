@@ -44,10 +44,23 @@ def main(argv: list[str] | None = None) -> int:
     if args.upstream and style not in ("text", "latex"):
         raise ValueError(f"--upstream: DomainBed prints text or latex, not {style}.")
 
-    records = sweeps.load(args.input_dir)
+    folder = sweeps.Folder(args.input_dir)
+    output, remarks = folder.answer(
+        "collect_results", repr(args), make=lambda: answer(folder, args, style))
+    sys.stderr.write(remarks)
+    sys.stdout.write(output)
+    path = Path(args.input_dir, f"results.{EXTENSIONS[style]}")
+    try:
+        path.write_text(output, encoding="utf-8")
+    except OSError as error:
+        print(f"Not written to {path}: {error.strerror}.", file=sys.stderr)
+    return 0
+
+
+def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[str]:
+    """What goes to stdout, and what goes to stderr."""
+    records = folder.records()
     gc.freeze()  # the records stay: to look through them for garbage takes long
-    if not records:
-        print(f"{args.input_dir} holds no results yet.", file=sys.stderr)
     if args.upstream:  # DomainBed does not know that an average of weights ends a run
         for record in records:
             record.pop("selection", None)
@@ -57,20 +70,15 @@ def main(argv: list[str] | None = None) -> int:
         methods = (model_selection.IIDAutoLRAccuracySelectionMethod,)
     made = make_tables(records, grid, methods, keep_unregistered=not args.upstream)
 
+    remarks = [] if records else [f"{args.input_dir} holds no results yet."]
     if args.upstream:
         output = render_upstream(made, len(records), style)
     elif style == "csv":
         output = tables.as_csv(table for group in made.values() for table in group)
-        sys.stderr.writelines(f"{line}\n" for line in notes(grid, made, args.input_dir))
+        remarks += notes(grid, made, args.input_dir)
     else:
         output = RENDER[style](made, grid, len(records), notes(grid, made, args.input_dir))
-    sys.stdout.write(output)
-    path = Path(args.input_dir, f"results.{EXTENSIONS[style]}")
-    try:
-        path.write_text(output, encoding="utf-8")
-    except OSError as error:
-        print(f"Not written to {path}: {error.strerror}.", file=sys.stderr)
-    return 0
+    return [output, "".join(f"{line}\n" for line in remarks)]
 
 
 def make_tables(records: list[dict], grid: sweeps.Grid, methods: Iterable[type],

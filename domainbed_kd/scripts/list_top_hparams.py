@@ -1,6 +1,9 @@
 """Prints the hparams of one cell of the tables, best validation accuracy first."""
 
 import argparse
+import contextlib
+import io
+import sys
 
 from domainbed_kd import model_selection, tables
 from domainbed_kd import records as sweeps
@@ -20,16 +23,25 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Loads, selects and prints."""
     args = build_parser().parse_args(argv)
-    records = sweeps.load(args.input_dir)
-    cells = find_cells(sweeps.by_cell(records), args)
-    print(f"Total records: {len(records)}")
-    for method in model_selection.METHODS:
-        print(f"Model selection: {method.name}")
-        for trial_seed, cell in cells.items():
-            print(f"trial_seed: {trial_seed}")
-            for accs, run_records in method.hparams_accs(cell):
-                print_run(accs, run_records)
+    folder = sweeps.Folder(args.input_dir)
+    output, = folder.answer("list_top_hparams", repr(args), make=lambda: [answer(folder, args)])
+    sys.stdout.write(output)
     return 0
+
+
+def answer(folder: sweeps.Folder, args: argparse.Namespace) -> str:
+    """What is printed."""
+    records = folder.records()
+    cells = find_cells(sweeps.by_cell(records), args)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        print(f"Total records: {len(records)}")
+        for method in model_selection.METHODS:
+            print(f"Model selection: {method.name}")
+            for trial_seed, cell in cells.items():
+                print(f"trial_seed: {trial_seed}")
+                for accs, run_records in method.hparams_accs(cell):
+                    print_run(accs, run_records)
+    return output.getvalue()
 
 
 def find_cells(cells: dict, args: argparse.Namespace) -> dict[int, list[dict]]:

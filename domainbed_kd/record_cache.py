@@ -1,0 +1,122 @@
+"""What reading a large sweep leaves beside its runs, so that it is quick the next time.
+
+Two kinds of hidden files, which may be deleted at any time: `.records.npz` holds the parsed
+records of runs whose results.jsonl had this size and modification time; `.answer-*.json` holds
+what a script printed about exactly these runs, under exactly this version of our files. Each is
+written aside, then renamed, so readers need no lock; where the folder cannot be written to, there
+is none. Sweeps of fewer than `LEAST_RUNS` runs are read in no time and get none either.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+LEAST_RUNS = 500
+_FORMAT = 1
+_PACKAGE = Path(__file__).parent
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file whole or not at all; a folder that cannot be written to is named on stderr."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        print(f"Not written to {path}: {error.strerror}. It would make the next time quicker.",
+              file=sys.stderr)
+        if beside.exists():
+            beside.unlink()
+
+
+def load(path: Path) -> dict[str, tuple[tuple[int, int], list[dict]]]:
+    """{run: ((size in bytes, mtime in ns) of its results.jsonl, its records)}; empty if none."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            index = json.loads(arrays["index"].tobytes())
+            if index["format"] != _FORMAT:
+                return {}
+            steps, values = arrays["steps"].tolist(), arrays["values"].tolist()
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        print(f"{path} cannot be read ({error}) and is made anew.", file=sys.stderr)
+        return {}
+    runs, steps, values = {}, iter(steps), iter(values)
+    for name, size, mtime, n, shape, args, hparams in index["runs"]:
+        names, extra = index["shapes"][shape]
+        shared = {**extra, "args": args, "hparams": hparams}
+        records = []
+        for step in itertools.islice(steps, n):
+            record = dict(zip(names, values))
+            record["step"] = step
+            record.update(shared)
+            records.append(record)
+        runs[name] = (size, mtime), records
+    return runs
+
+
+def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[dict]]]) -> None:
+    """Writes what `load` reads; runs whose records are not all alike are left out."""
+    import numpy as np
+
+    shapes, index, steps, values = {}, [], [], []
+    for name, (stamp, records) in runs.items():
+        if not records:
+            continue
+        first = records[0]
+        names = [n for n in first if n.endswith("_acc")]
+        extra = {n: first[n] for n in ("selection",) if n in first}
+        run_values = [record.get(n) for record in records for n in names]
+        if set(map(type, run_values)) != {float} or not all(
+                len(r) == len(first) and r["args"] is first["args"]
+                and r["hparams"] is first["hparams"] and type(r["step"]) is int
+                and r.get("selection") == first.get("selection") for r in records):
+            continue
+        shape = shapes.setdefault(json.dumps([names, extra]), len(shapes))
+        index.append((name, *stamp, len(records), shape, first["args"], first["hparams"]))
+        steps += [record["step"] for record in records]
+        values += run_values
+    text = json.dumps({"format": _FORMAT, "shapes": list(map(json.loads, shapes)), "runs": index},
+                      check_circular=False)
+    content = io.BytesIO()
+    np.savez(content, index=np.frombuffer(text.encode(), np.uint8),
+             steps=np.array(steps, np.int64), values=np.array(values, np.float64))
+    _replace(path, content.getbuffer())
+
+
+def fingerprint(stamps: dict[str, tuple[int, int] | None]) -> str:
+    """A digest of which runs there are, with size and mtime, and of every file of our package."""
+    ours = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns)
+                  for path in _PACKAGE.rglob("*.*") if path.suffix != ".pyc")
+    return hashlib.md5(repr((list(stamps.items()), ours)).encode()).hexdigest()
+
+
+def answer_path(folder: Path, *question: str) -> Path:
+    """Where the answer to a question, such as a script's flags, is kept."""
+    return folder / f".answer-{hashlib.md5(repr(question).encode()).hexdigest()[:12]}.json"
+
+
+def load_answer(path: Path, of: str) -> list[str] | None:
+    """The answer when the sweep had this fingerprint; None if that is not kept."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return kept["answer"] if kept["of"] == of else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{path} cannot be read ({error}) and is made anew.", file=sys.stderr)
+        return None
+
+
+def save_answer(path: Path, of: str, answer: list[str]) -> None:
+    """Keeps an answer."""
+    _replace(path, json.dumps({"of": of, "answer": answer}).encode())

@@ -1,0 +1,158 @@
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import GOLDENS, golden
+from test_records import line, write
+
+from domainbed_kd import record_cache, records
+from domainbed_kd.scripts import collect_results, list_top_hparams
+
+WHOLE = records.load(GOLDENS / "sweep_data")  # too small for a cache
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """A copy of the golden sweep, for which a cache is worth it."""
+    monkeypatch.setattr(record_cache, "LEAST_RUNS", 2)
+    shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
+    return tmp_path / "sweep"
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """The folders whose results.jsonl is parsed from now on."""
+    seen, read = [], records._read
+
+    def spy(path):
+        seen.append(path.split("/")[-2])
+        return read(path)
+
+    monkeypatch.setattr(records, "_read", spy)
+    return seen
+
+
+def test_a_sweep_read_again_is_the_same_and_parses_nothing(sweep, parsed):
+    first = records.load(sweep)
+    assert len(parsed) == len(set(parsed)) == len(records.Folder(sweep).stamps)
+    parsed.clear()
+    assert records.load(sweep) == first
+    assert parsed == []
+    assert first == WHOLE
+
+
+def test_cached_records_of_a_run_share_their_args_and_hparams(sweep):
+    write(sweep / "run", line(0), line(10))
+    for _ in range(2):
+        first, second = records.load(sweep)[-2:]
+        assert first["args"] is second["args"] and first["hparams"] is second["hparams"]
+
+
+def test_only_what_changed_is_parsed_again(sweep, parsed):
+    records.load(sweep)
+    write(sweep / "new", line(0))
+    changed = sorted(sweep.glob("*/results.jsonl"))[3]
+    with changed.open("a") as file:
+        file.write(line(10) + "\n")
+    shutil.rmtree(sorted(sweep.glob("*/results.jsonl"))[7].parent)
+    parsed.clear()
+    found = records.load(sweep)
+    assert set(parsed) == {"new", changed.parent.name}
+    shutil.copytree(sweep, sweep.parent / "fresh", ignore=shutil.ignore_patterns(".*"))
+    assert found == records.load(sweep.parent / "fresh")
+
+
+@pytest.mark.parametrize("lines", [
+    [line(0), line(10, hparams="{}")],  # two kinds of args in a run
+    [line(0), line(10).replace("0.5", "NaN")],
+    [line(0), line(10).replace("env3_in_acc", "fd_env3_in_acc")],
+    [line(0).replace('"env3_in_acc": 0.5', '"env3_in_acc": 1')],
+    [line(0), line(10)[:-1] + ', "selection": "last"}'],
+    [line(0)[:-1] + ', "selection": "last"}'],
+    [line(0), line(10).replace('"hparams"', '"teacher": {"hparams": {"lr": 0.1}}, "hparams"')],
+    [line(0), line(10)[:-1] + ', "args": ' + json.dumps(json.loads(line(seed=3))["args"]) + "}"],
+    [line(0), line(10)[:-1] + ', "hparams": {"lr": 0.2}}']])
+def test_odd_runs_are_read_as_json_reads_them_with_and_without_cache(sweep, lines):
+    write(sweep / "zz", *lines)
+    expected = [{k: v for k, v in json.loads(text).items()
+                 if k in ("args", "hparams", "step", "selection") or k.endswith("_acc")}
+                for text in lines]
+    for _ in range(2):
+        found = [r for r in records.load(sweep) if r["args"]["dataset"] == "VLCS"][-len(lines):]
+        assert repr([sorted(r.items()) for r in found]) == repr(
+            [sorted(r.items()) for r in expected])
+
+
+def test_what_cannot_be_read_is_said_each_time(sweep, capsys):
+    write(sweep / "torn", line(0), line(10)[:40])
+    for _ in range(2):
+        assert collect_results.main(["--input_dir", str(sweep)]) == 0
+        assert "torn/results.jsonl: line 2, no record" in capsys.readouterr().err
+
+
+def test_the_answer_is_kept_and_is_the_golden_one(sweep, parsed, capsys):
+    for name, flags in (("collect_results_text.txt", []),
+                        ("collect_results_latex.txt", ["--upstream", "--latex"])):
+        for _ in range(2):
+            assert collect_results.main(["--input_dir", str(sweep), *flags]) == 0
+            assert capsys.readouterr() == (golden(name), "")
+    assert len(parsed) == len(set(parsed))
+    parsed.clear()
+    argv = ["--input_dir", str(sweep), "--dataset", "VLCS", "--algorithm", "ERM", "--test_env", "0"]
+    printed = []
+    for _ in range(2):
+        assert list_top_hparams.main(argv) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].startswith("Total records: 200")
+
+
+def test_a_change_of_a_run_or_of_our_own_files_makes_an_answer_stale(sweep, tmp_path, monkeypatch):
+    stamps = records.Folder(sweep).stamps
+    before = record_cache.fingerprint(stamps)
+    assert before == record_cache.fingerprint(records.Folder(sweep).stamps)
+    write(sweep / "new", line(0))
+    assert before != record_cache.fingerprint(records.Folder(sweep).stamps)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "tables.py").write_text("")
+    monkeypatch.setattr(record_cache, "_PACKAGE", tmp_path / "package")
+    after = record_cache.fingerprint(stamps)
+    (tmp_path / "package" / "tables.py").write_text("new")
+    assert len({before, after, record_cache.fingerprint(stamps)}) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"no cache", b"PK\x03\x04 torn"])
+def test_damaged_caches_are_made_anew(sweep, capsys, damage):
+    for _ in range(2):
+        assert collect_results.main(["--input_dir", str(sweep)]) == 0
+        assert capsys.readouterr().out == golden("collect_results_text.txt")
+        for path in sweep.glob(".*"):
+            path.write_bytes(damage)
+
+
+def test_deleting_the_caches_loses_nothing(sweep):
+    first = records.load(sweep)
+    for path in sweep.glob(".*"):
+        path.unlink()
+    assert records.load(sweep) == first
+
+
+def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(sweep, capsys, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(record_cache.Path, "write_bytes", refuse)
+    assert len(records.load(sweep)) == 200
+    assert "Not written to" in capsys.readouterr().err
+    assert list(sweep.glob(".*")) == []
+
+
+def test_readers_at_the_same_time_get_the_same(sweep):
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found == WHOLE for found in pool.map(records.load, [sweep] * 8))
+
+
+def test_small_sweeps_get_no_cache(tmp_path):
+    write(tmp_path / "run", line(0))
+    records.load(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
