@@ -17,6 +17,8 @@ import threading
 import zipfile
 from pathlib import Path
 
+import orjson
+
 LEAST_RUNS = 500
 _FORMAT = 1
 _PACKAGE = Path(__file__).parent
@@ -41,7 +43,7 @@ def load(path: Path) -> dict[str, tuple[tuple[int, int], list[dict]]]:
 
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            index = json.loads(arrays["index"].tobytes())
+            index = orjson.loads(arrays["index"].tobytes())
             if index["format"] != _FORMAT:
                 return {}
             steps, values = arrays["steps"].tolist(), arrays["values"].tolist()
@@ -52,8 +54,10 @@ def load(path: Path) -> dict[str, tuple[tuple[int, int], list[dict]]]:
         return {}
     runs, steps, values = {}, iter(steps), iter(values)
     for name, size, mtime, n, shape, args, hparams in index["runs"]:
-        names, extra = index["shapes"][shape]
-        shared = {**extra, "args": args, "hparams": hparams}
+        names, selection = index["shapes"][shape]
+        shared = {"args": args, "hparams": hparams}
+        if selection is not None:
+            shared["selection"] = selection
         records = []
         for step in itertools.islice(steps, n):
             record = dict(zip(names, values))
@@ -72,23 +76,23 @@ def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[dict]]]) -> Non
     for name, (stamp, records) in runs.items():
         if not records:
             continue
-        first = records[0]
-        names = [n for n in first if n.endswith("_acc")]
-        extra = {n: first[n] for n in ("selection",) if n in first}
-        run_values = [record.get(n) for record in records for n in names]
-        if set(map(type, run_values)) != {float} or not all(
-                len(r) == len(first) and r["args"] is first["args"]
-                and r["hparams"] is first["hparams"] and type(r["step"]) is int
-                and r.get("selection") == first.get("selection") for r in records):
+        first, args, hparams = records[0], records[0]["args"], records[0]["hparams"]
+        names = tuple(n for n in first if n.endswith("_acc"))
+        of_run = [[record.get(n) for n in names] for record in records]
+        if not all(len(r) == len(first) and r["args"] is args and r["hparams"] is hparams
+                   and r.get("selection") == first.get("selection") for r in records):
             continue
-        shape = shapes.setdefault(json.dumps([names, extra]), len(shapes))
-        index.append((name, *stamp, len(records), shape, first["args"], first["hparams"]))
+        if any(set(map(type, row)) != {float} for row in of_run) or any(
+                value != value for value in (*args.values(), *hparams.values())):  # NaN
+            continue
+        shape = shapes.setdefault((names, first.get("selection")), len(shapes))
+        index.append((name, *stamp, len(records), shape, args, hparams))
         steps += [record["step"] for record in records]
-        values += run_values
-    text = json.dumps({"format": _FORMAT, "shapes": list(map(json.loads, shapes)), "runs": index},
-                      check_circular=False)
+        for row in of_run:
+            values += row
+    text = orjson.dumps({"format": _FORMAT, "shapes": list(shapes), "runs": index})
     content = io.BytesIO()
-    np.savez(content, index=np.frombuffer(text.encode(), np.uint8),
+    np.savez(content, index=np.frombuffer(text, np.uint8),
              steps=np.array(steps, np.int64), values=np.array(values, np.float64))
     _replace(path, content.getbuffer())
 

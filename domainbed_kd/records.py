@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 from tqdm import tqdm
 
 from domainbed_kd import record_cache
@@ -135,67 +136,31 @@ def load(input_dir: str | Path) -> list[dict]:
     return Folder(input_dir).records()
 
 
-class _Decoder:
-    """Parses a run's lines, of which most is args and hparams, and the same text in each.
-
-    What an earlier line began with or held, byte for byte, is not parsed again but shared.
-    """
-
-    def __init__(self):
-        self._json = json.JSONDecoder()
-        self._args_text, self._args = None, None
-        self._hparams_text, self._hparams = None, None
-
-    def decode(self, line: str) -> Any:
-        """What json.loads returns."""
-        if self._args_text is None or not line.startswith(self._args_text):
-            self._learn(line)
-        if self._args_text is None:
-            return self._json.decode(line)
-        rest = line[len(self._args_text):]
-        shorter = rest
-        if self._hparams_text:
-            shorter = rest.replace(self._hparams_text, '"hparams": 0', 1)
-        record = self._json.decode('{"args": 0' + shorter)
-        if record["args"] == 0:  # else the line has a second "args", which counts
-            record["args"] = self._args
-        if len(shorter) < len(rest) and record.get("hparams") == 0:
-            record["hparams"] = self._hparams
-        return record
-
-    def _learn(self, line: str) -> None:
-        self._args_text = self._hparams_text = None
-        if not line.startswith('{"args": {'):
-            return
-        args, end = self._json.raw_decode(line, len('{"args": '))
-        start = line.find('"hparams": {', end)
-        if start >= 0:
-            hparams, stop = self._json.raw_decode(line, start + len('"hparams": '))
-            self._hparams_text = line[start:stop]
-            self._hparams = self._hparams if hparams == self._hparams else hparams
-        self._args_text = line[:end]
-        self._args = self._args if args == self._args else args
+def _decode(line: bytes) -> Any:
+    """What json.loads returns, NaN included, in a third of its time."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(str(line, "utf-8"))
 
 
 def _read(path: str) -> tuple[list[dict], str]:
     """A file's records, and what is wrong with it ("" if nothing)."""
     records, broken = [], []
     args = hparams = None
-    decoder = _Decoder()
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                record = decoder.decode(str(line, "utf-8"))
+                record = _decode(line)
             except ValueError:
                 record = None
-            alike = args is not None and _is_alike(record, args, hparams, records[-1])
-            if not alike and not _is_record(record):
+            if not _is_record(record):
                 broken.append(number)
                 continue
             # One object for all of a run's records: they are most of its memory.
-            if record["args"] is not args and record["args"] != args:
+            if record["args"] != args:
                 args = record["args"]
-            if record["hparams"] is not hparams and record["hparams"] != hparams:
+            if record["hparams"] != hparams:
                 hparams = record["hparams"]
             kept = {name: record[name] for name in _kept_names(tuple(record))}
             kept["args"], kept["hparams"] = args, hparams
@@ -211,25 +176,17 @@ def _kept_names(names: tuple[str, ...]) -> list[str]:
     return [n for n in names if n in ("step", "selection") or n.endswith("_acc")]
 
 
-def _is_alike(record, args: dict, hparams: dict, known: dict) -> bool:
-    """Whether it is a record because a known one of the same args and hparams is."""
-    if (type(record) is not dict or record.get("args") is not args
-            or record.get("hparams") is not hparams or type(record.get("step")) is not int):
-        return False
-    tested = [name for i in args["test_envs"] for name in (f"env{i}_in_acc", f"env{i}_out_acc")]
-    return all(name in known and type(record.get(name)) is float for name in tested)
-
-
 def _is_record(record) -> bool:
     """Whether model selection can read it; ERM++'s second stage only has `fd_` accuracies."""
     try:
         args = record["args"]
         for i in args["test_envs"]:
-            if f"env{i}_in_acc" in record:
-                accuracies = record[f"env{i}_in_acc"], record[f"env{i}_out_acc"]
+            name = f"env{i}_in_acc"
+            if name in record:
+                accuracies = type(record[name]), type(record[f"env{i}_out_acc"])
             else:
-                accuracies = record[f"fd_env{i}_in_acc"],
-            if not isinstance(i, int) or set(map(type, accuracies)) != {float}:
+                accuracies = type(record[f"fd_{name}"]), float
+            if not isinstance(i, int) or accuracies != (float, float):
                 return False
         if any(type(record[name]) is not float for name in _kept_names(tuple(record))
                if name.endswith("_acc")):
