@@ -67,7 +67,6 @@ def test_only_what_changed_is_parsed_again(sweep, parsed):
     [line(0), line(10, hparams="{}")],  # two kinds of args in a run
     [line(0), line(10).replace("0.5", "NaN")],
     [line(0), line(10).replace("env3_in_acc", "fd_env3_in_acc")],
-    [line(0).replace('"env3_in_acc": 0.5', '"env3_in_acc": 1')],
     [line(0), line(10)[:-1] + ', "selection": "last"}'],
     [line(0)[:-1] + ', "selection": "last"}'],
     [line(0), line(10).replace('"hparams"', '"teacher": {"hparams": {"lr": 0.1}}, "hparams"')],
