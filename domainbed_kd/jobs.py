@@ -141,8 +141,9 @@ class Job:
         sweep_output_dir: the sweep's folder.
         runs: what that folder holds; share one among many jobs.
         plugins: modules that train loads first.
-        teacher: the job whose model it learns from, which must be done first. Neither is part of
-            the folder's name.
+        teacher: the job whose model it learns from, which must be done first.
+        flags: words of train that change nothing in its records. Neither these nor plug-ins nor
+            the teacher are part of the folder's name.
     """
 
     NOT_LAUNCHED = "Not launched"
@@ -150,13 +151,15 @@ class Job:
     DONE = "Done"
 
     def __init__(self, train_args: dict, sweep_output_dir: str, runs: Runs | None = None,
-                 plugins: list[str] | tuple = (), teacher: "Job | None" = None):
+                 plugins: list[str] | tuple = (), teacher: "Job | None" = None,
+                 flags: list[str] | tuple = ()):
         name = hashlib.md5(_encode(train_args).encode()).hexdigest()
         found = (runs or Runs(sweep_output_dir)).find(name, train_args)
         self.output_dir = os.path.join(sweep_output_dir, found or name)
         self.train_args = {**train_args, "output_dir": self.output_dir}
         self.plugins = plugins
         self.teacher = teacher
+        self.flags = flags
         if found is None:
             self.state = self.NOT_LAUNCHED
         elif self.is_done():
@@ -179,7 +182,7 @@ class Job:
             words += ["--teacher", self.teacher.output_dir]
         for plugin in self.plugins:
             words += ["--plugin", plugin]
-        return shlex.join(words)
+        return shlex.join([*words, *self.flags])
 
     def __str__(self):
         args = self.train_args

@@ -8,7 +8,7 @@ test domains: what model selection looks at. See docs/analysis.md.
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,23 +46,25 @@ def to_frame(input_dir: str | Path):
     import pandas as pd
 
     rows = []
-    for path in _record_files(Path(input_dir)):
-        rows += _with_choice(path.parent.name, list(_lines(path)))
+    for run in _runs(Path(input_dir)):
+        rows += _with_choice(run.name, read_records(run))
     frame = pd.json_normalize(rows)
     for name in filter(lambda name: pd.api.types.is_object_dtype(frame[name]), frame):
         frame[name] = frame[name].map(lambda v: tuple(v) if isinstance(v, list) else v)
     return frame
 
 
-def _record_files(folder: Path) -> list[Path]:
-    paths = [path for path in (folder / "results.jsonl", *sorted(folder.glob("*/results.jsonl")))
-             if path.is_file()]
-    if not paths:
+def _runs(folder: Path) -> list[Path]:
+    found = [path.parent for path in (folder / "results.jsonl",
+                                      *sorted(folder.glob("*/results.jsonl"))) if path.is_file()]
+    if not found:
         raise FileNotFoundError(f"{folder}: neither it nor a folder in it holds a results.jsonl.")
-    return paths
+    return found
 
 
-def _lines(path: Path) -> Iterable[dict]:
+def read_records(run: str | Path) -> list[dict]:
+    """A run's records with every value; lines that cannot be read are named on stderr."""
+    path, found = Path(run, "results.jsonl"), []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -70,32 +72,42 @@ def _lines(path: Path) -> Iterable[dict]:
             except ValueError:
                 record = None
             if isinstance(record, dict) and {"step", "args"} <= record.keys():
-                yield record
+                found.append(record)
             else:
                 print(f"skipped {path}: line {number}, no record", file=sys.stderr)
+    return found
 
 
 def _with_choice(run: str, records: list[dict]) -> list[dict]:
     """The records with `run`, `val_acc`, `test_acc` and `selected`."""
-    rows = [{"run": run, **record, "val_acc": _validation(record), "test_acc": _mean(
-        record, (f"env{i}_in_acc" for i in record["args"]["test_envs"]))} for record in records]
-    chosen = _selected(rows, lambda row: row["val_acc"])
-    return [row | {"selected": row is chosen} for row in rows]
+    chosen = selected(records)
+    return [{"run": run, **record, "val_acc": validation_accuracy(record),
+             "test_acc": test_accuracy(record), "selected": record is chosen}
+            for record in records]
 
 
-def _selected(records: list[dict], validation: Callable[[dict], float]) -> dict | None:
-    """The first of the records with the highest validation accuracy, or the last that counts."""
-    candidates = [record for record in records if not np.isnan(validation(record))]
+def selected(records: list[dict]) -> dict | None:
+    """Which of a run's records training-domain validation selects.
+
+    The first of the best or, if they say `"selection": "last"` (SWAD), the last; None if no
+    validation accuracy is a number.
+    """
+    candidates = [record for record in records if not np.isnan(validation_accuracy(record))]
     if any(record.get("selection") == "last" for record in candidates):
         candidates = sorted(candidates, key=lambda record: record["step"])[-1:]
-    return max(candidates, key=validation, default=None)
+    return max(candidates, key=validation_accuracy, default=None)
 
 
-def _validation(record: dict) -> float:
+def validation_accuracy(record: dict) -> float:
     """Mean accuracy on the training domains' out-splits; NaN if the record has none."""
     tested = {f"env{i}_out_acc" for i in record["args"]["test_envs"]}
     return _mean(record, (n for n in record if re.fullmatch(r"env\d+_out_acc", n)
                           and n not in tested))
+
+
+def test_accuracy(record: dict) -> float:
+    """Mean accuracy on the test domains' in-splits; NaN if the record lacks one."""
+    return _mean(record, (f"env{i}_in_acc" for i in record["args"]["test_envs"]))
 
 
 def _mean(record: dict, names: Iterable[str]) -> float:
@@ -162,7 +174,7 @@ def load_logits(run: str | Path, step: int | None = None) -> dict[str, Predictio
     """
     known = steps(run)
     if step is None:
-        step = _selected(records(run), _validation)["step"]
+        step = selected(records(run))["step"]
     if step not in known:
         raise FileNotFoundError(f"{run} kept no logits at step {step}, but at "
                                 f"{', '.join(map(str, known))}.")
@@ -179,7 +191,7 @@ def records(run: str | Path) -> list[dict]:
     They have `step`, `args`, `hparams`, `selection` if there is one, and the accuracies of the
     splits whose logits are kept.
     """
-    recorded = {record["step"]: record for record in _lines(Path(run, "results.jsonl"))}
+    recorded = {record["step"]: record for record in read_records(run)}
     return [{name: recorded[step][name] for name in ("step", "args", "hparams", "selection")
              if name in recorded[step]}
             | {f"{name}_acc": accuracy(p) for name, p in load_logits(run, step).items()}

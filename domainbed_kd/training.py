@@ -27,7 +27,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from domainbed_kd import (
@@ -38,6 +37,7 @@ from domainbed_kd import (
     diagnostics,
     hparams_registry,
     loaders,
+    loggers,
     results,
     teachers,
 )
@@ -47,7 +47,8 @@ from domainbed_kd.seeds import seed_hash
 INTERRUPTED = 143  # 128 + SIGTERM, as a shell would report it
 
 
-def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
+def train(args: dict, resume: str = "auto", loader_processes: int = 0,
+          log_test_domains: bool = False, wandb: bool = False) -> int:
     """Trains one algorithm and leaves results.jsonl, model.pkl, TensorBoard events and `done`.
 
     Args:
@@ -55,6 +56,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
         resume: "auto" continues an unfinished run of the same args; "never" starts afresh and
             appends to what is there, as DomainBed does.
         loader_processes: worker processes per loader; results do not depend on it.
+        log_test_domains: show accuracies on the test domains in TensorBoard too.
+        wandb: log to Weights & Biases too.
 
     Returns:
         0 if the run is finished, 143 if a signal stopped it (its state is saved).
@@ -94,7 +97,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
         first_step = restore(folder, args, algorithm, load, pending, measures)
     teacher = audit_teacher(algorithm, splits, training, device, args) if not first_step else None
     header = None
-    with stop_signals() as stopped, SummaryWriter(folder, purge_step=first_step) as writer:
+    with stop_signals() as stopped, loggers.watching(
+            folder, args, hparams, first_step, log_test_domains, wandb) as logger:
         for step in tqdm(range(first_step, n_steps), initial=first_step, total=n_steps,
                          unit="step", disable=not sys.stderr.isatty()):
             start, last = time.time(), step == n_steps - 1
@@ -120,7 +124,6 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
                        for name, loader in load.evaluation.items()},
                     "mem_gb": peak_memory_gb(device)}
                 header = print_record(record, header)
-                log_scalars(writer, record, training, len(dataset))
                 if algorithm.selects_last:
                     record["selection"] = "last"
                 if teacher:
@@ -129,7 +132,9 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
                     record["diagnostics"] = measures.measure()
                 if kept:
                     results.save_logits(folder / "logits" / f"step{step}.npz", logits, kept)
-                append_record(folder, record | {"hparams": hparams, "args": args})
+                record |= {"hparams": hparams, "args": args}
+                append_record(folder, record)
+                logger.log(record)
                 pending.clear()
                 if args["save_model_every_checkpoint"]:
                     save_model(folder / f"model_step{step}.pkl", args, hparams, dataset, algorithm)
@@ -138,6 +143,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0) -> int:
             if stopped() and not last:
                 print(f"Stopped after step {step}. The same command continues.", file=sys.stderr)
                 return INTERRUPTED
+        logger.finish()
     if not args["skip_model_save"]:
         save_model(folder / "model.pkl", args, hparams, dataset, algorithm)
     checkpoints.write_atomically(folder / "done", lambda path: path.write_text("done"))
@@ -369,22 +375,6 @@ def print_record(record: dict, header: list[str] | None) -> list[str]:
         row(names)
     row(record[name] for name in names)
     return names
-
-
-def log_scalars(writer: SummaryWriter, record: dict, training: list[int], n_envs: int) -> None:
-    """Losses, time and memory, and the training domains' accuracies, for TensorBoard."""
-    step = record["step"]
-    accuracies = {f"env{i}_{split}_acc": f"acc/env{i}/{split}"
-                  for i in training for split in ("in", "out")}
-    names = accuracies | {"step_time": "time/step_s", "mem_gb": "memory/gb", "epoch": "epoch"}
-    for name, value in record.items():
-        if name in names:
-            writer.add_scalar(names[name], value, step)
-        elif not name.startswith("env") and name != "step":
-            writer.add_scalar(f"train/{name}", value, step)
-    validation = [record[f"env{i}_out_acc"] for i in training]
-    writer.add_scalar("acc/validation", sum(validation) / len(validation), step)
-    writer.flush()
 
 
 def append_record(folder: Path, record: dict) -> None:

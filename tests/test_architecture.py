@@ -25,8 +25,9 @@ ALLOWED = {
     "tables": {"model_selection", "datasets", "algorithms"},
     "diagnostics": {"algorithms", "checkpoints"},
     "results": {"checkpoints"},
+    "loggers": {"results"},
     "training": {"algorithms", "averaging", "checkpoints", "datasets", "diagnostics",
-                 "hparams_registry", "loaders", "results", "seeds", "teachers"},
+                 "hparams_registry", "loaders", "loggers", "results", "seeds", "teachers"},
 }
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "scripts" not in p.parts
                  and p.stem not in ("__main__", "plugin") and p != PACKAGE / "__init__.py")

@@ -137,7 +137,7 @@ def test_the_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def torn(file, **arrays):
         file.write(b"half")
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
     monkeypatch.setattr(np, "savez_compressed", torn)
     with pytest.raises(OSError, match="disk full"):

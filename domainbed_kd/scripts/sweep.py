@@ -92,6 +92,10 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--save_logits", action="store_const", const=True,
                       help="keep the predictions that model selection looks at, at each "
                            "evaluation")
+    ours.add_argument("--log_test_domains", action="store_true",
+                      help="show accuracies on the test domains in TensorBoard too")
+    ours.add_argument("--wandb", action="store_true",
+                      help="log to Weights & Biases too, offline unless WANDB_MODE=online")
     ours.add_argument("--jobs_per_device", type=int, metavar="N",
                       help="jobs at a time, on each GPU if there are several; default: 1")
     ours.add_argument("--threads_per_job", type=int, metavar="N",
@@ -283,7 +287,8 @@ def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
         ValueError: if teachers are needed but are to save no model.
     """
     runs = jobs.Runs(args.output_dir)
-    listed = {repr(train_args): Job(train_args, args.output_dir, runs, args.plugin)
+    watch = [f"--{name}" for name in ("log_test_domains", "wandb") if getattr(args, name)]
+    listed = {repr(train_args): Job(train_args, args.output_dir, runs, args.plugin, flags=watch)
               for train_args in args_list}
     added = {}
     for train_args, job in zip(args_list, listed.values()):
@@ -295,7 +300,7 @@ def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
         teacher = jobs.teacher_args(train_args)
         key = repr(teacher)
         if key not in listed and key not in added:
-            added[key] = Job(teacher, args.output_dir, runs, args.plugin)
+            added[key] = Job(teacher, args.output_dir, runs, args.plugin, flags=watch)
         job.teacher = listed.get(key) or added[key]
     return [*added.values(), *listed.values()]
 

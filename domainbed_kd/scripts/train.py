@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--save_logits", action="store_true",
                       help="keep the predictions that model selection looks at, at each "
                            "evaluation, in logits/stepN.npz (float16); see docs/analysis.md")
+    ours.add_argument("--log_test_domains", action="store_true",
+                      help="show accuracies on the test domains in TensorBoard too")
+    ours.add_argument("--wandb", action="store_true",
+                      help="log to Weights & Biases too, offline unless WANDB_MODE=online")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file with algorithms or data sets of your own")
     ours.add_argument("--format", choices=["safetensors"],
@@ -160,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    ours = ("plugin", "resume", "loader_processes")
+    ours = ("plugin", "resume", "loader_processes", "log_test_domains", "wandb")
     on_record = {k: v for k, v in vars(args).items() if k not in ours}
     for name in OPTIONAL:
         if not on_record[name]:
@@ -172,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         from domainbed_kd import training
 
         with hparams_blamed(args.algorithm, args.hparams):
-            return training.train(on_record, args.resume, args.loader_processes)
+            return training.train(on_record, args.resume, args.loader_processes,
+                                  args.log_test_domains, args.wandb)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,164 @@
+"""Where a run's numbers can be watched: TensorBoard always, Weights & Biases if asked for.
+
+Both get the same names. What is known about test domains stays out unless it is asked for, since
+who looks at it while choosing is no longer testing.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparams_summary
+
+from domainbed_kd import results
+
+
+class TensorBoard:
+    """Event files in the run's folder; values from `first_step` on replace older ones."""
+
+    def __init__(self, folder: Path, first_step: int):
+        self.writer = SummaryWriter(folder, purge_step=first_step)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Draws a point in each curve."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def finish(self, settings: dict, metrics: dict[str, float]) -> None:
+        """A row of the HPARAMS page: what was set, and curves' final values."""
+        plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
+                 for name, value in settings.items()}
+        for summary in hparams_summary(plain, metrics):
+            self.writer.file_writer.add_summary(summary)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases in `folder`/wandb: offline unless WANDB_MODE says otherwise.
+
+    Raises:
+        ValueError: if the library is not installed.
+    """
+
+    def __init__(self, folder: Path, args: dict, settings: dict):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("--wandb needs the library wandb: pip install 'domainbed_kd[wandb]', "
+                             "or leave the flag out.") from None
+        mode = os.environ.get("WANDB_MODE", "offline")
+        same = {k: v for k, v in args.items() if k not in ("data_dir", "output_dir")}
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "domainbed_kd"), dir=str(folder), mode=mode,
+            # The same run has the same id, so that a restart goes on with its curves.
+            id=hashlib.md5(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16],
+            resume="allow" if mode == "online" else None, config=settings,
+            name=f"{args['algorithm']} {args['dataset']} {args['test_envs']} "
+                 f"{args['trial_seed']} {args['hparams_seed']}",
+            settings=wandb.Settings(console="off", silent=True))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Draws a point in each curve."""
+        self.run.log(values, step=step)
+
+    def finish(self, settings: dict, metrics: dict[str, float]) -> None:
+        """Puts the final values into the run's summary; it has the settings already."""
+        self.run.summary.update(metrics)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self.run.finish()
+
+
+class Logger:
+    """Turns records into curves, of all loggers that a run has.
+
+    Args:
+        backends: objects with `log`, `finish` and `close`.
+        records: what the run recorded before it was restarted.
+        test_domains: whether to show accuracies on test domains.
+    """
+
+    def __init__(self, backends: list, records: list[dict], test_domains: bool):
+        self.backends, self.records, self.test_domains = backends, records, test_domains
+
+    def log(self, record: dict) -> None:
+        """A checkpoint's record, as it stands in results.jsonl."""
+        self.records.append(record)
+        values = scalars(record, self.test_domains) | self._selected()
+        for backend in self.backends:
+            backend.log(values, record["step"])
+
+    def finish(self) -> None:
+        """To be called once, when the run has trained to its end."""
+        last = self.records[-1]
+        for backend in self.backends:
+            backend.finish(settings(last["args"], last["hparams"]), self._selected())
+
+    def _selected(self) -> dict[str, float]:
+        """Accuracies of the checkpoint that training-domain validation selects so far."""
+        chosen = results.selected(self.records)
+        if chosen is None:  # no accuracy is a number
+            return {}
+        names = ["validation", "test"] if self.test_domains else ["validation"]
+        of = {"validation": results.validation_accuracy, "test": results.test_accuracy}
+        return {f"selected/{name}": of[name](chosen) for name in names}
+
+
+def scalars(record: dict, test_domains: bool) -> dict[str, float]:
+    """A record's numbers under the names of their curves.
+
+    acc/env0/in, acc/env0/out, ... and acc/validation; train/ and the name of each loss term or
+    other value that `update` returned; time/step_s, memory/gb, epoch; diagnostics/. Without
+    `test_domains`, none of test domains.
+    """
+    hidden = () if test_domains else tuple(f"env{i}_" for i in record["args"]["test_envs"])
+    known = {"step_time": "time/step_s", "mem_gb": "memory/gb", "epoch": "epoch"}
+    values = {"acc/validation": results.validation_accuracy(record)}
+    for name, value in record.items():
+        if name.startswith("env") and name.endswith("_acc"):
+            if not name.startswith(hidden):
+                values["acc/" + name.removesuffix("_acc").replace("_", "/")] = value
+        elif isinstance(value, float):
+            values[known.get(name, f"train/{name}")] = value
+    for name, value in record.get("diagnostics", {}).items():
+        if isinstance(value, float) and not name.startswith(hidden):
+            values[f"diagnostics/{name}"] = value
+    return values
+
+
+def settings(args: dict, hparams: dict) -> dict:
+    """What tells a run from others: its hparams, and its data, algorithm and seeds."""
+    names = ("algorithm", "dataset", "test_envs", "trial_seed", "hparams_seed", "seed", "steps")
+    return {name: args[name] for name in names} | hparams
+
+
+@contextlib.contextmanager
+def watching(folder: Path, args: dict, hparams: dict, first_step: int, test_domains: bool = False,
+             wandb: bool = False) -> Iterator[Logger]:
+    """The run's logger, which is closed at the end.
+
+    Args:
+        folder: of the run.
+        args: the run's.
+        hparams: the run's.
+        first_step: above 0 where a run goes on; its earlier records are read from its folder.
+        test_domains: whether to show accuracies on test domains.
+        wandb: whether to log to Weights & Biases too.
+    """
+    before = results.read_records(folder) if first_step else []
+    backends = [WandB(folder, args, settings(args, hparams))] if wandb else []
+    backends.append(TensorBoard(folder, first_step))
+    try:
+        yield Logger(backends, before, test_domains)
+    finally:
+        for backend in backends:
+            backend.close()
