@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo test lint parity bench clean
+.PHONY: demo test lint parity bench chaos clean
 
 demo: $(VENV)/installed
 	$(PY) -m domainbed_kd.scripts.sweep launch @sweeps/smoke.args --output_dir demo/sweep
@@ -24,8 +24,12 @@ parity: $(VENV)/tests-installed
 bench: $(VENV)/installed
 	$(PY) tools/bench.py
 
+# A sweep of 32 jobs, killed 25 times, against a quiet one.
+chaos: $(VENV)/installed
+	$(PY) tools/chaos.py --n_hparams 2 --kills 25
+
 clean:
-	rm -rf $(VENV) demo train_output bench.json bench.md
+	rm -rf $(VENV) demo chaos train_output bench.json bench.md
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ can be finished here. A folder's name depends on `data_dir`; what a run *is* doe
 made from data in another place is found by the arguments on record in its results.jsonl.
 """
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -192,6 +193,24 @@ class Job:
     def is_done(self) -> bool:
         """Whether it has finished, as of now."""
         return os.path.exists(os.path.join(self.output_dir, "done"))
+
+    def is_running(self) -> bool:
+        """Whether a process of this package is at work in its folder, as of now.
+
+        It holds the lock of out.txt, which the system frees when it ends, however it ends.
+        """
+        try:
+            with open(os.path.join(self.output_dir, "out.txt"), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            return False
+        return False
+
+    def has_begun(self) -> bool:
+        """Whether it has printed anything yet; a job that waits in a queue has not."""
+        return os.path.exists(os.path.join(self.output_dir, "out.txt"))
 
     def wrote_within(self, seconds: float) -> bool:
         """Whether anything in its folder changed that recently: a hint that it is running."""

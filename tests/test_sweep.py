@@ -13,7 +13,7 @@ from conftest import GOLDENS
 
 from domainbed_kd import algorithms, command_launchers, datasets
 from domainbed_kd.jobs import Job
-from domainbed_kd.scripts import run_main, sweep
+from domainbed_kd.scripts import run_main, sweep, train
 
 SMALL = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--n_trials", "1",
          "--hparams", '{"batch_size": 4}', "--steps", "3"]
@@ -346,3 +346,74 @@ def test_every_data_set_without_files_can_be_swept_without_data_dir(tmp_path, la
     for name in sweep.FILELESS:
         assert sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend",
                                 "--datasets", name)) == 0
+
+
+def left_by_a_killed_job(folder, launched):
+    """Makes an incomplete job of one that `pretend` finished, and returns its folder."""
+    run = Path(command_of(launched[0])["output_dir"][0])
+    (run / "done").unlink()
+    (run / "out.txt").write_text("Environment:\n")
+    return run
+
+
+def test_a_job_that_ended_early_goes_on_at_the_next_launch(tmp_path, launched, capsys):
+    args = flags("launch", tmp_path, "--command_launcher", "pretend")
+    sweep.main(args)
+    run = left_by_a_killed_job(tmp_path, launched)
+    capsys.readouterr()
+    assert sweep.main(args) == 0
+    out, err = capsys.readouterr()
+    assert "About to launch 1 jobs." in out and "1 of them ended early and go on" in err
+    assert launched[6:] == launched[:1] and (run / "done").exists()
+
+
+def test_a_job_that_is_at_work_is_launched_by_nobody_else(tmp_path, launched, capsys):
+    args = flags("launch", tmp_path, "--command_launcher", "pretend")
+    sweep.main(args)
+    run = left_by_a_killed_job(tmp_path, launched)
+    capsys.readouterr()
+    with train.claimed(run):
+        assert sweep.main(args) == 0
+        with pytest.raises(ValueError, match="Another process trains in"), train.claimed(run):
+            pass
+    out, err = capsys.readouterr()
+    assert "About to launch 0 jobs." in out and "1 incomplete jobs are left as they are" in err
+    assert len(launched) == 6
+    assert sweep.main(args) == 0 and len(launched) == 7
+
+
+def test_what_another_launcher_took_first_has_not_failed(tmp_path, monkeypatch, capsys):
+    def beaten(commands):
+        for command in commands:
+            (Path(command_of(command)["output_dir"][0]) / "done").write_text("done")
+        return [2] * len(commands)
+
+    monkeypatch.setitem(command_launchers.REGISTRY, "beaten", beaten)
+    assert sweep.main(flags("launch", tmp_path, "--command_launcher", "beaten")) == 0
+
+
+@pytest.mark.slow
+def test_two_launchers_on_one_folder_run_each_job_once(tmp_path):
+    args = flags("launch", tmp_path / "sweep", "--single_test_envs", "--steps", "40")
+    command = [sys.executable, "-m", "domainbed_kd.scripts.sweep", *args]
+    launchers = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                  text=True) for _ in range(2)]
+    errors = [launcher.communicate()[1] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], errors
+    runs = sorted((tmp_path / "sweep").iterdir())
+    assert len(runs) == 3
+    for run in runs:
+        steps = [json.loads(line)["step"] for line in (run / "results.jsonl").open()]
+        assert steps == sorted(set(steps)) and (run / "done").exists()
+        assert (run / "out.txt").read_text().count("Environment:") == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path):
+    tool = Path(__file__).parents[1] / "tools" / "chaos.py"
+    ran = subprocess.run(
+        [sys.executable, str(tool), "--folder", str(tmp_path / "chaos"), "--dataset", "Debug28",
+         "--algorithms", "ERM", "SWAD", "--steps", "21", "--kills", "4", "--within_s", "4"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tool.parents[1])})
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "0 differences" in ran.stdout

@@ -1,7 +1,7 @@
 """Launches the many runs behind a table, counts them, or deletes incomplete ones.
 
 `launch` runs what has no folder yet, in the order of the list (DomainBed shuffles it without a
-seed, which only changes who waits for whom). Methods that learn from a trained network wait for
+seed, which only changes who waits for whom), and goes on with what ended early. Methods that learn from a trained network wait for
 the ERM run of the same data set, trial and test domains, which is added where it is missing.
 Flags may stand in a file, given as @FILE: any number a line, quoted as in a shell, with #
 comments; flags after it on the command line win.
@@ -209,21 +209,27 @@ def confirmed(args: argparse.Namespace) -> bool:
 
 
 def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
-    """Runs the jobs that have no folder."""
+    """Runs the jobs that have no folder, and goes on with those that ended early."""
     launcher = make_launcher(args)
-    new = [job for job in all_jobs if job.state == Job.NOT_LAUNCHED]
-    n_incomplete = sum(job.state == Job.INCOMPLETE for job in all_jobs)
+    here = launcher.func in (command_launchers.local, command_launchers.multi_gpu)
+    incomplete = [job for job in all_jobs if job.state == Job.INCOMPLETE]
+    ended = {id(job) for job in incomplete
+             if (here or job.has_begun()) and not job.is_running()}
+    new = [job for job in all_jobs if job.state == Job.NOT_LAUNCHED or id(job) in ended]
+    n_left = len(incomplete) - len(ended)
     print(f"About to launch {len(new)} jobs.")
-    if n_incomplete:
-        print(f"{n_incomplete} incomplete jobs are left as they are: they are running, or ended "
-              "early. `delete_incomplete` with the same flags removes them, so that they can be "
-              "launched again.", file=sys.stderr)
+    if ended:
+        print(f"{len(ended)} of them ended early and go on where they were.", file=sys.stderr)
+    if n_left:
+        print(f"{n_left} incomplete jobs are left as they are: they are running, or wait for "
+              "their launcher. `delete_incomplete` with the same flags removes them, so that they "
+              "can be launched again.", file=sys.stderr)
     if not new:
         return 0
     if launcher.func is command_launchers.dummy:
         launcher([job.command_str for job in new])
         return 0
-    if launcher.func in (command_launchers.local, command_launchers.multi_gpu):
+    if here:
         check_data(args)
     if not confirmed(args):
         return 0
@@ -235,6 +241,8 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
     if len(ready) < len(taught):
         print(f"{len(taught) - len(ready)} jobs are not launched, as their teachers have not "
               "finished. The same command launches them once these have.", file=sys.stderr)
+    # What another launcher on the same folder took first has not failed.
+    failed = [job for job in failed if not job.is_done() and not job.is_running()]
     if failed:
         print(f"{len(failed)} of {len(new)} jobs failed:", file=sys.stderr)
         for job in failed:

@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import fcntl
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +116,28 @@ class Tee:
 
 
 @contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, no other process trains in the folder, on this machine or over a shared file system.
+
+    The claim is the lock of out.txt, which the system frees even if this process is killed.
+
+    Raises:
+        ValueError: if another process has it.
+    """
+    with (folder / "out.txt").open("ab") as file:
+        for attempt in range(20):  # one that only asks whether it is held has it for a moment
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 19:
+                    raise ValueError(f"Another process trains in {folder}. Wait for it, or choose "
+                                     "another --output_dir.") from None
+                time.sleep(0.1)
+        yield
+
+
+@contextlib.contextmanager
 def output_kept_in(folder: Path) -> Iterator[None]:
     """Copies what is printed to out.txt and err.txt, and notes there why a run ended early."""
     with contextlib.redirect_stdout(Tee(sys.stdout, folder / "out.txt")), \
@@ -169,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in OPTIONAL:
         if not on_record[name]:
             del on_record[name]
-    with output_kept_in(folder):
+    with claimed(folder), output_kept_in(folder):
         from domainbed_kd import extensions
 
         extensions.load(args.plugin, [args.algorithm, args.dataset])
