@@ -166,8 +166,7 @@ def notes(grid: sweeps.Grid, made: dict, input_dir: str) -> list[str]:
         lines.append(f"Of {n_runs} runs, {len(absent) - n_unfinished} are absent and "
                      f"{n_unfinished} unfinished:")
         lines += [f"    {line}" for line in describe_absent(grid, absent)]
-        lines.append("To complete them (if some ended early, first with delete_incomplete in the "
-                     "place of launch):")
+        lines.append("To complete them:")
         lines += [f"    {line}" for line in completing_commands(grid, absent, input_dir)]
     return ["", *lines] if lines else []
 

@@ -1,8 +1,9 @@
 """Launches the many runs behind a table, counts them, or deletes incomplete ones.
 
 `launch` runs what has no folder yet, in the order of the list (DomainBed shuffles it without a
-seed, which only changes who waits for whom), and goes on with what ended early. Methods that learn from a trained network wait for
-the ERM run of the same data set, trial and test domains, which is added where it is missing.
+seed, which only changes who waits for whom), and goes on with what ended early. Methods that
+learn from a trained network wait for the ERM run of the same data set, trial and test domains,
+which is added where it is missing.
 Flags may stand in a file, given as @FILE: any number a line, quoted as in a shell, with #
 comments; flags after it on the command line win.
 """
