@@ -20,9 +20,9 @@ parity: $(VENV)/tests-installed
 	$(PY) -m pytest -n auto -k "domainbed or upstream or golden"
 	$(if $(DOMAINBED),$(PY) tools/parity.py $(DOMAINBED))
 
-# What methods cost, as ratios to ERM and to ERM plus a teacher's forward pass.
+# What our work costs, as ratios measured in one run; PEER=DIR times a DomainBed checkout too.
 bench: $(VENV)/installed
-	$(PY) tools/bench.py
+	$(PY) tools/bench.py $(if $(PEER),--peer $(PEER))
 
 # A sweep of 32 jobs, killed 25 times, against a quiet one.
 chaos: $(VENV)/installed

@@ -180,22 +180,10 @@ def _is_record(record) -> bool:
     """Whether model selection can read it; ERM++'s second stage only has `fd_` accuracies."""
     try:
         args = record["args"]
-        for i in args["test_envs"]:
-            name = f"env{i}_in_acc"
-            if name in record:
-                accuracies = type(record[name]), type(record[f"env{i}_out_acc"])
-            else:
-                accuracies = type(record[f"fd_{name}"]), float
-            if not isinstance(i, int) or accuracies != (float, float):
-                return False
-        if any(type(record[name]) is not float for name in _kept_names(tuple(record))
-               if name.endswith("_acc")):
+        if not all(isinstance(i, int) for i in args["test_envs"]):
             return False
-        n_envs = _n_envs(tuple(record))
-        if n_envs and not set(args["test_envs"]) < set(range(n_envs)):
-            return False
-        if any(f"env{i}_{split}_acc" not in record
-               for i in range(n_envs) for split in ("in", "out")):
+        accuracies = _accuracies(tuple(record), tuple(args["test_envs"]))
+        if not accuracies or any(type(record[name]) is not float for name in accuracies):
             return False
         if any(isinstance(args.get(name), (list, dict)) for name in _ONE_VALUE):
             return False
@@ -207,6 +195,19 @@ def _is_record(record) -> bool:
                 and len(set(args["test_envs"])) == len(args["test_envs"]) > 0)
     except (TypeError, KeyError):
         return False
+
+
+@functools.cache
+def _accuracies(names: tuple[str, ...], test_envs: tuple[int, ...]) -> list[str]:
+    """The accuracies among the names; none if some that these test envs call for are not there."""
+    n_envs = _n_envs(names)
+    wanted = {f"env{i}_{split}_acc" for i in range(n_envs) for split in ("in", "out")}
+    for i in test_envs:
+        own = {f"env{i}_in_acc", f"env{i}_out_acc"}
+        wanted |= own if f"env{i}_in_acc" in names else {f"fd_env{i}_in_acc"}
+    if wanted - set(names) or (n_envs and not set(test_envs) < set(range(n_envs))):
+        return []
+    return [name for name in names if name.endswith("_acc")]
 
 
 def by_cell(records: Iterable[dict]) -> dict[tuple[int, str, str, int], list[dict]]:

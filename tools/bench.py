@@ -1,27 +1,56 @@
-"""What a method costs: time and memory of its updates, as ratios measured in one run.
+"""What our work costs: every figure as a ratio of two things measured in turn, in one run.
 
-Each method takes turns with ERM on the same student, images and threads; medians are compared.
-The floor of a method with a teacher is ERM's update plus one forward pass of the teacher.
-Memory is what a process holds at most, above what it holds before the first update.
+start: importing the package, against importing torch, and reading the digits that ship.
+updates: each method takes turns with ERM on the same student, images and threads. The floor of a
+method with a teacher is ERM's update plus one forward pass of the teacher. Memory is what a
+process holds at most, above what it holds before the first update.
+sweep: a Debug28 sweep of 12 jobs of 3 steps, against the same jobs in processes of their own.
+collect: collect_results on a made-up sweep, the first time and again.
+
+With --peer DIR, a DomainBed checkout does the work of sweep and collect too, in turn with us.
 """
 
+import functools
+import hashlib
 import json
 import multiprocessing
+import os
+import random
 import resource
+import shlex
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from domainbed_kd import algorithms, datasets, hparams_registry
+from domainbed_kd import algorithms, datasets, hparams_registry, jobs
 from domainbed_kd.scripts import Parser, run_main
+from domainbed_kd.seeds import seed_hash
 
 METHODS = ("ERM", "CORAL", "SWAD", "KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs")
+ROOT = Path(__file__).parents[1]
+# Names that any DomainBed knows, so that a peer can read the made-up sweep too.
+MADE_UP = {"datasets": ("VLCS", "PACS"),
+           "algorithms": ("ERM", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN",
+                          "CDANN", "MTL")}
+# Debug28 has three test envs, and four draws of hparams: 12 jobs. Its 13 images per split are
+# fewer than DomainBed's own batches, for which it would wait forever.
+SWEEP = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_trials", "1", "--n_hparams", "4",
+         "--single_test_envs", "--steps", "3", "--hparams", '{"batch_size": 4}',
+         "--data_dir", "none", "--skip_confirmation"]
+
+
+# What methods cost.
 
 
 def build(name: str, batch_size: int):
     """(algorithm, minibatches) on DigitsDG with the last domain held out."""
+    import torch
+
     dataset = datasets.get_dataset_class("DigitsDG")(None, [3], {})
     hparams = hparams_registry.default_hparams(name, "DigitsDG") | {
         "wrn_depth": 10, "wrn_widen": 1, "total_steps": 1000,
@@ -45,6 +74,8 @@ def timed(function, *args) -> float:
 
 def cost(name: str, batch_size: int, repeats: int) -> dict:
     """Medians, in ms, of a method's update, of ERM's in turn with it, and of its floor."""
+    import torch
+
     torch.set_num_threads(1)
     (erm, minibatches), (method, _) = build("ERM", batch_size), build(name, batch_size)
     erm.update(minibatches)
@@ -64,6 +95,176 @@ def cost(name: str, batch_size: int, repeats: int) -> dict:
             "of floor": method_ms / floor_ms, "MB more": (peak - before) / 1024}
 
 
+def updates(args) -> list[dict]:
+    """Each method's cost, measured in a process of its own."""
+    rows = []
+    for name in args.methods:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(pool.apply(cost, (name, args.batch_size, args.repeats)))
+    return rows
+
+
+# What processes cost.
+
+
+def run(argv: list[str], folder: Path = ROOT) -> dict:
+    """Runs a command with `folder` as its place and first on its path, one thread each.
+
+    Returns wall and CPU seconds, with all that it started, and the most MB that one process held.
+
+    Raises:
+        RuntimeError: if it fails, with the last line that it printed on stderr.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder.resolve())}
+    with tempfile.TemporaryFile("w+") as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, used = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or ["it printed no error"])[-1]
+            raise RuntimeError(f"{shlex.join(argv)} in {folder} failed: {last}")
+    return {"s": seconds, "CPU s": used.ru_utime + used.ru_stime, "MB": used.ru_maxrss / 1024}
+
+
+def python(*words: str) -> list[str]:
+    """A command line for this interpreter."""
+    return [sys.executable, *words]
+
+
+def compare(ways: dict[str, Callable[[], dict]], repeats: int) -> list[dict]:
+    """A row per way of doing the same work: medians of its measures, taken in turn.
+
+    `of first` is the way's wall time as a multiple of the first way's.
+    """
+    measured = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            measured[name].append(way())
+    rows = []
+    for name, found in measured.items():
+        medians = {key: statistics.median(m[key] for m in found) for key in ("s", "CPU s", "MB")}
+        rows.append({"what": name, **medians})
+    return [{**row, "of first": row["s"] / rows[0]["s"]} for row in rows]
+
+
+def start(args) -> list[dict]:
+    """Start-up, without that of Python itself."""
+    rows = compare({
+        "python alone": lambda: run(python("-c", "")),
+        "import domainbed_kd": lambda: run(python("-c", "import domainbed_kd")),
+        "sweep --help": lambda: run(python("-m", "domainbed_kd.scripts.sweep", "--help")),
+        "import torch": lambda: run(python("-c", "import torch")),
+        "import torch, read DigitsDG": lambda: run(python("-c", (
+            "from domainbed_kd import datasets as d; d.get_dataset_class('DigitsDG')(None, [3], {})"
+        )))}, args.process_repeats)
+    return [{**row, "ms more than first": 1000 * (row["s"] - rows[0]["s"])} for row in rows]
+
+
+def train_apart(folder: Path) -> dict:
+    """The sweep's jobs, each in a process of its own, one after another; sums (MB: the most)."""
+    sweep = python("-m", "domainbed_kd.scripts.sweep", "launch", *SWEEP, "--output_dir",
+                   str(folder), "--command_launcher", "dummy")
+    printed = subprocess.run(sweep, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [shlex.split(line.partition(": ")[2]) for line in printed.splitlines()
+                if line.startswith("Dummy launcher: ")]
+    found = [run([sys.executable, *command[1:]]) for command in commands]
+    return {"s": sum(f["s"] for f in found), "CPU s": sum(f["CPU s"] for f in found),
+            "MB": max(f["MB"] for f in found)}
+
+
+def launch(folder: Path, place: Path = ROOT, package: str = "domainbed_kd") -> dict:
+    """The sweep by the local launcher, in a folder that is emptied first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return run(python("-m", f"{package}.scripts.sweep", "launch", *SWEEP, "--output_dir",
+                      str(folder), "--command_launcher", "local"), place)
+
+
+def numbers(folder: Path) -> list[dict]:
+    """All records below a folder, without times and places, in order of folder and line."""
+    found = []
+    for path in sorted(folder.glob("*/results.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            del record["step_time"], record["args"]["output_dir"]
+            found.append(record)
+    return found
+
+
+def sweep(args) -> list[dict]:
+    """12 small jobs.
+
+    Raises:
+        RuntimeError: if the numbers depend on how the jobs were run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        warm, apart = Path(folder, "warm"), Path(folder, "apart")
+
+        def train_all_apart():
+            shutil.rmtree(apart, ignore_errors=True)
+            return train_apart(apart)
+
+        ways = {"sweep launch, local": functools.partial(launch, warm),
+                "12 train processes": train_all_apart}
+        if args.peer:
+            ways["peer's sweep launch, local"] = functools.partial(
+                launch, Path(folder, "peer"), args.peer, "domainbed")
+        rows = compare(ways, args.process_repeats)
+        if not numbers(warm) or numbers(warm) != numbers(apart):
+            raise RuntimeError("The sweep's numbers are not those of separate train processes.")
+    return rows
+
+
+def make_sweep(folder: Path, n_runs: int, n_records: int = 5) -> None:
+    """Fills a folder with runs as DomainBed leaves them, of random accuracies and 1 kB a record."""
+    each = sum(len(jobs.test_env_sets(4, False)) * 20 for _ in MADE_UP["datasets"]) * len(
+        MADE_UP["algorithms"])
+    rng = random.Random(0)
+    for args in jobs.make_args_list(
+            -(-n_runs // each), MADE_UP["datasets"], MADE_UP["algorithms"], 0, 20, 5001, "data",
+            "domain_generalization", 0.2, False, None)[:n_runs]:
+        name = hashlib.md5(json.dumps(args, sort_keys=True).encode()).hexdigest()
+        hparams = hparams_registry.random_hparams(
+            args["algorithm"], args["dataset"],
+            seed_hash(args["hparams_seed"], args["trial_seed"]))
+        args |= {"output_dir": str(folder / name), "checkpoint_freq": None, "hparams": None,
+                 "save_model_every_checkpoint": False, "skip_model_save": False,
+                 "uda_holdout_fraction": 0}
+        (folder / name).mkdir(parents=True)
+        with (folder / name / "results.jsonl").open("w", encoding="utf-8") as file:
+            for step in range(0, 5001, 5000 // (n_records - 1)):
+                accuracies = {f"env{i}_{split}_acc": rng.randrange(938) / 937
+                              for i in range(4) for split in ("in", "out")}
+                record = {"args": args, "hparams": hparams, "step": step, "epoch": step / 33,
+                          "loss": rng.random(), "step_time": rng.random(), "mem_gb": 0.0,
+                          **accuracies}
+                file.write(json.dumps(record, sort_keys=True) + "\n")
+
+
+def collect(args) -> list[dict]:
+    """collect_results on `--runs` runs."""
+    def ours(folder, is_first):
+        for path in folder.glob(".*") if is_first else ():
+            path.unlink()
+        return run(python("-m", "domainbed_kd.scripts.collect_results", "--input_dir", str(folder)))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_sweep(folder, args.runs)
+        ways = {f"collect_results, {args.runs} runs, first": lambda: ours(folder, True),
+                "the same again": lambda: ours(folder, False)}
+        if args.peer:
+            ways["peer's collect_results"] = lambda: run(python(
+                "-m", "domainbed.scripts.collect_results", "--input_dir", str(folder)), args.peer)
+        return compare(ways, args.process_repeats)
+
+
+SECTIONS = {"start": start, "updates": updates, "sweep": sweep, "collect": collect}
+
+
 def markdown(rows: list[dict]) -> str:
     """The rows as a table."""
     lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
@@ -74,23 +275,33 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures each method in a process of its own; prints a table, writes it and JSON."""
+    """Measures section by section; prints tables, writes them and JSON."""
     parser = Parser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS),
+                        help=f"default: {' '.join(SECTIONS)}")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME",
-                        help=f"default: {' '.join(METHODS)}")
+                        help=f"of updates; default: {' '.join(METHODS)}")
     parser.add_argument("--batch_size", type=int, default=16,
-                        help="images per domain, of three; default: 16")
+                        help="images per domain, of three, in updates; default: 16")
     parser.add_argument("--repeats", type=int, default=30, help="timed updates; default: 30")
+    parser.add_argument("--process_repeats", type=int, default=3, metavar="N",
+                        help="how often each process is timed; default: 3")
+    parser.add_argument("--runs", type=int, default=20_000,
+                        help="runs of the sweep that collect reads; default: 20000")
+    parser.add_argument("--peer", type=Path, metavar="DIR",
+                        help="a DomainBed checkout that does the same work in turn")
     parser.add_argument("--output", type=Path, default=Path("bench"),
                         help="OUTPUT.json and OUTPUT.md are written; default: bench")
     args = parser.parse_args(argv)
-    rows = []
-    for name in args.methods:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(cost, (name, args.batch_size, args.repeats)))
-    args.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(markdown(rows))
-    print(markdown(rows), end="")
+    if args.peer and not (args.peer / "domainbed" / "scripts").is_dir():
+        raise FileNotFoundError(f"--peer {args.peer}: there is no domainbed/scripts in it.")
+    tables = {}
+    for name in args.only:
+        tables[name] = SECTIONS[name](args)
+        print(f"## {name}\n\n{markdown(tables[name])}", flush=True)
+    args.output.with_suffix(".json").write_text(json.dumps(tables, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text("\n".join(
+        f"## {name}\n\n{markdown(rows)}" for name, rows in tables.items()))
     return 0
 
 

@@ -1,0 +1,92 @@
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from domainbed_kd import records
+
+SPEC = importlib.util.spec_from_file_location(
+    "bench", Path(__file__).parents[1] / "tools" / "bench.py")
+bench = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench)
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """A checkout whose scripts only note how they were called."""
+    folder = tmp_path / "peer" / "domainbed" / "scripts"
+    folder.mkdir(parents=True)
+    for name in ("sweep", "collect_results"):
+        (folder / f"{name}.py").write_text(
+            "import json, pathlib, sys\n"
+            "with pathlib.Path('calls').open('a') as file:\n"
+            f"    file.write(json.dumps([{name!r}, *sys.argv[1:]]) + '\\n')\n")
+    return tmp_path / "peer"
+
+
+def calls(peer):
+    return [json.loads(line) for line in (peer / "calls").read_text().splitlines()]
+
+
+def test_the_made_up_sweep_is_one_that_domainbed_could_have_left(tmp_path, capsys):
+    bench.make_sweep(tmp_path, 12)
+    found = records.load(tmp_path)
+    assert len(found) == 60 and capsys.readouterr().err == ""
+    grid = records.Grid(found)
+    assert len(grid.finished) == 12 and grid.datasets == ["VLCS"]
+    size = (next(tmp_path.iterdir()) / "results.jsonl").stat().st_size
+    assert 800 < size / 5 < 1500  # as measured: 103 MB in 100,000 records
+
+
+def test_a_checkout_reads_the_same_sweep_in_turn(peer, tmp_path, capsys):
+    assert bench.main(["--only", "collect", "--runs", "3", "--process_repeats", "2",
+                       "--peer", str(peer), "--output", str(tmp_path / "out")]) == 0
+    tables = json.loads((tmp_path / "out.json").read_text())
+    first, again, theirs = tables["collect"]
+    assert first["of first"] == 1 and theirs["s"] > 0 and theirs["MB"] > 1
+    assert again["of first"] == again["s"] / first["s"]
+    assert [call[:2] for call in calls(peer)] == [["collect_results", "--input_dir"]] * 2
+    assert "peer's collect_results" in (tmp_path / "out.md").read_text() in capsys.readouterr().out
+
+
+def test_a_folder_without_domainbed_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no domainbed/scripts"):
+        bench.main(["--peer", str(tmp_path)])
+
+
+def test_a_command_that_fails_is_an_error_with_its_last_word():
+    with pytest.raises(RuntimeError, match="ValueError: broken"):
+        bench.run([sys.executable, "-c", "raise ValueError('broken')"])
+
+
+def fake_job(accuracy):
+    def run(folder, *_):
+        (folder / "job").mkdir(parents=True)
+        (folder / "job" / "results.jsonl").write_text(json.dumps(
+            {"step": 0, "step_time": id(folder), "acc": accuracy,
+             "args": {"output_dir": str(folder)}}) + "\n")
+        return {"s": 1.0, "CPU s": 1.0, "MB": 1.0}
+    return run
+
+
+@pytest.mark.parametrize("accuracies", [(0.5, 0.5), (0.5, 0.5000001)])
+def test_the_sweeps_numbers_must_not_depend_on_how_it_ran(monkeypatch, accuracies):
+    args = argparse.Namespace(peer=None, process_repeats=1)
+    monkeypatch.setattr(bench, "launch", fake_job(accuracies[0]))
+    monkeypatch.setattr(bench, "train_apart", fake_job(accuracies[1]))
+    if accuracies[0] == accuracies[1]:
+        assert [row["of first"] for row in bench.sweep(args)] == [1, 1]
+    else:
+        with pytest.raises(RuntimeError, match="not those of separate train processes"):
+            bench.sweep(args)
+
+
+def test_a_checkout_launches_the_same_sweep(peer, tmp_path):
+    bench.launch(tmp_path / "runs", peer, "domainbed")
+    (name, command, *flags), = calls(peer)
+    assert (name, command) == ("sweep", "launch")
+    assert flags[-4:] == ["--output_dir", str(tmp_path / "runs"), "--command_launcher", "local"]
+    assert "--skip_confirmation" in flags
