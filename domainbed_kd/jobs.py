@@ -221,6 +221,18 @@ class Job:
                          default=os.stat(self.output_dir).st_mtime)
         return time.time() - newest < seconds
 
+    def peak_memory(self) -> dict[str, float] | None:
+        """The MiB that it has held at most, as "rss_mb" and "gpu_mb"; None before its first record.
+
+        A damaged memory.json counts as none: it is no result.
+        """
+        try:
+            with open(os.path.join(self.output_dir, "memory.json"), encoding="utf-8") as file:
+                peak = json.load(file)
+            return {name: float(peak[name]) for name in ("rss_mb", "gpu_mb")}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
     def last_error(self) -> str:
         """The last line that it wrote to err.txt; empty if there is none."""
         path = os.path.join(self.output_dir, "err.txt")

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import resource
 import signal
 import sys
 import threading
@@ -134,6 +135,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
                     results.save_logits(folder / "logits" / f"step{step}.npz", logits, kept)
                 record |= {"hparams": hparams, "args": args}
                 append_record(folder, record)
+                save_peak_memory(folder, device)
                 logger.log(record)
                 pending.clear()
                 if args["save_model_every_checkpoint"]:
@@ -344,6 +346,14 @@ def extra_minibatches(splits: loaders.Splits, training: list[int], batch_size: i
 def peak_memory_gb(device) -> float:
     """The GPU memory that the run has held at most so far, in GiB; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() / 1024**3 if device.type == "cuda" else 0.0
+
+
+def save_peak_memory(folder: Path, device) -> None:
+    """Leaves in memory.json what the process has held at most so far, in MiB, for `status`."""
+    peak = {"rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
+            "gpu_mb": 1024 * peak_memory_gb(device)}
+    checkpoints.write_atomically(
+        folder / "memory.json", lambda path: path.write_text(json.dumps(peak)))
 
 
 # What a run prints and writes.

@@ -417,3 +417,20 @@ def test_a_sweep_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path):
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tool.parents[1])})
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "0 differences" in ran.stdout
+
+
+def test_status_shows_the_most_memory_that_a_job_of_each_algorithm_held(tmp_path, capsys):
+    args = flags("status", tmp_path, "--algorithms", "ERM", "SWAD", "--datasets", "Debug28")
+    assert sweep.main(args) == 0
+    assert "memory" not in capsys.readouterr().out
+    parsed = sweep.build_parser().parse_args(args)
+    folders = [Job(train_args, str(tmp_path)).output_dir for train_args in args_list_of(parsed)
+               if train_args["algorithm"] == "ERM"]
+    for folder, content in zip(folders, ('{"rss_mb": 400.4, "gpu_mb": 0.0}',
+                                         '{"rss_mb": 300.0, "gpu_mb": 70.6}', "damaged")):
+        os.makedirs(folder)
+        with open(os.path.join(folder, "memory.json"), "w") as file:
+            file.write(content)
+    assert sweep.main(args) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "most memory of a job, MiB of process + GPU: ERM 400 + 71")

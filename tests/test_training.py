@@ -214,3 +214,14 @@ def test_bad_input_exits_with_2_and_one_line_on_stderr(tmp_path):
 def test_an_unknown_hparam_is_taken_with_a_warning_that_names_the_nearest(tmp_path):
     with pytest.warns(UserWarning, match="nothing here reads 'weight_decai'. Did you mean weight_"):
         run(tmp_path, *DEBUG, "--hparams", '{"batch_size": 6, "weight_decai": 1}')
+
+
+def test_a_run_leaves_the_memory_that_it_held_beside_its_records(tmp_path):
+    records = run(tmp_path, "--dataset", "Debug28", "--steps", "1", "--skip_model_save",
+                  "--hparams", '{"batch_size": 4}')
+    memory = json.loads((tmp_path / "memory.json").read_text())
+    assert memory["gpu_mb"] == pytest.approx(1024 * records[-1]["mem_gb"])
+    with open("/proc/self/status") as file:
+        peak_kb = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    assert 0 < memory["rss_mb"] <= 1.05 * peak_kb / 1024
+    assert not {"rss_mb", "gpu_mb", "memory"} & set(records[-1])  # the keys are DomainBed's

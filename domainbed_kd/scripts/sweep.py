@@ -14,7 +14,7 @@ import inspect
 import os
 import shlex
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from domainbed_kd import algorithms, command_launchers, datasets, extensions, jobs
@@ -286,6 +286,14 @@ def status(all_jobs: list[Job]) -> int:
             print(name.ljust(width), *(str(counts[kind, name, s]).rjust(10) for s in states))
         print()
     print(f"running: wrote in the last {RUNNING_S // 60} minutes; absent: not launched.")
+    peaks = defaultdict(list)
+    for job in all_jobs:
+        if peak := job.peak_memory():
+            peaks[job.train_args["algorithm"]].append((peak["rss_mb"], peak["gpu_mb"]))
+    if peaks:
+        each = (f"{name} {max(rss for rss, _ in found):.0f} + {max(gpu for _, gpu in found):.0f}"
+                for name, found in peaks.items())
+        print(f"most memory of a job, MiB of process + GPU: {', '.join(each)}")
     return 0
 
 
