@@ -105,11 +105,14 @@ def _cores() -> int:
 
 
 class _Running(NamedTuple):
-    """A job at work: its number, process, slot, start (s) and, if kept apart, its stderr."""
+    """A job at work: its number, process, slot, start (s) and, if kept apart, its stderr.
+
+    A slot is its number, from 1, and its environment variables.
+    """
 
     index: int
     process: multiprocessing.Process
-    slot: dict
+    slot: tuple[int, dict]
     start: float
     errors: object
 
@@ -119,7 +122,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
 
     Returns the exit statuses; a negative one is the signal that killed the command.
     """
-    from tqdm import tqdm
+    from domainbed_kd import progress
 
     if not slots:
         raise ValueError("jobs_per_device takes a number from 1 up.")
@@ -132,32 +135,45 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
         threads = max(1, _cores() // len(slots))
     variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
 
-    waiting, free = deque(enumerate(argvs)), deque(slots)
+    waiting, free = deque(enumerate(argvs)), deque(enumerate(slots, 1))
     running: dict[int, _Running] = {}
+    lines = {}  # {sentinel: progress.JobLine}
     statuses: list[int] = [0] * len(argvs)
     sys.stdout.flush()
-    with _stoppable(running), _fork_server(argvs) as context, tqdm(
-            total=len(argvs), unit="job", disable=not (quiet and sys.stderr.isatty())) as bar:
+    with _stoppable(running), _fork_server(argvs) as context, (
+            progress.bar(total=len(argvs), unit="job") if quiet
+            else contextlib.nullcontext()) as bar:
         while waiting or running:
             while waiting and free:
                 index, argv = waiting.popleft()
                 slot = free.popleft()
                 errors = tempfile.NamedTemporaryFile() if quiet else None
                 process = context.Process(target=_work, args=(
-                    argv, {**os.environ, **variables, **slot}, threads,
+                    argv, {**os.environ, **variables, **slot[1]}, threads,
                     errors.name if errors else None))
                 process.start()
                 running[process.sentinel] = _Running(
                     index, process, slot, time.monotonic(), errors)
-            for sentinel in multiprocessing.connection.wait(list(running)):
+                if quiet and sys.stderr.isatty() and _is_warm(argv):
+                    lines[process.sentinel] = progress.JobLine(
+                        _label(argv), _flags(argv), position=slot[0])
+            # Lines are looked up every second, where there are any.
+            ended = multiprocessing.connection.wait(list(running), 1 if lines else None)
+            for line in lines.values():
+                line.refresh()
+            for sentinel in ended:
                 job = running.pop(sentinel)
+                if sentinel in lines:
+                    lines.pop(sentinel).close()
                 job.process.join()
                 free.append(job.slot)
                 statuses[job.index] = job.process.exitcode
-                bar.update()
+                if bar is not None:
+                    bar.update()
                 done = len(argvs) - len(waiting) - len(running)
-                tqdm.write(f"[{done}/{len(argvs)}] {_outcome(job, argvs[job.index])}",
-                           file=sys.stderr)
+                with progress.lifted():
+                    print(f"[{done}/{len(argvs)}] {_outcome(job, argvs[job.index])}",
+                          file=sys.stderr)
                 if job.errors:
                     job.errors.close()
     return statuses
@@ -189,6 +205,14 @@ def _label(argv: list[str]) -> str:
     """What a train command trains, in words; any other command as it is."""
     if not _is_warm(argv):
         return shlex.join(argv)
+    flags = _flags(argv)
+    return (f"{flags.get('algorithm', 'ERM')} {flags.get('dataset', 'RotatedMNIST')} "
+            f"test env {flags.get('test_envs', '0')}, trial {flags.get('trial_seed', '0')}, "
+            f"hparams {flags.get('hparams_seed', '0')}")
+
+
+def _flags(argv: list[str]) -> dict[str, str]:
+    """A train command's flags by name, several values as one text."""
     flags: dict[str, list[str]] = {}
     values: list[str] = []
     for word in argv[3:]:
@@ -196,10 +220,7 @@ def _label(argv: list[str]) -> str:
             values = flags.setdefault(word.removeprefix("--"), [])
         else:
             values.append(word)
-    flags = {name: " ".join(values) for name, values in flags.items()}
-    return (f"{flags.get('algorithm', 'ERM')} {flags.get('dataset', 'RotatedMNIST')} "
-            f"test env {flags.get('test_envs', '0')}, trial {flags.get('trial_seed', '0')}, "
-            f"hparams {flags.get('hparams_seed', '0')}")
+    return {name: " ".join(values) for name, values in flags.items()}
 
 
 @contextlib.contextmanager

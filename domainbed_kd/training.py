@@ -28,7 +28,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
-from tqdm import tqdm
 
 from domainbed_kd import (
     algorithms,
@@ -39,6 +38,7 @@ from domainbed_kd import (
     hparams_registry,
     loaders,
     loggers,
+    progress,
     results,
     teachers,
 )
@@ -100,8 +100,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
     header = None
     with stop_signals() as stopped, loggers.watching(
             folder, args, hparams, first_step, log_test_domains, wandb) as logger:
-        for step in tqdm(range(first_step, n_steps), initial=first_step, total=n_steps,
-                         unit="step", disable=not sys.stderr.isatty()):
+        for step in progress.bar(
+                range(first_step, n_steps), initial=first_step, total=n_steps, unit="step"):
             start, last = time.time(), step == n_steps - 1
             minibatches = [to_device(batch, device) for batch in map(next, load.train)]
             unlabeled = None
@@ -124,7 +124,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
                     **{f"{name}_acc": accuracy(algorithm, loader, device, logits.get(name))
                        for name, loader in load.evaluation.items()},
                     "mem_gb": peak_memory_gb(device)}
-                header = print_record(record, header)
+                with progress.lifted():
+                    header = print_record(record, header)
                 if algorithm.selects_last:
                     record["selection"] = "last"
                 if teacher:

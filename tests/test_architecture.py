@@ -12,7 +12,8 @@ import domainbed_kd
 PACKAGE = Path(domainbed_kd.__file__).parent
 ALLOWED = {
     "seeds": set(), "losses": set(), "networks": set(), "digits": set(), "datasets": {"digits"},
-    "command_launchers": set(), "record_cache": set(), "records": {"record_cache"},
+    "command_launchers": {"progress"}, "progress": {"datasets"},
+    "record_cache": set(), "records": {"record_cache"},
     "checkpoints": set(),
     "averaging": {"networks"},
     "teachers": {"networks", "averaging", "checkpoints", "algorithms", "datasets"},
@@ -27,7 +28,8 @@ ALLOWED = {
     "results": {"checkpoints"},
     "loggers": {"results"},
     "training": {"algorithms", "averaging", "checkpoints", "datasets", "diagnostics",
-                 "hparams_registry", "loaders", "loggers", "results", "seeds", "teachers"},
+                 "hparams_registry", "loaders", "loggers", "progress", "results", "seeds",
+                 "teachers"},
 }
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "scripts" not in p.parts
                  and p.stem not in ("__main__", "plugin") and p != PACKAGE / "__init__.py")
