@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable
 
@@ -161,6 +162,7 @@ class Job:
         self.plugins = plugins
         self.teacher = teacher
         self.flags = flags
+        self.exit_status = 0
         if found is None:
             self.state = self.NOT_LAUNCHED
         elif self.is_done():
@@ -241,6 +243,14 @@ class Job:
         with open(path, encoding="utf-8", errors="replace") as file:
             return next((line.strip() for line in reversed(file.readlines()) if line.strip()), "")
 
+    def why_failed(self) -> str:
+        """Why it ended with an exit status other than 0, in a line."""
+        if self.exit_status == -signal.SIGKILL:
+            return "killed by SIGKILL, as a system does that runs out of memory"
+        if self.exit_status < 0:
+            return f"killed by {signal.Signals(-self.exit_status).name}"
+        return self.last_error() or f"exit status {self.exit_status}, no message"
+
     @staticmethod
     def launch(jobs: list["Job"], launcher_fn: Callable) -> list["Job"]:
         """Makes the jobs' folders and hands their commands to a launcher.
@@ -263,7 +273,9 @@ class Job:
         print(f"Launched {len(jobs)} jobs!")
         if not isinstance(statuses, list):
             return []
-        return [job for job, status in zip(jobs, statuses) if status != 0]
+        for job, status in zip(jobs, statuses):
+            job.exit_status = status
+        return [job for job in jobs if job.exit_status != 0]
 
     @staticmethod
     def delete(jobs: list["Job"]) -> None:

@@ -181,6 +181,18 @@ def test_the_last_error_is_the_last_line_with_something_in_it(tmp_path):
     assert job.last_error() == "error: no such thing"
 
 
+@pytest.mark.parametrize("status, reason", [
+    (-9, "killed by SIGKILL, as a system does that runs out of memory"),
+    (-15, "killed by SIGTERM"), (2, "error: no such thing"), (3, "exit status 3, no message")])
+def test_a_job_tells_why_it_failed(status, reason, tmp_path):
+    job, = make(CASES[1], tmp_path)[:1]
+    assert Job.launch([job], lambda commands: [status]) == [job]
+    if status != 3:
+        with open(os.path.join(job.output_dir, "err.txt"), "w") as file:
+            file.write("error: no such thing\n")
+    assert job.why_failed() == reason
+
+
 def test_a_job_seems_to_run_while_its_folder_changes(tmp_path):
     assert not make(CASES[1], tmp_path)[0].wrote_within(100)
     Job.launch(make(CASES[1], tmp_path)[:1], lambda commands: None)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 HPARAMS = {"batch_size": 8, "wrn_depth": 10, "wrn_widen": 1, "mosaic_kd_steps": 1,
@@ -87,25 +88,31 @@ def until_done(args: argparse.Namespace, folder: Path, kills: int) -> None:
         SystemExit: if the sweep does not get done although nobody kills any more.
     """
     r, launcher, left, launches = random.Random(args.seed), None, kills, 0
+    killed = Counter()
     while left:
         if launcher is None or launcher.poll() is not None:
             if launcher is not None and launcher.returncode == 0:
                 break
             launcher = launch(args, folder)
             launches += 1
-        time.sleep(r.uniform(0.5, args.within_s))
+        at_once = r.random() < 0.1  # in nine of ten cases after a job has begun
+        while not at_once and launcher.poll() is None and not jobs_at_work(folder):
+            time.sleep(0.05)
+        time.sleep(r.uniform(0, args.within_s))
         victims = jobs_at_work(folder)
         if r.random() < 0.3 or not victims:
             victims = [launcher.pid] if launcher.poll() is None else []
-        for pid in victims[:1]:
+        for pid in r.sample(victims, min(1, len(victims))):
             try:
                 os.kill(pid, signal.SIGKILL)
                 left -= 1
+                killed[pid == launcher.pid] += 1
             except ProcessLookupError:
                 continue
     if launcher is not None:
         launcher.wait()
-    print(f"{kills - left} kills, {launches} launches", flush=True)
+    print(f"{killed[False]} jobs and {killed[True]} launchers killed, {launches} launches",
+          flush=True)
     for _ in range(5):
         while jobs_at_work(folder):  # saving, as their launcher is gone
             time.sleep(0.2)

@@ -247,7 +247,7 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
     if failed:
         print(f"{len(failed)} of {len(new)} jobs failed:", file=sys.stderr)
         for job in failed:
-            print(f"  {job.output_dir}: {job.last_error() or 'no message'}", file=sys.stderr)
+            print(f"  {job.output_dir}: {job.why_failed()}", file=sys.stderr)
     return 1 if failed or len(ready) < len(taught) else 0
 
 
