@@ -110,7 +110,8 @@ def updates(args) -> list[dict]:
 def run(argv: list[str], folder: Path = ROOT) -> dict:
     """Runs a command with `folder` as its place and first on its path, one thread each.
 
-    Returns wall and CPU seconds, with all that it started, and the most MB that one process held.
+    Returns wall seconds, and of it and the children it waited for (not of a fork server), CPU
+    seconds and the most MB that one process held.
 
     Raises:
         RuntimeError: if it fails, with the last line that it printed on stderr.
