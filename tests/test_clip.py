@@ -1,7 +1,13 @@
+import math
+
 import clips
+import open_clip
+import pytest
 import torch
 import torch.nn.functional as F
 from clips import StubCLIP, bits, make, minibatches, run, same_bits
+
+from domainbed_kd import datasets, hparams_registry
 
 
 def test_zero_shot_predicts_scaled_cosines_with_the_classes_sentences():
@@ -50,3 +56,21 @@ def test_a_probe_is_logistic_regression_on_embeddings_that_stand_still():
     assert same_bits(bits(by_hand), bits(head))
     assert same_bits(before, bits(teacher.module))
     assert {id(p) for p in algorithm.parameters()} == {id(p) for p in head.parameters()}
+
+
+@pytest.mark.parametrize("name", ["RISE", "SCMD"])
+def test_real_images_teach_by_a_clip_object_of_open_clips_shape(name, pacs):
+    hparams = hparams_registry.default_hparams(name, "PACS") | clips.SMALL | {"image_size": 96}
+    dataset = datasets.PACS(pacs, [3], hparams)
+    clip = open_clip.CLIP(512, {"image_size": 224, "patch_size": 32, "width": 64, "layers": 1},
+                          {"width": 64, "heads": 1, "layers": 1})
+    clip.image_size, clip.tokenizer = 224, open_clip.get_tokenizer("ViT-B-32")
+    algorithm = make(name, (3, 96, 96), 7, **hparams | {
+        "clip_model": clip, "class_names": dataset.class_names, "lr": 1e-3,
+        "domain_names": dataset.domain_names[:3], "normalization": dataset.NORMALIZATION})
+    assert algorithm.teacher_logits(torch.rand(2, 3, 96, 96)).shape == (2, 7)
+    batch = [(torch.stack([env[i][0] for i in (0, len(env) - 1)]),
+              torch.tensor([env[i][1] for i in (0, len(env) - 1)])) for env in dataset[:3]]
+    logged = run(algorithm, [batch] * 3)
+    assert all(math.isfinite(value) for values in logged for value in values.values())
+    assert logged[-1]["classify"] < logged[0]["classify"]
