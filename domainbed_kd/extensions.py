@@ -3,7 +3,8 @@
 A module given by name or as a .py file adds every Algorithm and MultipleDomainDataset class that
 it defines, and the functions in its dict `LAUNCHERS`, if it has one. An installed package adds
 its own through the entry point groups `domainbed_kd.algorithms`, `domainbed_kd.datasets` and
-`domainbed_kd.launchers`; what nobody names is not imported.
+`domainbed_kd.launchers`; what nobody names is not imported. A folder that holds a package
+`domainbed` is a DomainBed fork, and adds the fork's algorithms.
 """
 
 import importlib
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from domainbed_kd import algorithms, command_launchers, datasets
+from domainbed_kd import algorithms, command_launchers, datasets, forks
 
 KINDS = ("algorithms", "datasets", "launchers")
 
@@ -28,7 +29,8 @@ def load(modules: Iterable[str] = (), wanted: Iterable[str] = ()) -> None:
     """Registers what the modules define, and those of the wanted names that entry points offer.
 
     Args:
-        modules: dotted names, looked for in the working directory too, or paths of .py files.
+        modules: dotted names, looked for in the working directory too, or paths of .py files or
+            of forks.
         wanted: names of algorithms, data sets or launchers; others than entry points' are left.
 
     Raises:
@@ -36,7 +38,10 @@ def load(modules: Iterable[str] = (), wanted: Iterable[str] = ()) -> None:
             is in use.
     """
     for module in modules:
-        _register_module(module)
+        if os.path.isdir(module):
+            forks.load(os.path.abspath(module))
+        else:
+            _register_module(module)
     known = {*algorithms.ALGORITHMS, *datasets.DATASETS, *command_launchers.REGISTRY}
     missing = set(wanted) - known
     for kind in KINDS if missing else ():

@@ -65,11 +65,16 @@ def search_space(algorithm: str, dataset: str) -> dict:
 
 def default_hparams(algorithm: str, dataset: str) -> dict:
     """{name: value}, all at their defaults."""
+    if brought := _brought(algorithm):
+        return brought(dataset, None)
     return {name: default for name, (default, _) in search_space(algorithm, dataset).items()}
 
 
 def random_hparams(algorithm: str, dataset: str, seed: int) -> dict:
     """{name: value}, each drawn from its own stream of `seed`."""
+    if brought := _brought(algorithm):
+        return brought(dataset, seed)
+
     def draw(name, draw_value):
         value = draw_value(np.random.RandomState(seed_hash(seed, name)))
         return value.item() if isinstance(value, np.generic) else value
@@ -96,6 +101,11 @@ def parse(text: str) -> dict:
     if not isinstance(changes, dict):
         raise ValueError(f'--hparams takes a JSON object such as {{"lr": 0.001}}; found {text}')
     return changes
+
+
+def _brought(algorithm: str):
+    """The function of (dataset, seed) with which a fork's algorithm brings its fork's hparams."""
+    return getattr(algorithms.get_algorithm_class(algorithm), "all_hparams", None)
 
 
 def override(hparams: dict, text: str | None) -> dict:

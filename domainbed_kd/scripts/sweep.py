@@ -104,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file with algorithms, data sets or launchers of your "
                            "own; may be given again")
+    ours.add_argument("--fork", dest="plugin", action="append", metavar="FOLDER",
+                      help="folder of a DomainBed fork, which holds its package domainbed: its "
+                           "algorithms can be named too; ours keep their names")
     return parser
 
 

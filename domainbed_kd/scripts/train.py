@@ -67,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--format", choices=["safetensors"],
                       help="also write model.safetensors: the tensors by name, and all else that "
                            "model.pkl has as JSON in the file's metadata")
+    ours.add_argument("--fork", dest="plugin", action="append", metavar="FOLDER",
+                      help="folder of a DomainBed fork, which holds its package domainbed: its "
+                           "algorithms can be named too; ours keep their names")
     ours.add_argument("--resume", choices=["auto", "never"], default="auto",
                       help="auto continues an unfinished run; never starts again and appends")
     ours.add_argument("--loader_processes", type=int, default=0, metavar="N",

@@ -1,0 +1,256 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from standins import DIALECTS, make_fork
+
+from domainbed_kd import plugin
+from domainbed_kd.forks import METHODS
+
+ROOT = Path(__file__).parents[1]
+FIVE = ("KDDG", "SCMD", "RISE", "MosaicKD", "FourDs")
+SMALL = json.dumps({"mosaic_kd_steps": 1, "mosaic_width": 4, "mosaic_batch": 2})
+# One process trains all, since each would spend seconds on imports.
+ALL_IN_ONE = """
+import runpy, sys
+for argv in {argvs!r}:
+    sys.argv = [argv[0], *argv[1:]]
+    run = runpy.run_path if argv[0].endswith(".py") else runpy.run_module
+    run(argv[0], run_name="__main__")
+"""
+SLOW = [d if d in ("DomainBed", "MIRO") else pytest.param(d, marks=pytest.mark.slow)
+        for d in DIALECTS]
+
+
+def python(*words, cwd, plugged=True, **environment):
+    """Runs this interpreter, as `python` under the plug-in or alone."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    start = ["-m", "domainbed_kd.plugin", "--", "python"] if plugged else []
+    return subprocess.run([sys.executable, *start, *words], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment})
+
+
+def digest(folder):
+    """Every source file's bytes."""
+    return {str(path): hashlib.md5(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*.py"))}
+
+
+def command(dialect, algorithm, *more):
+    """A fork's own command for one run, and the folder of its results."""
+    if dialect in ("SWAD", "MIRO"):
+        return (["train_all.py", algorithm, "--algorithm", algorithm, *more],
+                Path("train_output", algorithm, "0"))
+    return (["domainbed.scripts.train", "--algorithm", algorithm, *more,
+             "--output_dir", f"train_output/{algorithm}"], Path("train_output", algorithm))
+
+
+@pytest.mark.parametrize("dialect", SLOW)
+def test_all_five_methods_train_save_and_reload_in_a_fork_and_erm_keeps_its_bits(dialect, tmp_path):
+    fork = make_fork(tmp_path, dialect)
+    sources = digest(fork)
+    commands = [command(dialect, name, "--hparams", SMALL, "--steps", "4") for name in FIVE]
+    erm = [command(dialect, "ERM"), command(dialect, "Own", "--hparams_seed", "3")]
+    process = python("-c", ALL_IN_ONE.format(argvs=[argv for argv, _ in commands + erm]), cwd=fork)
+    assert process.returncode == 0, process.stdout + process.stderr
+    for name, (_, folder) in zip(FIVE, commands):
+        assert (fork / folder / "done").exists()
+        records = [json.loads(line) for line in (fork / folder / "results.jsonl").open()]
+        assert [record["step"] for record in records] == [0, 1, 2, 3]
+        assert all(record["args"]["algorithm"] == name for record in records)
+        assert any(key.startswith(("kddg_", "scmd_", "rise_", "mosaic_", "fourds_"))
+                   for key in records[0]["hparams"])
+    plugged = [(fork / folder / "results.jsonl").read_bytes() for _, folder in erm]
+    for _, folder in erm:
+        (fork / folder / "results.jsonl").unlink()
+    process = python("-c", ALL_IN_ONE.format(argvs=[argv for argv, _ in erm]), cwd=fork,
+                     plugged=False)
+    assert process.returncode == 0, process.stderr
+    assert plugged == [(fork / folder / "results.jsonl").read_bytes() for _, folder in erm]
+    assert digest(fork) == sources
+
+
+@pytest.mark.slow
+def test_the_children_of_a_forks_sweep_have_the_methods_too(tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    process = python("-m", "domainbed.scripts.sweep", "launch", "--algorithms", "ERM", "RISE",
+                     "KDDG", "--output_dir", "sweep", cwd=fork)
+    assert process.returncode == 0, process.stderr
+    assert sorted(p.parent.name for p in fork.glob("sweep/*/done")) == ["ERM", "KDDG", "RISE"]
+
+
+LOOK = """
+import json, torch
+from domainbed import algorithms, datasets, hparams_registry
+hparams = hparams_registry.default_hparams({name!r}, "DigitsDG")
+dataset = datasets.DigitsDG({arguments})
+algorithm = algorithms.get_algorithm_class({name!r})(dataset.input_shape, 10, 3, hparams)
+"""
+
+
+def test_a_line_at_the_end_of_the_algorithms_module_is_enough(tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    with (fork / "domainbed" / "algorithms.py").open("a") as file:
+        file.write("\nimport domainbed_kd.plugin\ndomainbed_kd.plugin.install()\n")
+    look = LOOK.format(name="RISE", arguments="None, [1], hparams") + """
+print(type(algorithm.core).__name__, algorithms.ALGORITHMS, sorted(set(hparams) - set(
+    hparams_registry.default_hparams("ERM", "DigitsDG"))))
+"""
+    process = python("-c", look, cwd=fork, plugged=False)
+    assert process.stdout.startswith("RISE ['ERM', 'Own', 'KD'"), process.stderr
+    assert "'rise_distill'" in process.stdout
+
+
+def test_a_guest_has_the_forks_backbone_and_names_without_the_test_domains(tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    look = LOOK.format(name="RISE", arguments="None, [1], hparams") + """
+from domainbed_kd import datasets as ours
+state = algorithm.state_dict()
+print(json.dumps([type(algorithm.core.network[0].featurizer).__name__,
+                  algorithm.core.hparams["class_names"], algorithm.core.hparams["domain_names"],
+                  ours.domain_names("DigitsDG"), algorithm.core.hparams["total_steps"],
+                  [k for k in state if "teacher" in k or "visual" in k]]))
+"""
+    process = python("-c", look, cwd=fork)
+    network, classes, domains, ours, steps, teacher = json.loads(process.stdout)
+    assert network == "MNIST_CNN" and steps == 4 and teacher == []
+    assert classes[:3] == ["zero", "one", "two"]
+    assert domains == [name for i, name in enumerate(ours) if i != 1]
+
+
+def test_a_warmed_up_teacher_is_neither_saved_nor_copied(tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    look = LOOK.format(name="KDDG", arguments="None, [1], hparams").replace(
+        '"DigitsDG")\n', '"DigitsDG") | {"teacher_steps": 1}\n', 1) + """
+import copy
+batch = [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1])) for _ in range(3)]
+before = [k for k in algorithm.state_dict() if "teacher." in k]
+algorithm.update(batch)
+state, copied = algorithm.state_dict(), copy.deepcopy(algorithm)
+fresh = type(algorithm)(dataset.input_shape, 10, 3, hparams)
+fresh.load_state_dict(state)
+x = torch.rand(2, 3, 32, 32)
+algorithm.eval(), fresh.eval(), copied.eval()
+print(len(before) > 0, [k for k in state if "teacher." in k],
+      copied.core.teacher is algorithm.core.teacher, copied.core.network is algorithm.core.network,
+      torch.equal(algorithm.predict(x), fresh.predict(x)))
+"""
+    process = python("-c", look, cwd=fork)
+    assert process.stdout.split("\n")[0] == "True [] True False True", process.stderr
+
+
+def test_a_method_of_the_forks_own_wins_and_the_plugin_says_so(tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    with (fork / "domainbed" / "algorithms.py").open("a") as file:
+        file.write("\n\nclass RISE(ERM):\n    pass\n")
+    process = python("-c", "from domainbed.algorithms import get_algorithm_class as get;"
+                     "print(get('RISE').__bases__[0].__name__, get('KDDG').is_guest)", cwd=fork)
+    assert process.stdout == "ERM True\n"
+    assert "this fork has RISE of its own; it is kept" in process.stderr
+
+
+def test_our_draws_are_those_of_our_own_registry_and_the_forks_do_not_move(tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    code = ("import json; from domainbed.hparams_registry import random_hparams as r;"
+            "print(json.dumps([r('ERM', 'PACS', 5), r('4Ds', 'PACS', 5)]))")
+    plugged, alone = (python("-c", code.replace("'4Ds'", "'4Ds'" if p else "'ERM'"), cwd=fork,
+                             plugged=p) for p in (True, False))
+    erm, ours = json.loads(plugged.stdout)
+    assert erm == json.loads(alone.stdout)[0] == {k: ours[k] for k in erm}
+    from domainbed_kd.hparams_registry import random_hparams
+
+    expected = random_hparams("FourDs", "PACS", 5)
+    assert {k: ours[k] for k in ours if k not in erm} == {
+        k: v for k, v in expected.items() if k.startswith(("fourds_", "teacher_"))}
+
+
+@pytest.mark.parametrize("base, words", [
+    ("class Algorithm:\n    def update(self, batch, opt, sch):\n        pass\n",
+     ["update(batch, opt, sch)", "Expected update(minibatches)", "update(x, y, **kwargs)"]),
+    ("Trainer = 1\n", ["no class Algorithm"])])
+def test_an_unknown_dialect_gives_one_line_and_says_what_was_expected(base, words, tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    (fork / "domainbed" / "algorithms.py").write_text(
+        base + "def get_algorithm_class(name):\n    pass\n")
+    process = python("-c", "import domainbed.algorithms", cwd=fork)
+    assert process.returncode == 2
+    line, = process.stderr.splitlines()
+    assert all(word in line for word in words), line
+
+
+def test_nothing_heavy_is_imported_before_the_fork_imports_it(tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    process = python("-c", "import sys; print(sorted(m for m in sys.modules if m.split('.')[0] in "
+                     "('torch', 'open_clip', 'timm', 'numpy', 'domainbed')))", cwd=fork)
+    assert process.stdout == "[]\n", process.stderr
+    look = ("import sys, domainbed.algorithms;"
+            "print('open_clip' in sys.modules, 'timm' in sys.modules)")
+    assert python("-c", look, cwd=fork).stdout == "False False\n"
+
+
+def test_the_environments_own_sitecustomize_still_runs(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("print('own')\n")
+    path = f"{tmp_path / 'site'}{os.pathsep}{ROOT}"
+    process = python("-c", "print('command')", cwd=tmp_path, PYTHONPATH=path)
+    assert process.stdout.splitlines()[-2:] == ["own", "command"]
+
+
+def test_a_commands_exit_status_is_passed_on(tmp_path):
+    assert python("-c", "raise SystemExit(7)", cwd=tmp_path).returncode == 7
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "Expected `-- COMMAND"), (["--"], "Expected `-- COMMAND"), (["docter"], "`doctor`"),
+    (["--", "no-such-program"], "no such program")])
+def test_misuse_is_one_line_and_exit_status_2(argv, words, tmp_path):
+    process = subprocess.run([sys.executable, "-m", "domainbed_kd.plugin", *argv], cwd=tmp_path,
+                             capture_output=True, text=True, env=os.environ | {
+                                 "PYTHONPATH": str(ROOT)})
+    line, = process.stderr.splitlines()
+    assert process.returncode == 2 and words in line
+
+
+@pytest.mark.parametrize("dialect", SLOW)
+def test_the_doctor_names_the_dialect_the_methods_and_one_next_command(dialect, tmp_path):
+    fork = make_fork(tmp_path, dialect)
+    process = subprocess.run([sys.executable, "-m", "domainbed_kd.plugin", "doctor"], cwd=fork,
+                             capture_output=True, text=True, env=os.environ | {
+                                 "PYTHONPATH": str(ROOT)})
+    assert process.returncode == 0, process.stderr
+    assert f"Dialect:  {dialect}:" in process.stdout
+    assert all(f"Method:   {name}: added" in process.stdout for name in METHODS)
+    assert process.stdout.splitlines()[-1].startswith("Next:     python -m domainbed_kd.plugin --")
+
+
+def test_the_doctor_says_so_where_there_is_no_fork(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert plugin.main(["doctor"]) == 1
+    assert "Next: run this in the folder" in capsys.readouterr().out
+
+
+TRAIN = ["-m", "domainbed_kd.scripts.train", "--dataset", "DigitsDG", "--algorithm", "Own",
+         "--steps", "4", "--checkpoint_freq", "2", "--hparams", '{"batch_size": 4}']
+
+
+@pytest.mark.parametrize("dialect", [d if d == "DomainBed" else pytest.param(
+    d, marks=pytest.mark.slow) for d in DIALECTS])
+def test_a_forks_method_trains_in_our_loop_with_its_own_hparams(dialect, tmp_path):
+    fork = make_fork(tmp_path / "fork", dialect)
+    process = python(*TRAIN, "--fork", str(fork), "--output_dir", "out", cwd=tmp_path,
+                     plugged=False)
+    assert process.returncode == 0, process.stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open()]
+    assert [record["step"] for record in records] == [0, 2, 3]
+    assert records[0]["hparams"]["fork_only"] is True
+    assert (tmp_path / "out" / "done").exists()
+
+
+def test_a_folder_without_a_fork_is_refused_in_one_line(tmp_path):
+    process = python(*TRAIN, "--fork", str(tmp_path), cwd=tmp_path, plugged=False)
+    assert process.returncode == 2 and len(process.stderr.splitlines()) == 1, process.stderr
+    assert "domainbed" in process.stderr
