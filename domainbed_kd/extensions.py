@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from domainbed_kd import algorithms, command_launchers, datasets, forks
+from domainbed_kd import algorithms, command_launchers, datasets
 
 KINDS = ("algorithms", "datasets", "launchers")
 
@@ -39,6 +39,8 @@ def load(modules: Iterable[str] = (), wanted: Iterable[str] = ()) -> None:
     """
     for module in modules:
         if os.path.isdir(module):
+            from domainbed_kd import forks  # it needs torch
+
             forks.load(os.path.abspath(module))
         else:
             _register_module(module)
