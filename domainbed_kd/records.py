@@ -18,7 +18,7 @@ from tqdm import tqdm
 from domainbed_kd import record_cache
 
 #: Arguments in which runs of one cell must agree for their accuracies to be compared.
-PROTOCOL = ("steps", "hparams", "task")
+PROTOCOL = ("steps", "hparams", "task", "fast")
 # What collect_results leaves beside the runs.
 _OURS = ("results.txt", "results.tex", "results.csv", "results.md")
 _MOST_WARNINGS = 10
@@ -182,7 +182,8 @@ def _is_record(record) -> bool:
         args = record["args"]
         if not all(isinstance(i, int) for i in args["test_envs"]):
             return False
-        accuracies = _accuracies(tuple(record), tuple(args["test_envs"]))
+        splits = ("out",) if args.get("fast") else ("in", "out")
+        accuracies = _accuracies(tuple(record), tuple(args["test_envs"]), splits)
         if not accuracies or any(type(record[name]) is not float for name in accuracies):
             return False
         if any(isinstance(args.get(name), (list, dict)) for name in _ONE_VALUE):
@@ -198,10 +199,14 @@ def _is_record(record) -> bool:
 
 
 @functools.cache
-def _accuracies(names: tuple[str, ...], test_envs: tuple[int, ...]) -> list[str]:
-    """The accuracies among the names; none if some that these test envs call for are not there."""
+def _accuracies(names: tuple[str, ...], test_envs: tuple[int, ...],
+                splits: tuple[str, ...]) -> list[str]:
+    """The accuracies among the names; none if some that these test envs call for are not there.
+
+    Both splits of a test domain must be there, and these `splits` of every domain.
+    """
     n_envs = _n_envs(names)
-    wanted = {f"env{i}_{split}_acc" for i in range(n_envs) for split in ("in", "out")}
+    wanted = {f"env{i}_{split}_acc" for i in range(n_envs) for split in splits}
     for i in test_envs:
         own = {f"env{i}_in_acc", f"env{i}_out_acc"}
         wanted |= own if f"env{i}_in_acc" in names else {f"fd_env{i}_in_acc"}
@@ -225,7 +230,8 @@ def by_cell(records: Iterable[dict]) -> dict[tuple[int, str, str, int], list[dic
 
 @functools.cache
 def _n_envs(names: tuple[str, ...]) -> int:
-    return sum(name.startswith("env") and name.endswith("_in_acc") for name in names)
+    return len({name.split("_")[0] for name in names
+                if name.startswith("env") and name.endswith(("_in_acc", "_out_acc"))})
 
 
 class Run(NamedTuple):

@@ -35,6 +35,7 @@ from domainbed_kd import (
     checkpoints,
     datasets,
     diagnostics,
+    fast,
     hparams_registry,
     loaders,
     loggers,
@@ -84,6 +85,10 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
     checkpoint_freq = args["checkpoint_freq"] or dataset.CHECKPOINT_FREQ
     steps_per_epoch = min(len(split) / hparams["batch_size"] for split in splits.in_)
     algorithm = make_algorithm(args, hparams, dataset, training, n_steps).to(device)
+    is_fast = args.get("fast", False)
+    algorithm = fast.laid_out(algorithm, is_fast)
+    precision = functools.partial(fast.precision, device, is_fast)
+    evaluated = splits_to_keep(splits, args) if is_fast else load.evaluation
     validate = functools.partial(validation_loss, algorithm, splits, training, device)
     batches = functools.partial(
         extra_minibatches, splits, training, hparams["batch_size"], args["seed"], device)
@@ -107,7 +112,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
             unlabeled = None
             if args["task"] == "domain_adaptation":
                 unlabeled = [to_device(batch, device)[0] for batch in map(next, load.uda)]
-            values = algorithm.update(minibatches, unlabeled)
+            with precision():
+                values = algorithm.update(minibatches, unlabeled)
             values["step_time"] = time.time() - start
             for name, value in values.items():
                 pending[name].append(value)
@@ -118,11 +124,14 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
             at_checkpoint = step % checkpoint_freq == 0 or last
             if at_checkpoint:
                 logits = {name: [] for name in kept}
+                with precision():
+                    accuracies = {
+                        f"{name}_acc": accuracy(algorithm, loader, device, logits.get(name))
+                        for name, loader in load.evaluation.items() if name in evaluated}
                 record = {
                     "step": step, "epoch": step / steps_per_epoch,
                     **{name: float(np.mean(v)) for name, v in pending.items()},
-                    **{f"{name}_acc": accuracy(algorithm, loader, device, logits.get(name))
-                       for name, loader in load.evaluation.items()},
+                    **accuracies,
                     "mem_gb": peak_memory_gb(device)}
                 with progress.lifted():
                     header = print_record(record, header)

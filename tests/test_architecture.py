@@ -14,7 +14,7 @@ ALLOWED = {
     "seeds": set(), "losses": set(), "networks": set(), "digits": set(), "datasets": {"digits"},
     "command_launchers": {"progress"}, "progress": {"datasets"},
     "record_cache": set(), "records": {"record_cache"},
-    "checkpoints": set(),
+    "checkpoints": set(), "fast": set(),
     "averaging": {"networks"},
     "teachers": {"networks", "averaging", "checkpoints", "algorithms", "datasets"},
     "loaders": {"seeds", "datasets"},
@@ -29,7 +29,7 @@ ALLOWED = {
     "diagnostics": {"algorithms", "checkpoints"},
     "results": {"checkpoints"},
     "loggers": {"results"},
-    "training": {"algorithms", "averaging", "checkpoints", "datasets", "diagnostics",
+    "training": {"algorithms", "averaging", "checkpoints", "datasets", "diagnostics", "fast",
                  "hparams_registry", "loaders", "loggers", "progress", "results", "seeds",
                  "teachers"},
 }

@@ -140,7 +140,7 @@ def test_a_run_has_finished_at_its_last_step(steps, last, finished):
 def test_the_grid_tells_protocols_apart():
     grid = loaded(line(10), line(4, steps=5, trial_seed=1))
     assert grid.coverage("VLCS", "ERM", 0, pairs=False).protocols == {
-        ("11", "None", "None"), ("5", "None", "None")}
+        ("11", "None", "None", "None"), ("5", "None", "None", "None")}
 
 
 def test_the_grid_of_nothing_is_empty():

@@ -97,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
                       help="show accuracies on the test domains in TensorBoard too")
     ours.add_argument("--wandb", action="store_true",
                       help="log to Weights & Biases too, offline unless WANDB_MODE=online")
+    ours.add_argument("--fast", action="store_const", const=True,
+                      help="train in bfloat16, channels last, and evaluate only what model "
+                           "selection reads; see docs/speed.md")
     ours.add_argument("--jobs_per_device", type=int, metavar="N",
                       help="jobs at a time, on each GPU if there are several; default: 1")
     ours.add_argument("--threads_per_job", type=int, metavar="N",
@@ -337,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         single_test_envs=args.single_test_envs, hparams=args.hparams,
         checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
         skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher,
-        diagnostics=args.diagnostics, save_logits=args.save_logits,
+        diagnostics=args.diagnostics, save_logits=args.save_logits, fast=args.fast,
         format=args.format)
     all_jobs = plan(args, args_list)
     if args.command == "status":

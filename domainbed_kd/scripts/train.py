@@ -12,7 +12,7 @@ from pathlib import Path
 from domainbed_kd.scripts import USER_ERRORS, Parser, one_line, run_main
 
 # Flags of ours that go on record, but only when they are given: DomainBed's records know none.
-OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits", "format")
+OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits", "fast", "format")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
                       help="show accuracies on the test domains in TensorBoard too")
     ours.add_argument("--wandb", action="store_true",
                       help="log to Weights & Biases too, offline unless WANDB_MODE=online")
+    ours.add_argument("--fast", action="store_true",
+                      help="train in bfloat16, channels last, and evaluate only what model "
+                           "selection reads; see docs/speed.md")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file with algorithms or data sets of your own")
     ours.add_argument("--format", choices=["safetensors"],
