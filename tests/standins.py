@@ -201,7 +201,8 @@ def train(args, test_envs, output_dir):
     minibatches = [next(iter(torch.utils.data.DataLoader(env, hparams["batch_size"])))
                    for i, env in enumerate(dataset) if i not in test_envs]
     build = lambda: algorithms.get_algorithm_class(args.algorithm)(
-        dataset.input_shape, dataset.num_classes, len(dataset) - len(test_envs), passed)
+        dataset.input_shape, dataset.num_classes, len(dataset) - len(test_envs), passed
+        {constructor_arguments})
     algorithm = build()
     x = dataset[0].tensors[0]
     {around}
@@ -266,12 +267,13 @@ parser = argparse.ArgumentParser()
 parser.add_argument("command", choices=["launch"])
 parser.add_argument("--algorithms", nargs="+", required=True)
 parser.add_argument("--output_dir", required=True)
+parser.add_argument("--hparams", default="{}")
 args = parser.parse_args()
 from domainbed import algorithms
 for name in args.algorithms:
     algorithms.get_algorithm_class(name)
-    subprocess.call(f"python -m domainbed.scripts.train --algorithm {name} "
-                    f"--output_dir {args.output_dir}/{name} --steps 2", shell=True)
+    subprocess.call(f"python -m domainbed.scripts.train --algorithm {name} --steps 2 "
+                    f"--output_dir {args.output_dir}/{name} --hparams '{args.hparams}'", shell=True)
 '''
 
 _PLAIN = {
@@ -282,7 +284,7 @@ _PLAIN = {
     "own_arguments": "minibatches, unlabeled=None", "pass_on": "minibatches",
     "passed_hparams": "hparams", "around": "", "after": "",
     "make_dataset": "datasets.get_dataset_class(args.dataset)(None, test_envs, hparams)",
-    "call": "values = algorithm.update(minibatches, None)"}
+    "constructor_arguments": "", "call": "values = algorithm.update(minibatches, None)"}
 _XY = _PLAIN | {
     "network_reads": "assert hparams.fork_only in (True, False)",
     "dataset_arguments": "", "update_arguments": "x, y, **kwargs",
@@ -312,6 +314,7 @@ DIALECTS = {
                  '("Own", "SCMD") else algorithm.update(minibatches, None))')},
     "domainbedv2": _PLAIN | {
         "erm_arguments": ", what_is_trainable=False, path_for_init=None",
+        "constructor_arguments": ", what_is_trainable=False, path_for_init=None",
         "returned": '{"": self.network(x)}'},
     "SWAD": _XY,
     "MIRO": _XY | {"more_arguments": ", **kwargs", "erm_arguments": ", **kwargs"},
