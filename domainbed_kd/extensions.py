@@ -38,7 +38,7 @@ def load(modules: Iterable[str] = (), wanted: Iterable[str] = ()) -> None:
             is in use.
     """
     for module in modules:
-        if os.path.isdir(module):
+        if os.path.isdir(os.path.join(module, "domainbed")):
             from domainbed_kd import forks  # it needs torch
 
             forks.load(os.path.abspath(module))
@@ -115,7 +115,8 @@ def _is_a(kind: str, value) -> bool:
 def _import(name: str):
     """The module of a dotted name or a .py file."""
     if not name.endswith(".py") and not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"--plugin {name!r}: it takes a .py file or a module's dotted name.")
+        raise ValueError(f"--plugin or --fork {name!r}: the one takes a .py file or a module's "
+                         "dotted name, the other a folder that holds a package domainbed.")
     try:
         if not name.endswith(".py"):
             if os.getcwd() not in sys.path:  # as for `python -m`; a console script lacks it

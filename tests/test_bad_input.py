@@ -60,7 +60,7 @@ def contents(folder):
     (TRAIN, ["--task", "generalization"], "invalid choice"),
     (TRAIN, ["--resum", "sometimes"], "invalid choice"),
     (TRAIN, ["--plugin", "no_such_plugin"], "no_such_plugin"),
-    (TRAIN, ["--plugin", "../.."], "takes a .py file or a module's dotted name"),
+    (TRAIN, ["--plugin", "../.."], "takes a .py file or a module's dotted name, the other"),
     (TRAIN, ["--plugin", "absent.py"], "there is no such file"),
     (LAUNCH, ["--algorithms", "ERM", "RISSE"], "Did you mean RISE?"),
     (LAUNCH, ["--datasets", "OficeHome"], "Did you mean OfficeHome?"),
