@@ -66,7 +66,7 @@ def test_only_what_changed_is_parsed_again(sweep, parsed):
 @pytest.mark.parametrize("lines", [
     [line(0), line(10, hparams="{}")],  # two kinds of args in a run
     [line(0), line(10).replace("0.5", "NaN")],
-    [line(0), line(10).replace("env3_in_acc", "fd_env3_in_acc")],
+    [line(0), line(10).replace('"env', '"fd_env')],
     [line(0), line(10)[:-1] + ', "selection": "last"}'],
     [line(0)[:-1] + ', "selection": "last"}'],
     [line(0), line(10).replace('"hparams"', '"teacher": {"hparams": {"lr": 0.1}}, "hparams"')],
