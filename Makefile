@@ -8,6 +8,7 @@ PY = $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(PY) -m domainbed_kd.scripts.sweep launch @sweeps/smoke.args --output_dir demo/sweep
 	$(PY) -m domainbed_kd.scripts.collect_results --input_dir demo/sweep
+	$(PY) -m domainbed_kd.scripts.report --input_dir demo/sweep --output demo/report.html
 
 test: lint
 	$(PY) -m pytest -n auto
@@ -33,7 +34,7 @@ clean:
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable .
+	$(PY) -m pip install --quiet --editable ".[report]"
 	touch $@
 
 $(VENV)/tests-installed: $(VENV)/installed

@@ -11,6 +11,7 @@ COMMANDS = {
     "sweep": "launch many runs, count them, delete incomplete ones",
     "collect_results": "print a sweep's tables",
     "list_top_hparams": "list the hparams that model selection chose",
+    "report": "write the tables and plots of a sweep as one HTML page",
     "download": "fetch data sets and verify them",
 }
 

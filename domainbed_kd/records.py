@@ -19,8 +19,8 @@ from domainbed_kd import record_cache
 
 #: Arguments in which runs of one cell must agree for their accuracies to be compared.
 PROTOCOL = ("steps", "hparams", "task", "fast")
-# What collect_results leaves beside the runs.
-_OURS = ("results.txt", "results.tex", "results.csv", "results.md")
+# What collect_results and report leave beside the runs.
+_OURS = ("results.txt", "results.tex", "results.csv", "results.md", "report.html", "report")
 _MOST_WARNINGS = 10
 # Arguments by which runs are compared or named.
 _ONE_VALUE = (*PROTOCOL, "data_dir", "output_dir", "holdout_fraction", "uda_holdout_fraction",

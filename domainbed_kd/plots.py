@@ -1,0 +1,280 @@
+"""A sweep's pictures, drawn with matplotlib from `tables.Table`s and from `summaries`.
+
+All are 4.6 inches wide, so that their text stays legible on a telephone, and an algorithm looks
+the same in all of them.
+"""
+
+import base64
+import io
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from domainbed_kd import summaries, tables
+
+WIDTH = 4.6  # inches
+# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vPX*<>p"  # of 11, so that colour and marker repeat together after 77 algorithms
+LINES = ("-", "--", "-.", ":")
+STYLE = {
+    "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4,
+    "figure.constrained_layout.use": True, "svg.hashsalt": "domainbed_kd", "pdf.fonttype": 42}
+# No date in the files, so that the same sweep gives the same bytes.
+METADATA = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+
+
+class Plot(NamedTuple):
+    """A picture with its words."""
+
+    #: Of its files.
+    name: str
+    #: What is written below it.
+    caption: str
+    #: What it shows, for those who cannot see it.
+    alt: str
+    figure: Figure
+
+    def save(self, folder: Path) -> None:
+        """Writes NAME.png and NAME.pdf."""
+        for kind in ("png", "pdf"):
+            self.figure.savefig(folder / f"{self.name}.{kind}", dpi=200, metadata=METADATA[kind])
+
+    def data_uri(self) -> str:
+        """The picture as an SVG that an <img> can hold."""
+        content = io.BytesIO()
+        with rc_context(STYLE):
+            self.figure.savefig(content, format="svg", metadata=METADATA["svg"])
+        return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+class Looks:
+    """Each algorithm's colour, marker and line, by its place among all."""
+
+    def __init__(self, algorithms: Iterable[str]):
+        self.places = {name: place for place, name in enumerate(algorithms)}
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """The algorithms among the names, in order."""
+        return sorted(set(names), key=self.places.get)
+
+    def colour(self, algorithm: str) -> str:
+        """Of seven."""
+        return COLOURS[self.places[algorithm] % len(COLOURS)]
+
+    def line(self, algorithm: str) -> dict:
+        """Keywords of `Axes.plot`."""
+        place = self.places[algorithm]
+        return {"color": self.colour(algorithm), "marker": MARKERS[place % len(MARKERS)],
+                "linestyle": LINES[place // len(COLOURS) % len(LINES)],
+                "label": tables.display_name(algorithm)}
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height))
+
+
+def _panels(n: int, height: float, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with n panels of this height in two columns."""
+    rows = -(-n // 2)
+    figure = _figure(rows * height)
+    axes = figure.subplots(rows, 2, sharey=share_y, squeeze=False).flatten()
+    for axis in axes[n:]:
+        axis.remove()
+    return figure, list(axes[:n])
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """One legend under all panels, which makes room for it."""
+    handles, labels = axis.get_legend_handles_labels()
+    n_rows = -(-len(labels) // 4)
+    figure.set_figheight(figure.get_figheight() + 0.2 * n_rows + 0.1)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)),
+                  columnspacing=1.2, handlelength=2.2)
+
+
+def _settle(figure: Figure) -> None:
+    """Lays the figure out once, and not again for each file."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def _spoken(values: dict[str, float], unit: str = " %") -> str:
+    """Numbers by name, for an alt text."""
+    return ", ".join(f"{name} {value:.1f}{unit}" for name, value in values.items())
+
+
+def domains(table: tables.Table, looks: Looks) -> Plot:
+    """A panel of bars for each column of a table that has numbers, with standard errors."""
+    shown = [i for i in range(len(table.columns))
+             if any(row[i].mean is not None for row in table.rows.values())]
+    names = list(table.rows)
+    with rc_context(STYLE):
+        figure, axes = _panels(len(shown), 0.2 * len(names) + 0.55, share_y=True)
+        top = max(row[i].mean + (row[i].stderr or 0)
+                  for i in shown for row in table.rows.values() if row[i].mean is not None)
+        for axis, i in zip(axes, shown):
+            for y, name in enumerate(names):
+                cell = table.rows[name][i]
+                if cell.mean is None:
+                    continue
+                axis.barh(y, cell.mean, xerr=cell.stderr or None, color=looks.colour(name),
+                          height=0.72, error_kw={"elinewidth": 1, "capsize": 2})
+                axis.text(cell.mean + (cell.stderr or 0) + 0.015 * top, y, f"{cell.mean:.1f}",
+                          va="center", fontsize=8)
+            axis.set_title(table.columns[i])
+            axis.set_xlim(0, 1.17 * top)
+            axis.grid(axis="y", visible=False)
+        axes[0].set_yticks(range(len(names)), map(tables.display_name, names))
+        axes[0].invert_yaxis()
+        figure.supxlabel("accuracy, %", fontsize=9)
+        _settle(figure)
+    means = {tables.display_name(name): row[-1].mean for name, row in table.rows.items()
+             if row[-1].mean is not None}
+    return Plot(f"{_slug(table.dataset)}_domains", table.dataset,
+                f"Bars of accuracy on each held-out domain of {table.dataset}, with standard "
+                f"errors. Averages: {_spoken(means) or 'none yet'}.", figure)
+
+
+def curves(dataset: str, points, looks: Looks) -> Plot:
+    """Validation and test accuracy over training; `points` are of `summaries.curves`."""
+    with rc_context(STYLE):
+        figure = _figure(4.6)
+        axes = figure.subplots(2, 1, sharex=True)
+        titles = ("on the training domains' validation images", "on the held-out domain")
+        for axis, name, title in zip(axes, ("val_acc", "test_acc"), titles):
+            for algorithm in looks.ordered(points["args.algorithm"]):
+                of = points[points["args.algorithm"] == algorithm]
+                axis.plot(of["step"], 100 * of[name], **looks.line(algorithm))
+            axis.set_title(title, loc="left")
+            axis.set_ylabel("accuracy, %")
+        axes[1].set_xlabel("step")
+        _legend(figure, axes[0])
+        _settle(figure)
+    last = points.sort_values("step").groupby("args.algorithm")["test_acc"].last()
+    ends = {tables.display_name(name): 100 * last[name] for name in looks.ordered(last.index)}
+    return Plot(f"{_slug(dataset)}_curves", dataset,
+                f"Curves of accuracy over steps on {dataset}. At the end, on the held-out domain: "
+                f"{_spoken(ends)}.", figure)
+
+
+def costs(dataset: str, seconds: dict[str, float], table: tables.Table, looks: Looks
+          ) -> Plot | None:
+    """A dot for each algorithm: seconds of training against average accuracy; None if no dots."""
+    known = [name for name in looks.ordered(seconds) if table.rows[name][-1].mean is not None]
+    if not known:
+        return None
+    longest = max(seconds[name] for name in known)
+    unit, per = next((u, p) for u, p in (("hours", 3600), ("minutes", 60), ("seconds", 1))
+                     if longest >= 2 * p or p == 1)
+    with rc_context(STYLE):
+        figure = _figure(2.9)
+        axis = figure.subplots()
+        for name in known:
+            axis.plot(seconds[name] / per, table.rows[name][-1].mean,
+                      **looks.line(name) | {"linestyle": "none", "markersize": 7})
+        if longest > 10 * min(seconds[name] for name in known):
+            axis.set_xscale("log")
+        else:
+            axis.set_xlim(0, 1.08 * longest / per)
+        axis.set_xlabel(f"updates of one run, {unit}")
+        axis.set_ylabel("average accuracy, %")
+        _legend(figure, axis)
+        _settle(figure)
+    spoken = _spoken({tables.display_name(name): seconds[name] / per for name in known},
+                     f" {unit}")
+    return Plot(f"{_slug(dataset)}_cost", dataset,
+                f"Average accuracy on {dataset} against the time that a run's updates take: "
+                f"{spoken}.", figure)
+
+
+def hparams(dataset: str, effects, looks: Looks) -> Plot:
+    """Rank correlations, a row for each hparam; `effects` are of `summaries.hparam_effects`."""
+    grid = effects.pivot(index="hparam", columns="algorithm", values="rho")
+    grid = grid[looks.ordered(grid.columns)]
+    grid = grid.loc[grid.abs().max(axis=1).sort_values(ascending=False).index]
+    with rc_context(STYLE | {"axes.grid": False}):
+        figure = _figure(0.26 * len(grid) + 1.2)
+        axis = figure.subplots()
+        image = axis.imshow(grid, cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
+        axis.set_xticks(range(grid.shape[1]), map(tables.display_name, grid.columns),
+                        rotation=40, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(grid)), grid.index)
+        axis.tick_params(length=0)
+        for y, x in ((y, x) for y in range(len(grid)) for x in range(grid.shape[1])):
+            rho = grid.iat[y, x]
+            if rho == rho:
+                axis.text(x, y, f"{rho:+.2f}", ha="center", va="center", fontsize=8,
+                          color="white" if abs(rho) > 0.7 else "black")
+        figure.colorbar(image, label="Spearman's ρ", shrink=0.9)
+        _settle(figure)
+    first = effects.loc[effects["rho"].abs().idxmax()]
+    return Plot(f"{_slug(dataset)}_hparams", dataset,
+                f"Rank correlations of hparams with validation accuracy on {dataset}. The "
+                f"strongest: {first['hparam']} of {tables.display_name(first['algorithm'])}, "
+                f"{first['rho']:+.2f}.", figure)
+
+
+def teachers(dataset: str, pairs, columns: list[str], looks: Looks) -> Plot:
+    """A student's dot and its teacher's ring for each domain; `pairs` of `summaries.teachers`."""
+    names = looks.ordered(pairs["algorithm"])
+    with rc_context(STYLE):
+        figure = _figure(0.19 * (len(pairs) + 1.3 * len(names)) + 0.9)
+        axis = figure.subplots()
+        y, ticks = 0.0, {}
+        for name in names:
+            axis.text(0.01, y, tables.display_name(name), fontweight="bold", va="center",
+                      transform=axis.get_yaxis_transform())
+            for _, pair in pairs[pairs["algorithm"] == name].sort_values("test_env").iterrows():
+                y += 1
+                ticks[y] = columns[pair["test_env"]]
+                student, teacher = 100 * pair["student"], 100 * pair["teacher"]
+                axis.plot([student, teacher], [y, y], color="#999999", linewidth=1.2)
+                axis.plot(teacher, y, "o", markersize=7, markerfacecolor="white",
+                          markeredgecolor="#333333")
+                axis.plot(student, y, "o", markersize=6, color=looks.colour(name))
+            y += 1.3
+        axis.plot([], [], "o", markersize=7, markerfacecolor="white", markeredgecolor="#333333",
+                  label="teacher")
+        axis.plot([], [], "o", markersize=6, color="#777777", label="student (coloured)")
+        axis.set_yticks(list(ticks), ticks.values())
+        axis.set_ylim(y - 0.6, -0.8)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel("accuracy on the held-out domain, %")
+        _legend(figure, axis)
+        _settle(figure)
+    gains = (pairs["student"] - pairs["teacher"]).groupby(pairs["algorithm"]).mean()
+    spoken = _spoken({tables.display_name(name): 100 * gains[name] for name in names}, " points")
+    return Plot(f"{_slug(dataset)}_teachers", dataset,
+                f"Students and their teachers on each held-out domain of {dataset}. Mean gain of "
+                f"the student: {spoken}.", figure)
+
+
+def diagnostics(dataset: str, points, looks: Looks) -> Plot:
+    """A panel for each diagnostic over training; `points` are of `summaries.diagnostics`."""
+    shown = [label for label in summaries.DIAGNOSTICS.values() if label in points
+             and points[label].notna().any()]
+    with rc_context(STYLE):
+        figure, axes = _panels(len(shown), 2.1)
+        for axis, label in zip(axes, shown):
+            for algorithm in looks.ordered(points["args.algorithm"]):
+                of = points[(points["args.algorithm"] == algorithm) & points[label].notna()]
+                axis.plot(of["step"], of[label], **looks.line(algorithm))
+            axis.set_title(textwrap.fill(label, 26), loc="left")
+            axis.set_xlabel("step")
+        _legend(figure, axes[0])
+        _settle(figure)
+    return Plot(f"{_slug(dataset)}_diagnostics", dataset,
+                f"Curves over steps on {dataset} of: {'; '.join(shown)}.", figure)
+
+
+def _slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return "".join(c if c.isalnum() else "_" for c in name)

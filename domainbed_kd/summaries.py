@@ -1,0 +1,152 @@
+"""What the pictures of a sweep show, as pandas tables made of `results.to_frame`.
+
+All functions take rows of runs that hold out one domain; see `single`. Accuracies are in [0, 1].
+"""
+
+import numpy as np
+
+# Columns by which the runs of one cell of a table are told apart.
+_CELL = ["args.dataset", "args.algorithm", "test_env", "args.trial_seed"]
+#: Below this number of draws a rank correlation says next to nothing.
+LEAST_DRAWS = 5
+#: Diagnostics that `diagnostics` returns: {column: what it is}; `{}` is the held-out domain.
+DIAGNOSTICS = {
+    "diagnostics.weight_distance_relative": "weight distance / initial norm",
+    "diagnostics.mutual_information_class": "information about the class, nats",
+    "diagnostics.mutual_information_domain": "information about the domain, nats",
+    "diagnostics.env{}_ece": "calibration error, held-out domain",
+    "diagnostics.env{}_teacher_agreement": "agreement with the teacher, held-out domain",
+    "filtered": "share of samples filtered (KDDG)",
+}
+
+
+def single(frame):
+    """The rows of runs that hold out one domain, with its number as `test_env`."""
+    alone = frame[frame["args.test_envs"].map(len) == 1]
+    return alone.assign(test_env=alone["args.test_envs"].map(lambda envs: envs[0]))
+
+
+def chosen(frame, cells: dict, method: type):
+    """The rows of the runs whose hparams a selection method chose.
+
+    Args:
+        frame: of `single`.
+        cells: of `records.by_cell`.
+        method: a `model_selection.SelectionMethod`.
+    """
+    import pandas as pd
+
+    best = []
+    for (trial, dataset, algorithm, env), records in cells.items():
+        if accs := method.hparams_accs(records):
+            best.append((dataset, algorithm, env, trial, accs[0][1][0]["args"]["hparams_seed"]))
+    columns = [*_CELL, "args.hparams_seed"]
+    return frame.merge(pd.DataFrame(best, columns=columns), on=columns)
+
+
+def curves(frame):
+    """Mean `val_acc` and `test_acc` by data set, algorithm and step, over `chosen` runs.
+
+    A step at which some of an algorithm's runs have no record is left out: its mean would be of
+    others.
+    """
+    by_step = frame.groupby(["args.dataset", "args.algorithm", "step"])
+    means = by_step[["val_acc", "test_acc"]].mean()
+    n_runs = by_step["run"].nunique()
+    return means[n_runs == n_runs.groupby(level=[0, 1]).transform("max")].reset_index()
+
+
+def costs(frame):
+    """Mean seconds of updates in a run, by data set and algorithm, over `chosen` runs.
+
+    `step_time` is a mean over the steps since the last record. Evaluations and a teacher's own
+    training are not in it.
+    """
+    ordered = frame.sort_values(["run", "step"])
+    n_steps = ordered.groupby("run")["step"].diff().fillna(ordered["step"] + 1)
+    seconds = (ordered["step_time"] * n_steps).groupby(
+        [ordered["args.dataset"], ordered["args.algorithm"], ordered["run"]]).sum(min_count=1)
+    return seconds.groupby(level=[0, 1]).mean().rename("seconds").reset_index()
+
+
+def hparam_effects(frame):
+    """Spearman's rank correlation of each hparam with validation accuracy.
+
+    Returns a table with `dataset`, `algorithm`, `hparam`, `rho` and `n_draws`, of all hparams
+    that are numbers and vary. A draw is a trial and an hparams seed: its accuracy is the mean,
+    over test envs, of its selected checkpoints'. Draws that lack a test env are left out, as are
+    algorithms with fewer than `LEAST_DRAWS` draws.
+    """
+    import pandas as pd
+    from scipy import stats
+
+    rows = []
+    names = [name for name in frame if name.startswith("hparams.")]
+    best = frame[frame["selected"]]
+    for (dataset, algorithm), group in best.groupby(["args.dataset", "args.algorithm"], sort=False):
+        draws = group.groupby(["args.trial_seed", "args.hparams_seed"])
+        whole = draws["test_env"].nunique() == group["test_env"].nunique()
+        accuracy = draws["val_acc"].mean()[whole]
+        for name in names:
+            values = pd.to_numeric(draws[name].first()[whole], errors="coerce")
+            if len(accuracy) >= LEAST_DRAWS and values.notna().all() and values.nunique() > 1:
+                rho = stats.spearmanr(values, accuracy).statistic
+                rows.append((dataset, algorithm, name.removeprefix("hparams."), rho, len(values)))
+    return pd.DataFrame(rows, columns=["dataset", "algorithm", "hparam", "rho", "n_draws"])
+
+
+def chance_correlation(n_draws: int) -> float:
+    """The |rho| that 19 of 20 unrelated hparams stay below, by the t approximation."""
+    from scipy import stats
+
+    t = stats.t.ppf(0.975, n_draws - 2)
+    return float(t / np.sqrt(n_draws - 2 + t ** 2))
+
+
+def teachers(frame, everything):
+    """Accuracy of `chosen` students and of their teachers on the domain held out, by cell.
+
+    Returns a table with `dataset`, `algorithm`, `test_env`, `student` and `teacher`: on the same
+    images where diagnostics were recorded; else on the domain's in-split, where the teacher is a
+    run of the same folder. Other teachers were not measured there, and have no row.
+
+    Args:
+        frame: of `chosen`.
+        everything: of `single`, in which teachers are looked up.
+    """
+    import pandas as pd
+
+    best = frame[frame["selected"]]
+    student = of_test_env(best, "diagnostics.env{}_acc")
+    teacher = of_test_env(best, "diagnostics.env{}_teacher_acc")
+    if "args.teacher" in frame:
+        taught_by = everything[everything["selected"]].set_index("run")["test_acc"]
+        runs = best["args.teacher"].map(
+            lambda path: path.rstrip("/").rpartition("/")[2], na_action="ignore")
+        looked_up = runs.map(taught_by[~taught_by.index.duplicated()])
+        student = student.where(teacher.notna(), best["test_acc"])
+        teacher = teacher.fillna(looked_up)
+    table = pd.DataFrame({"dataset": best["args.dataset"], "algorithm": best["args.algorithm"],
+                          "test_env": best["test_env"], "student": student, "teacher": teacher})
+    found = table.dropna().groupby(["dataset", "algorithm", "test_env"], sort=False)
+    return found.mean().reset_index()
+
+
+def of_test_env(frame, name: str):
+    """For each row the column `name` of its test env, whose number stands for `{}`; else NaN."""
+    import pandas as pd
+
+    values = pd.Series(np.nan, index=frame.index)
+    for env, rows in frame.groupby("test_env").groups.items():
+        if (column := name.format(env)) in frame:
+            values[rows] = frame.loc[rows, column]
+    return values
+
+
+def diagnostics(frame):
+    """Means of the `DIAGNOSTICS` by data set, algorithm and step; none that nobody recorded."""
+    values = frame[["args.dataset", "args.algorithm", "step"]].copy()
+    for name, label in DIAGNOSTICS.items():
+        values[label] = of_test_env(frame, name)
+    means = values.groupby(["args.dataset", "args.algorithm", "step"]).mean()
+    return means.dropna(axis="columns", how="all").reset_index()

@@ -1,0 +1,199 @@
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import GOLDENS
+
+from domainbed_kd.scripts import collect_results, report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def made_up(folder, algorithms=("ERM", "KDDG", "MosaicKD"), dataset="PACS"):
+    """A sweep with everything that a report can show, in numbers that follow from its seeds."""
+    for name in algorithms:
+        for env, trial, draw in ((e, t, d) for e in range(4) for t in range(2) for d in range(3)):
+            run = folder / f"{name}{env}{trial}{draw}"
+            run.mkdir(parents=True)
+            args = {"dataset": dataset, "algorithm": name, "test_envs": [env], "steps": 11,
+                    "trial_seed": trial, "hparams_seed": draw, "hparams": None,
+                    "task": "domain_generalization"}
+            if name != "ERM":
+                args["teacher"] = str(folder / f"ERM{env}{trial}0")
+            lines = []
+            for step in (0, 5, 10):
+                acc = .3 + .04 * step + .03 * draw + .02 * env + .01 * trial + .01 * len(name)
+                lines.append({
+                    "args": args, "step": step, "step_time": .1 * len(name), "loss": 1 - acc,
+                    "hparams": {"lr": .1 * draw + .01 * trial, "weight": 1 / (draw + trial + 1)},
+                    **{f"env{i}_{split}_acc": acc for i in range(4) for split in ("in", "out")},
+                    "diagnostics": {"weight_distance_relative": .1 * step, "env0_ece": .1,
+                                    "env1_ece": .1, "env2_ece": .1, "env3_ece": .2}})
+            (run / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    made_up(folder / "sweep")
+    assert report.main(["--input_dir", str(folder / "sweep"), "--output",
+                        str(folder / "page.html")]) == 0
+    return folder / "page.html"
+
+
+class Reader(html.parser.HTMLParser):
+    """Tags with their attributes, and the rows of all tables."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.rows, self.in_cell = [], [], False
+        self.feed(text)
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_data(self, data):
+        if self.in_cell:
+            self.rows[-1][-1] += data
+
+
+def test_the_page_is_one_file_that_refers_to_nothing_outside(page):
+    text = page.read_text()
+    assert not re.search(r"https?://|<script|@import|url\(", text)
+    for tag, attrs in Reader(text).tags:
+        for name in ("src", "href"):
+            assert attrs.get(name, "data:").startswith(("data:", "#")), (tag, attrs)
+
+
+def test_each_picture_says_in_words_what_it_shows_and_lies_beside_as_png_and_pdf(page):
+    images = [attrs for tag, attrs in Reader(page.read_text()).tags if tag == "img"]
+    kinds = ("domains", "curves", "cost", "hparams", "teachers", "diagnostics")
+    assert len(images) == len(kinds)
+    assert all("PACS" in image["alt"] for image in images)
+    for kind in kinds:
+        assert (page.with_suffix("") / f"PACS_{kind}.png").read_bytes().startswith(b"\x89PNG")
+        assert (page.with_suffix("") / f"PACS_{kind}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_same_sweep_gives_the_same_bytes(page, tmp_path):
+    again = tmp_path / "page.html"
+    report.main(["--input_dir", str(page.parent / "sweep"), "--output", str(again)])
+    for path in page.with_suffix("").iterdir():
+        assert path.read_bytes() == (tmp_path / "page" / path.name).read_bytes(), path.name
+    assert page.read_text().replace(str(page.parent), "") == again.read_text().replace(
+        str(page.parent), "").replace(str(tmp_path), "")
+
+
+def test_the_tables_are_those_of_collect_results(tmp_path, capsys):
+    shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
+    sweep = str(tmp_path / "sweep")
+    collect_results.main(["--input_dir", sweep])
+    printed = [line.replace("+/-", "±").split() for line in capsys.readouterr().out.splitlines()
+               if line.startswith("ERM")]
+    report.main(["--input_dir", sweep])
+    rows = Reader((tmp_path / "sweep" / "report.html").read_text()).rows
+    assert [" ".join(row).split() for row in rows if row[0] == "ERM"] == printed
+    assert (tmp_path / "sweep" / "report" / "VLCS_domains.png").exists()
+
+
+def test_a_report_among_the_runs_is_taken_for_none(tmp_path, capsys):
+    shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
+    for _ in range(2):
+        report.main(["--input_dir", str(tmp_path / "sweep")])
+        assert "skipped" not in capsys.readouterr().err
+
+
+def test_what_a_sweep_lacks_is_on_the_page(tmp_path):
+    made_up(tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep" / "KDDG110")
+    report.main(["--input_dir", str(tmp_path / "sweep")])
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    assert "5/6</sup>" in text and "PACS, KDDG, test envs 1: trial 1, hparams 0" in text
+    assert "71 of 72 runs finished" in text
+
+
+def test_runs_with_nothing_to_draw_still_give_tables(tmp_path):
+    """Records with no more than model selection needs."""
+    sweep = made_up(tmp_path / "sweep", algorithms=["ERM"])
+    for path in sweep.glob("*/results.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [{k: v for k, v in r.items() if k in ("args", "step") or k.endswith("_acc")}
+                | {"hparams": {}} for r in lines]
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    report.main(["--input_dir", str(sweep)])
+    names = {path.stem for path in (sweep / "report").iterdir()}
+    assert names == {"PACS_domains", "PACS_curves"}
+
+
+def test_names_are_shown_as_they_are_not_read_as_html(tmp_path):
+    made_up(tmp_path / "sweep", algorithms=["<b>&amp;"], dataset="Folder:<i>x")
+    report.main(["--input_dir", str(tmp_path / "sweep")])
+    reader = Reader((tmp_path / "sweep" / "report.html").read_text())
+    assert any(row[0] == "<b>&amp;" for row in reader.rows)
+    assert not any(tag == "i" for tag, _ in reader.tags)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--input_dir", "no/such/folder"], "no such folder"),
+    (["--input_dir", "EMPTY"], "no results yet"),
+    (["--input_dir", "EMPTY", "--output", "page.pdf"], "ends in .html")])
+def test_misuse_is_an_error_of_one_line(flags, words, tmp_path):
+    flags = [flag.replace("EMPTY", str(tmp_path)) for flag in flags]
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        report.main(flags)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_library_is_named_with_what_to_install(tmp_path):
+    code = ("import sys; sys.modules['matplotlib'] = None\n"
+            "from domainbed_kd.scripts import report, run_main\n"
+            f"run_main(lambda: report.main(['--input_dir', {str(tmp_path)!r}]))")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 2 and ran.stderr == (
+        "error: The report needs matplotlib: pip install 'domainbed_kd[report]'\n")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is here")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_opens_in_a_browser_without_an_error_a_request_or_sideways_scrolling(
+        width, page, browser):
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    said, asked = [], []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(page.as_uri())
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    # Neither do tables have to be scrolled, and every picture is drawn within the page.
+    assert tab.evaluate("[...document.querySelectorAll('.wide')]"
+                        ".every(e => e.scrollWidth <= e.clientWidth)")
+    sizes = tab.evaluate("[...document.images].map(i => [i.naturalWidth, i.clientWidth])")
+    assert sizes and all(natural > 0 and 0 < shown <= width for natural, shown in sizes)
+    tab.close()
