@@ -37,6 +37,7 @@ from domainbed_kd import (
     diagnostics,
     fast,
     hparams_registry,
+    image_cache,
     loaders,
     loggers,
     progress,
@@ -50,7 +51,8 @@ INTERRUPTED = 143  # 128 + SIGTERM, as a shell would report it
 
 
 def train(args: dict, resume: str = "auto", loader_processes: int = 0,
-          log_test_domains: bool = False, wandb: bool = False) -> int:
+          log_test_domains: bool = False, wandb: bool = False,
+          cache_folder: str | None = None) -> int:
     """Trains one algorithm and leaves results.jsonl, model.pkl, TensorBoard events and `done`.
 
     Args:
@@ -60,6 +62,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
         loader_processes: worker processes per loader; results do not depend on it.
         log_test_domains: show accuracies on the test domains in TensorBoard too.
         wandb: log to Weights & Biases too.
+        cache_folder: where decoded images are kept; results do not depend on it.
 
     Returns:
         0 if the run is finished, 143 if a signal stopped it (its state is saved).
@@ -78,6 +81,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = datasets.get_dataset_class(args["dataset"])(
         args["data_dir"], args["test_envs"], hparams)
+    if cache_folder:
+        image_cache.attach(dataset, Path(cache_folder))
     training = [i for i in range(len(dataset)) if i not in args["test_envs"]]
     splits = make_splits(dataset, args)
     load = make_loaders(dataset, splits, training, args, hparams, loader_processes)

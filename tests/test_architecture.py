@@ -17,7 +17,7 @@ ALLOWED = {
     "checkpoints": set(), "fast": set(),
     "averaging": {"networks"},
     "teachers": {"networks", "averaging", "checkpoints", "algorithms", "datasets"},
-    "loaders": {"seeds", "datasets"},
+    "loaders": {"seeds", "datasets"}, "image_cache": {"checkpoints", "datasets"},
     "algorithms": {"algorithms", "networks", "teachers", "averaging", "losses", "datasets"},
     "hparams_registry": {"algorithms", "seeds"},
     "extensions": {"algorithms", "datasets", "command_launchers", "forks"},
@@ -31,8 +31,8 @@ ALLOWED = {
     "loggers": {"results"},
     "summaries": set(), "plots": {"summaries", "tables"},
     "training": {"algorithms", "averaging", "checkpoints", "datasets", "diagnostics", "fast",
-                 "hparams_registry", "loaders", "loggers", "progress", "results", "seeds",
-                 "teachers"},
+                 "hparams_registry", "image_cache", "loaders", "loggers", "progress",
+                 "results", "seeds", "teachers"},
 }
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "scripts" not in p.parts
                  and p.stem not in ("__main__", "plugin") and p != PACKAGE / "__init__.py")

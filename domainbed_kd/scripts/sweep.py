@@ -100,6 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--fast", action="store_const", const=True,
                       help="train in bfloat16, channels last, and evaluate only what model "
                            "selection reads; see docs/speed.md")
+    ours.add_argument("--image_cache", metavar="DIR",
+                      help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
+                           "results do not depend on it; see docs/speed.md")
     ours.add_argument("--jobs_per_device", type=int, metavar="N",
                       help="jobs at a time, on each GPU if there are several; default: 1")
     ours.add_argument("--threads_per_job", type=int, metavar="N",
@@ -310,8 +313,9 @@ def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
         ValueError: if teachers are needed but are to save no model.
     """
     runs = jobs.Runs(args.output_dir)
-    watch = [f"--{name}" for name in ("log_test_domains", "wandb") if getattr(args, name)]
-    listed = {repr(train_args): Job(train_args, args.output_dir, runs, args.plugin, flags=watch)
+    flags = [f"--{name}" for name in ("log_test_domains", "wandb") if getattr(args, name)]
+    flags += ["--image_cache", args.image_cache] if args.image_cache else []
+    listed = {repr(train_args): Job(train_args, args.output_dir, runs, args.plugin, flags=flags)
               for train_args in args_list}
     added = {}
     for train_args, job in zip(args_list, listed.values()):
@@ -323,7 +327,7 @@ def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
         teacher = jobs.teacher_args(train_args)
         key = repr(teacher)
         if key not in listed and key not in added:
-            added[key] = Job(teacher, args.output_dir, runs, args.plugin, flags=watch)
+            added[key] = Job(teacher, args.output_dir, runs, args.plugin, flags=flags)
         job.teacher = listed.get(key) or added[key]
     return [*added.values(), *listed.values()]
 

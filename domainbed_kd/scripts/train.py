@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--fast", action="store_true",
                       help="train in bfloat16, channels last, and evaluate only what model "
                            "selection reads; see docs/speed.md")
+    ours.add_argument("--image_cache", metavar="DIR",
+                      help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
+                           "results do not depend on it; see docs/speed.md")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file with algorithms or data sets of your own")
     ours.add_argument("--format", choices=["safetensors"],
@@ -194,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    ours = ("plugin", "resume", "loader_processes", "log_test_domains", "wandb")
+    ours = ("plugin", "resume", "loader_processes", "log_test_domains", "wandb",
+            "image_cache")
     on_record = {k: v for k, v in vars(args).items() if k not in ours}
     for name in OPTIONAL:
         if not on_record[name]:
@@ -207,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
 
         with hparams_blamed(args.algorithm, args.hparams):
             return training.train(on_record, args.resume, args.loader_processes,
-                                  args.log_test_domains, args.wandb)
+                                  args.log_test_domains, args.wandb, args.image_cache)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""A data set's images, decoded once per machine and mapped into the memory of every run.
+
+A file holds the pixels of all images at their own size, one image after the other, then a JSON
+index, then the index's length. It is written beside and renamed, so that readers need no lock.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from domainbed_kd import checkpoints, datasets
+
+# Images that are decoded before they are written: a bound on memory.
+_AT_ONCE = 256
+
+
+class _Entry(NamedTuple):
+    """A source's size in bytes and modification time in ns, and where its pixels are."""
+
+    size: int
+    mtime: int
+    offset: int
+    height: int
+    width: int
+
+
+class ImageCache:
+    """The images of an existing file, by the paths of their sources.
+
+    Args:
+        path: the file.
+        root: the folder that the index's paths are relative to.
+
+    Raises:
+        ValueError: if it is no such file, or another version of Pillow decoded it.
+    """
+
+    def __init__(self, path: Path, root: Path):
+        self._path, self._root = path, root
+        self._pixels = np.memmap(path, np.uint8, "r")
+        end = len(self._pixels) - 8
+        start = end - int.from_bytes(self._pixels[max(end, 0):].tobytes(), "little")
+        index = json.loads(self._pixels[max(start, 0):max(end, 0)].tobytes())
+        if not isinstance(index, dict) or index.get("Pillow") != PIL.__version__:
+            raise ValueError(f"{path} was not decoded by Pillow {PIL.__version__}.")
+        self._entries = {name: _Entry(*entry) for name, entry in index["images"].items()}
+
+    def __reduce__(self):
+        return ImageCache, (self._path, self._root)
+
+    def array(self, path: str) -> np.ndarray:
+        """An image's pixels: uint8 (H, W, 3), read-only."""
+        _, _, offset, height, width = self._entries[os.path.relpath(path, self._root)]
+        return self._pixels[offset:offset + 3 * height * width].reshape(height, width, 3)
+
+    def load(self, path: str) -> Image.Image:
+        """What `datasets.load_image` gives."""
+        return Image.fromarray(self.array(path))
+
+    def holds(self, name: str, stamp: tuple[int, int]) -> bool:
+        """Whether it has the source of that name, with that (size, modification time)."""
+        return name in self._entries and self._entries[name][:2] == stamp
+
+
+def attach(dataset, folder: Path) -> None:
+    """Has the domains of a data set of image files read from a cache, which is built if need be.
+
+    Other data sets are left as they are.
+
+    Raises:
+        NotADirectoryError: if the folder is a file.
+        ValueError: if a source cannot be read as an image.
+    """
+    domains = [d for d in dataset if getattr(d, "loader", None) is datasets.load_image]
+    if not domains:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--image_cache {folder} is a file; it takes a folder.")
+    paths = [path for domain in domains for path, _ in domain.samples]
+    cache = _opened(type(dataset).__name__, paths, folder)
+    for domain in domains:
+        domain.loader = cache.load
+
+
+def _opened(dataset_name: str, paths: list[str], folder: Path) -> ImageCache:
+    root = Path(os.path.commonpath(map(os.path.dirname, paths)))
+    place = hashlib.md5(str(root.resolve()).encode()).hexdigest()[:12]
+    path = folder / f"{dataset_name.replace(':', '_')}-{place}.images"
+    stamps = {}
+    for source in paths:
+        found = os.stat(source)
+        stamps[os.path.relpath(source, root)] = found.st_size, found.st_mtime_ns
+    cache, valid = _look_up(path, root, stamps)
+    if valid:
+        return cache
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be at it: wait for what it builds
+        cache, valid = _look_up(path, root, stamps)
+        if not valid:
+            print(f"Decoding the images of {dataset_name} into {path}.", file=sys.stderr)
+            images = _decoded(root, stamps, cache)
+            checkpoints.write_atomically(path, lambda beside: _write(beside, stamps, images))
+            cache = ImageCache(path, root)
+    return cache
+
+
+def _look_up(path: Path, root: Path, stamps: dict) -> tuple[ImageCache | None, bool]:
+    """The file if it is one of ours, and whether it holds all sources as they are now."""
+    try:
+        cache = ImageCache(path, root)
+    except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError):
+        return None, False
+    return cache, all(cache.holds(name, stamp) for name, stamp in stamps.items())
+
+
+def _decoded(root: Path, stamps: dict, old: ImageCache | None) -> Iterator[np.ndarray]:
+    """The sources' pixels in turn; those that have not changed come from the old file."""
+    def pixels(name):
+        if old and old.holds(name, stamps[name]):
+            return old.array(str(root / name))
+        return np.asarray(datasets.load_image(str(root / name)))
+
+    names = list(stamps)
+    with ThreadPoolExecutor() as pool:
+        for i in range(0, len(names), _AT_ONCE):
+            yield from pool.map(pixels, names[i:i + _AT_ONCE])
+
+
+def _write(path: Path, stamps: dict, images: Iterable[np.ndarray]) -> None:
+    entries = {}
+    with path.open("wb") as file:
+        for (name, stamp), image in zip(stamps.items(), images):
+            entries[name] = [*stamp, file.tell(), *image.shape[:2]]
+            file.write(image.tobytes())
+        index = json.dumps({"Pillow": PIL.__version__, "images": entries}).encode()
+        file.write(index + len(index).to_bytes(8, "little"))
