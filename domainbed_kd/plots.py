@@ -11,16 +11,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from domainbed_kd import summaries, tables
+from domainbed_kd import significance, summaries, tables
 
 WIDTH = 4.6  # inches
-# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "osD^vPX*<>p"  # of 11, so that colour and marker repeat together after 77 algorithms
+# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow; then Tol's.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255",
+           "#999999", "#999933")
+MARKERS = "osD^vPX*<>p"  # 11, so that colour and marker repeat together only after 110 algorithms
+MOST_NUMBERS = 10  # columns in which a number has room
 LINES = ("-", "--", "-.", ":")
 STYLE = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -66,7 +69,7 @@ class Looks:
         return sorted(set(names), key=self.places.get)
 
     def colour(self, algorithm: str) -> str:
-        """Of seven."""
+        """Of `COLOURS`."""
         return COLOURS[self.places[algorithm] % len(COLOURS)]
 
     def line(self, algorithm: str) -> dict:
@@ -143,6 +146,52 @@ def domains(table: tables.Table, looks: Looks) -> Plot:
                 f"errors. Averages: {_spoken(means) or 'none yet'}.", figure)
 
 
+def critical_difference(ranking: significance.Ranking, looks: Looks) -> Plot:
+    """Demsar's diagram: mean ranks on a line; a bar joins those that do not differ significantly.
+
+    The best is at the left.
+    """
+    k, names = len(ranking.ranks), ranking.algorithms
+    n_left = -(-k // 2)
+    groups = ranking.groups()
+    with rc_context(STYLE | {"axes.grid": False}):
+        top = 0.4 + 0.16 * len(groups)  # inches from the axis to the first name
+        figure = _figure(0.22 * n_left + top + 0.75)
+        axis = figure.subplots()
+        axis.set_axis_off()
+        margin = 0.42 * (k - 1)  # for the names
+        axis.set_xlim(1 - margin, k + margin)
+        axis.set_ylim(top + 0.22 * n_left, -0.75)
+        line = {"color": "black", "linewidth": 1, "clip_on": False}
+        axis.plot([1, k], [0, 0], **line)
+        for rank in range(1, k + 1):
+            axis.plot([rank, rank], [-0.09, 0], **line)
+            axis.text(rank, -0.14, rank, ha="center", va="bottom")
+        axis.plot([1, min(k, 1 + ranking.critical_difference)], [-0.52, -0.52], linewidth=2.5,
+                  color="black", solid_capstyle="butt")
+        axis.text(1, -0.58, f"critical difference {ranking.critical_difference:.2f}", va="bottom")
+        for y, (first, last) in enumerate(groups):
+            axis.plot([ranking.ranks[first], ranking.ranks[last]], [0.2 + 0.16 * y] * 2,
+                      color="black", linewidth=3.5, solid_capstyle="round")
+        for i, (name, rank) in enumerate(zip(names, ranking.ranks)):
+            left = i < n_left
+            y = top + 0.22 * (i if left else k - 1 - i)
+            end = 1 - 0.05 * (k - 1) if left else k + 0.05 * (k - 1)
+            axis.plot([rank, rank, end], [0, y, y], **line)
+            axis.plot(rank, 0, "o", color=looks.colour(name), markersize=5)
+            label = f"{tables.display_name(name)} {rank:.2f}"
+            axis.text(end, y, f"{label} " if left else f" {label}", va="center",
+                      ha="right" if left else "left")
+        _settle(figure)
+    ranks = ", ".join(f"{tables.display_name(n)} {r:.2f}" for n, r in zip(names, ranking.ranks))
+    joined = "; ".join(" to ".join(tables.display_name(names[i]) for i in group)
+                       for group in groups)
+    return Plot("ranks", "Critical-difference diagram",
+                f"Mean ranks over {ranking.n_blocks} domains, the best first: {ranks}. Critical "
+                f"difference {ranking.critical_difference:.2f}. Not significantly different: "
+                f"{joined or 'none'}.", figure)
+
+
 def curves(dataset: str, points, looks: Looks) -> Plot:
     """Validation and test accuracy over training; `points` are of `summaries.curves`."""
     with rc_context(STYLE):
@@ -208,12 +257,13 @@ def hparams(dataset: str, effects, looks: Looks) -> Plot:
                         rotation=40, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(len(grid)), grid.index)
         axis.tick_params(length=0)
-        for y, x in ((y, x) for y in range(len(grid)) for x in range(grid.shape[1])):
-            rho = grid.iat[y, x]
-            if rho == rho:
-                axis.text(x, y, f"{rho:+.2f}", ha="center", va="center", fontsize=8,
+        if grid.shape[1] > MOST_NUMBERS:
+            figure.colorbar(image, label="Spearman's ρ", shrink=0.9)
+        else:
+            for (y, x), rho in np.ndenumerate(grid):
+                text = "" if np.isnan(rho) else f"{rho:+.2f}".replace("0.", ".")
+                axis.text(x, y, text, ha="center", va="center", fontsize=7.5,
                           color="white" if abs(rho) > 0.7 else "black")
-        figure.colorbar(image, label="Spearman's ρ", shrink=0.9)
         _settle(figure)
     first = effects.loc[effects["rho"].abs().idxmax()]
     return Plot(f"{_slug(dataset)}_hparams", dataset,

@@ -226,9 +226,13 @@ def text(table: Table) -> str:
         return cell.number("+/-") + marks
 
     rows = _grid(table, display_name, str, cell_text)
-    widths = [max(_width(table), *map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(map(str.ljust, row, widths)) + " " for row in rows]
-    return "\n".join(["", _title(table), *lines, ""])
+    return "\n".join(["", _title(table), *_columns(rows, _width(table)), ""])
+
+
+def _columns(rows: list[list[str]], least_width: int) -> list[str]:
+    """Lines in which cells stand below each other, two spaces apart."""
+    widths = [max(least_width, *map(len, column)) for column in zip(*rows)]
+    return ["  ".join(map(str.ljust, row, widths)) + " " for row in rows]
 
 
 # LaTeX.
@@ -257,11 +261,11 @@ def latex_section(method: str) -> str:
     return f"\n\\subsection{{Model selection: {method}}}"
 
 
-def _latex(table: Table, rows: list[list[str]], title: str, after: Iterable[str] = ()) -> str:
+def _latex(rows: list[list[str]], title: str, after: Iterable[str] = ()) -> str:
     return "\n".join([
         "", rf"\subsubsection{{{title}}}", "", r"\begin{center}",
         r"\adjustbox{max width=\textwidth}{%",
-        rf"\begin{{tabular}}{{l{'c' * len(table.columns)}}}", r"\toprule",
+        rf"\begin{{tabular}}{{l{'c' * (len(rows[0]) - 1)}}}", r"\toprule",
         " & ".join(rows[0]) + r" \\", r"\midrule", *(" & ".join(row) + r" \\" for row in rows[1:]),
         r"\bottomrule", r"\end{tabular}}", *after, r"\end{center}"])
 
@@ -272,7 +276,7 @@ def upstream_latex(table: Table) -> str:
     rows = _grid(table, str, lambda name: rf"\textbf{{{name}}}".replace("%", r"\%"),
                  lambda cell: cell.number(r"$\pm$"))
     rows = [[text.ljust(width)[:width] for text in row] for row in rows]
-    return _latex(table, rows, table.dataset or "Averages")
+    return _latex(rows, table.dataset or "Averages")
 
 
 def latex(table: Table) -> str:
@@ -295,7 +299,7 @@ def latex(table: Table) -> str:
         after.append(r"$^{\dagger}$ trained by another protocol than most of the column.")
     if after:
         after = ["", r"\smallskip\footnotesize " + " ".join(after)]
-    return _latex(table, rows, escape_latex(table.dataset or "Averages"), after)
+    return _latex(rows, escape_latex(table.dataset or "Averages"), after)
 
 
 # Markdown and CSV.
@@ -309,13 +313,34 @@ def markdown(table: Table) -> str:
         number += " !" if cell.differs else ""
         return number + (rf" \*{cell.n_finished}/{cell.n_expected}" if cell.incomplete else "")
 
-    def escape(name):
-        return "".join("\\" + c if c in r"\`*_{}[]<>#|~" else c for c in name)
+    rows = _grid(table, lambda name: _escape_markdown(display_name(name)), _escape_markdown,
+                 cell_markdown)
+    return _markdown(rows, f"{_escape_markdown(table.dataset or 'Averages')}, {table.method}")
 
-    rows = _grid(table, lambda name: escape(display_name(name)), escape, cell_markdown)
-    rows.insert(1, ["---"] * len(rows[0]))
-    title = f"### {escape(table.dataset or 'Averages')}, {table.method}"
-    return "\n".join(["", title, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+def _escape_markdown(name: str) -> str:
+    return "".join("\\" + c if c in r"\`*_{}[]<>#|~" else c for c in name)
+
+
+def _markdown(rows: list[list[str]], title: str) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(["", f"### {title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+
+# Other tables than of accuracies.
+
+
+def grid(style: str, title: str, rows: list[list[str]], remark: str) -> str:
+    """Rows of strings, the header first, as text, latex or markdown, with a remark below."""
+    if style == "latex":
+        header, *body = [[escape_latex(cell) for cell in row] for row in rows]
+        header = [rf"\textbf{{{cell}}}" for cell in header]
+        return _latex([header, *body], escape_latex(title),
+                      ["", r"\smallskip\footnotesize " + escape_latex(remark)])
+    if style == "markdown":
+        escaped = [[_escape_markdown(cell) for cell in row] for row in rows]
+        return f"{_markdown(escaped, _escape_markdown(title))}\n{_escape_markdown(remark)}\n"
+    return "\n".join(["", f"-------- {title}", *_columns(rows, 0), remark, ""])
 
 
 def as_csv(tables: Iterable[Table]) -> str:

@@ -29,7 +29,8 @@ ALLOWED = {
     "diagnostics": {"algorithms", "checkpoints"},
     "results": {"checkpoints"},
     "loggers": {"results"},
-    "summaries": set(), "plots": {"summaries", "tables"},
+    "significance": set(), "summaries": set(),
+    "plots": {"significance", "summaries", "tables"},
     "training": {"algorithms", "averaging", "checkpoints", "datasets", "diagnostics", "fast",
                  "hparams_registry", "image_cache", "loaders", "loggers", "progress",
                  "results", "seeds", "teachers"},
@@ -65,7 +66,7 @@ HEAVY = ("torch", "torchvision", "timm", "open_clip", "pandas", "wilds", "ray", 
          "matplotlib", "scipy", "statsmodels", "jinja2")
 LIGHT = ["domainbed_kd", "domainbed_kd.algorithms", "domainbed_kd.datasets", "domainbed_kd.jobs",
          "domainbed_kd.records", "domainbed_kd.results", "domainbed_kd.model_selection",
-         "domainbed_kd.tables",
+         "domainbed_kd.tables", "domainbed_kd.significance", "domainbed_kd.summaries",
          "domainbed_kd.command_launchers", "domainbed_kd.extensions", "domainbed_kd.__main__",
          *(f"domainbed_kd.scripts.{p.stem}" for p in (PACKAGE / "scripts").glob("[!_]*.py"))]
 

@@ -208,6 +208,48 @@ def test_the_command_that_completes_a_sweep_launches_the_absent_runs_only(
     assert sorted(map(str, absent)) == sorted(map(str, expected))
 
 
+# Comparisons.
+
+@pytest.fixture
+def two(vlcs):
+    """The golden sweep, with a second algorithm that is better by 0.1 everywhere."""
+    for folder in list(folders(vlcs)):
+        copy = vlcs / f"{folder.name}x"
+        shutil.copytree(folder, copy)
+        edit(copy, algorithm="FourDs")
+        path = copy / "results.jsonl"
+        found = [json.loads(text) for text in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(
+            {k: v + .1 if k.endswith("_acc") else v for k, v in r.items()}) + "\n" for r in found))
+    return vlcs
+
+
+def test_an_algorithm_is_compared_with_every_other_for_each_selection_method(two, capsys):
+    without, _ = run(capsys, two)
+    out, _ = run(capsys, two, "--compare", "4Ds")
+    assert out.count("-------- Differences to 4Ds, model selection method:") == 3
+    rows = [line.split() for line in out.splitlines() if line.startswith("ERM") and "to" in line]
+    # 4 domains of 2 trials: the least two-sided p of a signed-rank test of 8 pairs is 2 / 2^8.
+    assert [row[:6] for row in rows] == ["ERM 8 -10.0 -10.0 to -10.0".split()] * 3
+    assert all(row[6:] == ["0.008", "0.008", "*"] for row in rows)
+    assert out.count("Ranks need three algorithms") == 3
+    assert set(without.splitlines()) < set(out.splitlines())
+
+
+@pytest.mark.parametrize("style, line", [
+    ("latex", r"ERM & 8 & -10.0 & -10.0 to -10.0 & 0.008 & 0.008 * \\"),
+    ("markdown", r"| ERM | 8 | -10.0 | -10.0 to -10.0 | 0.008 | 0.008 \* |")])
+def test_comparisons_have_the_format_of_the_tables(two, capsys, style, line):
+    out, _ = run(capsys, two, "--compare", "FourDs", "--format", style)
+    assert out.count(line) == 3
+
+
+@pytest.mark.parametrize("flags", [["--upstream"], ["--format", "csv"]])
+def test_what_cannot_hold_a_comparison_refuses_it(vlcs, flags):
+    with pytest.raises(ValueError, match="--compare goes with text, latex or markdown"):
+        collect_results.main(["--input_dir", str(vlcs), "--compare", "ERM", *flags])
+
+
 # Mixed sweeps.
 
 def test_mixed_protocols_are_marked_and_described(vlcs, capsys):

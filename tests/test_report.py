@@ -81,12 +81,13 @@ def test_the_page_is_one_file_that_refers_to_nothing_outside(page):
 
 def test_each_picture_says_in_words_what_it_shows_and_lies_beside_as_png_and_pdf(page):
     images = [attrs for tag, attrs in Reader(page.read_text()).tags if tag == "img"]
-    kinds = ("domains", "curves", "cost", "hparams", "teachers", "diagnostics")
-    assert len(images) == len(kinds)
-    assert all("PACS" in image["alt"] for image in images)
-    for kind in kinds:
-        assert (page.with_suffix("") / f"PACS_{kind}.png").read_bytes().startswith(b"\x89PNG")
-        assert (page.with_suffix("") / f"PACS_{kind}.pdf").read_bytes().startswith(b"%PDF")
+    names = ("ranks", "PACS_domains", "PACS_curves", "PACS_cost", "PACS_hparams", "PACS_teachers",
+             "PACS_diagnostics")
+    assert len(images) == len(names)
+    for image, name in zip(images, names):
+        assert len(image["alt"]) > 40 and (name == "ranks" or "PACS" in image["alt"])
+        assert (page.with_suffix("") / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (page.with_suffix("") / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_the_same_sweep_gives_the_same_bytes(page, tmp_path):
@@ -108,6 +109,19 @@ def test_the_tables_are_those_of_collect_results(tmp_path, capsys):
     rows = Reader((tmp_path / "sweep" / "report.html").read_text()).rows
     assert [" ".join(row).split() for row in rows if row[0] == "ERM"] == printed
     assert (tmp_path / "sweep" / "report" / "VLCS_domains.png").exists()
+
+
+def test_the_page_compares_with_erm_or_with_what_is_asked_for(page, tmp_path):
+    def compared(path):
+        rows = Reader(path.read_text()).rows
+        start = next(i for i, row in enumerate(rows) if "p (Holm)" in row)
+        return [row[:3] for row in rows[start + 1:start + 3]]
+
+    # `made_up` adds 0.01 for each letter of the name; 4 domains of 2 trials.
+    assert compared(page) == [["KDDG", "8", "+1.0"], ["MosaicKD", "8", "+5.0"]]
+    report.main(["--input_dir", str(page.parent / "sweep"), "--output", str(tmp_path / "a.html"),
+                 "--compare", "MosaicKD"])
+    assert compared(tmp_path / "a.html") == [["ERM", "8", "-5.0"], ["KDDG", "8", "-4.0"]]
 
 
 def test_a_report_among_the_runs_is_taken_for_none(tmp_path, capsys):
@@ -150,9 +164,13 @@ def test_names_are_shown_as_they_are_not_read_as_html(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--input_dir", "no/such/folder"], "no such folder"),
     (["--input_dir", "EMPTY"], "no results yet"),
-    (["--input_dir", "EMPTY", "--output", "page.pdf"], "ends in .html")])
-def test_misuse_is_an_error_of_one_line(flags, words, tmp_path):
-    flags = [flag.replace("EMPTY", str(tmp_path)) for flag in flags]
+    (["--input_dir", "EMPTY", "--output", "page.pdf"], "ends in .html"),
+    (["--input_dir", "EMPTY", "--output", "EMPTY.html"], "plots would lie among the runs"),
+    (["--input_dir", "SWEEP", "--compare", "CORAL"], "no results of it, but of ERM, KDDG")])
+def test_misuse_is_an_error_of_one_line(flags, words, page, tmp_path):
+    places = {"EMPTY": str(tmp_path), "EMPTY.html": f"{tmp_path}.html",
+              "SWEEP": str(page.parent / "sweep")}
+    flags = [places.get(flag, flag) for flag in flags]
     with pytest.raises((ValueError, OSError), match=words) as error:
         report.main(flags)
     assert "\n" not in str(error.value)

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from domainbed_kd import datasets, model_selection, tables
+from domainbed_kd import datasets, model_selection, significance, tables
 from domainbed_kd import records as sweeps
 from domainbed_kd.scripts import Parser, run_main
 
@@ -32,6 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
                            "INPUT_DIR/results.{txt,tex,csv,md}")
     ours.add_argument("--upstream", action="store_true",
                       help="exactly what DomainBed prints: no marks, no notes, cells cut to width")
+    ours.add_argument("--compare", metavar="ALGORITHM",
+                      help="also compare every other algorithm with this one: paired differences "
+                           "in points with 95 percent intervals and corrected tests, mean ranks "
+                           "(docs/report.md)")
     return parser
 
 
@@ -43,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--latex and --format {style} contradict each other; give one.")
     if args.upstream and style not in ("text", "latex"):
         raise ValueError(f"--upstream: DomainBed prints text or latex, not {style}.")
+
+    if args.compare and (args.upstream or style == "csv"):
+        raise ValueError("--compare goes with text, latex or markdown, and without --upstream.")
 
     folder = sweeps.Folder(args.input_dir)
     output, remarks = folder.answer(
@@ -77,7 +84,9 @@ def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[
         output = tables.as_csv(table for group in made.values() for table in group)
         remarks += notes(grid, made, args.input_dir)
     else:
-        output = RENDER[style](made, grid, len(records), notes(grid, made, args.input_dir))
+        compared = compare(records, grid, made, args.compare, style) if args.compare else {}
+        output = RENDER[style](
+            made, compared, grid, len(records), notes(grid, made, args.input_dir))
     return [output, "".join(f"{line}\n" for line in remarks)]
 
 
@@ -93,6 +102,49 @@ def make_tables(records: list[dict], grid: sweeps.Grid, methods: Iterable[type],
     return {method: tables.build(method, model_selection.outcomes(cells, grid, method),
                                  rows, columns, grid.n_envs)
             for method in methods}
+
+
+def compare(records: list[dict], grid: sweeps.Grid, methods: Iterable[type], reference: str,
+            style: str) -> dict[type, list[str]]:
+    """{selection method: the table that compares with `reference`}, where there is one.
+
+    Raises:
+        ValueError: if there are no results of the reference, or a library is missing.
+    """
+    names = {tables.display_name(name): name for name in grid.algorithms}
+    reference = names.get(reference, reference)
+    cells = sweeps.by_cell(records)
+    found = {}
+    for method in methods:
+        if needs_pairs(method, grid):
+            continue
+        scores = significance.by_pair(model_selection.outcomes(cells, grid, method))
+        scores = {name: scores[name] for name in tables.row_order(scores)}
+        title = f"Differences to {tables.display_name(reference)}, model selection method: "
+        rows = difference_rows(significance.differences(scores, reference))
+        found[method] = [tables.grid(style, title + method.name, rows,
+                                     describe_ranking(significance.ranking(scores)))]
+    return found
+
+
+def difference_rows(differences: list[significance.Difference]) -> list[list[str]]:
+    """As cells of a table, the header first; an asterisk where a difference is significant."""
+    return [["Algorithm", "pairs", "points", "95 % interval", "p", "p (Holm)"],
+            *([tables.display_name(d.algorithm), str(d.n_pairs), f"{100 * d.mean:+.1f}",
+               f"{100 * d.low:+.1f} to {100 * d.high:+.1f}" if d.n_pairs > 1 else "-",
+               f"{d.p:.3f}", f"{d.p_corrected:.3f}{' *' if d.is_significant else ''}"]
+              for d in differences)]
+
+
+def describe_ranking(ranking: significance.Ranking | None) -> str:
+    """Mean ranks and their test in a sentence."""
+    if ranking is None:
+        return "Ranks need three algorithms on two common domains."
+    ranks = ", ".join(f"{tables.display_name(name)} {rank:.2f}"
+                      for name, rank in zip(ranking.algorithms, ranking.ranks))
+    return (f"Mean ranks over {ranking.n_blocks} domains: {ranks}. Friedman's test: "
+            f"p = {ranking.p:.3f}. Critical difference (Nemenyi, 0.05): "
+            f"{ranking.critical_difference:.2f}.")
 
 
 def render_upstream(made: dict, n_records: int, style: str) -> str:
@@ -114,31 +166,37 @@ def needs_pairs(method: type, grid: sweeps.Grid) -> str | None:
             "(launch the sweep without --single_test_envs).")
 
 
-def render_text(made: dict, grid: sweeps.Grid, n_records: int, remarks: list[str]) -> str:
+def render_text(made: dict, compared: dict, grid: sweeps.Grid, n_records: int,
+                remarks: list[str]) -> str:
     """The tables, then the remarks."""
     parts = [f"Total records: {n_records}\n"]
     for method, group in made.items():
         why = needs_pairs(method, grid)
         parts += [f"\n{why}\n"] if why else map(tables.text, group)
+        parts += compared.get(method, [])
     return "".join(parts) + "".join(f"{line}\n" for line in remarks)
 
 
-def render_latex(made: dict, grid: sweeps.Grid, n_records: int, remarks: list[str]) -> str:
+def render_latex(made: dict, compared: dict, grid: sweeps.Grid, n_records: int,
+                 remarks: list[str]) -> str:
     """A whole document; the remarks are comments at its end."""
     parts = []
     for method, group in made.items():
         why = needs_pairs(method, grid)
         parts.append(tables.latex_section(method.name))
         parts += ["\n" + tables.escape_latex(why)] if why else map(tables.latex, group)
+        parts += compared.get(method, [])
     return tables.latex_document([*parts, *(f"% {line}".rstrip() for line in remarks)], n_records)
 
 
-def render_markdown(made: dict, grid: sweeps.Grid, n_records: int, remarks: list[str]) -> str:
+def render_markdown(made: dict, compared: dict, grid: sweeps.Grid, n_records: int,
+                    remarks: list[str]) -> str:
     """The tables, then the remarks as they stand."""
     parts = [f"Total records: {n_records}\n"]
     for method, group in made.items():
         why = needs_pairs(method, grid)
         parts += [f"\n{why}\n"] if why else map(tables.markdown, group)
+        parts += compared.get(method, [])
     if remarks:
         parts += ["\n```text", *(f"\n{line}" for line in remarks[1:]), "\n```\n"]
     return "".join(parts)

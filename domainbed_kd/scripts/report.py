@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import domainbed_kd
-from domainbed_kd import model_selection, progress, results, summaries, tables
+from domainbed_kd import model_selection, progress, results, significance, summaries, tables
 from domainbed_kd import records as sweeps
 from domainbed_kd.scripts import Parser, collect_results, run_main
 
@@ -18,12 +18,14 @@ SELECTION = model_selection.IIDAccuracySelectionMethod
 
 
 class Section(NamedTuple):
-    """A part of the page: a heading, a paragraph, pictures."""
+    """A part of the page: a heading, a paragraph, pictures, and a table with its remark."""
 
     id: str
     title: str
     text: str
     plots: list
+    rows: list[list[str]] = []
+    remark: str = ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input_dir", required=True, help="folder of the sweep")
     parser.add_argument("--output", help="the page (INPUT_DIR/report.html); plots go to a folder "
                                          "of its name beside it, as PNG and PDF")
+    parser.add_argument("--compare", metavar="ALGORITHM",
+                        help="with which every other is compared (ERM; without it the first row)")
     return parser
 
 
@@ -49,15 +53,18 @@ def main(argv: list[str] | None = None) -> int:
     page = Path(args.output or Path(args.input_dir, "report.html"))
     if page.suffix != ".html":
         raise ValueError(f"--output {page}: name a file that ends in .html.")
+    images = page.with_suffix("")
+    if images.resolve() == Path(args.input_dir).resolve():
+        raise ValueError(f"--output {page}: its plots would lie among the runs; name another.")
     records = folder.records()
     if not records:
         raise ValueError(f"--input_dir {args.input_dir}: it holds no results yet.")
     grid = sweeps.Grid(records)
     made = collect_results.make_tables(
         records, grid, model_selection.METHODS, keep_unregistered=True)
-    sections = list(make_sections(args.input_dir, records, made[SELECTION]))
+    sections = [*compare(records, grid, args.compare, list(made[SELECTION][0].rows)),
+                *make_sections(args.input_dir, records, made[SELECTION])]
 
-    images = page.with_suffix("")
     images.mkdir(parents=True, exist_ok=True)
     plots = [plot for section in sections for plot in section.plots]
     for plot in progress.bar(plots, desc="writing plots", unit="plot"):
@@ -102,6 +109,39 @@ def marks(made: dict) -> dict[str, bool]:
     return {"incomplete": any(cell.incomplete for cell in cells),
             "differs": any(cell.differs for cell in cells),
             "absent": any(cell.mean is None for cell in cells)}
+
+
+def compare(records: list[dict], grid: sweeps.Grid, reference: str | None, rows: list[str]
+            ) -> Iterator[Section]:
+    """The section on significance, if there are two algorithms to compare.
+
+    Args:
+        records: of the sweep.
+        grid: of the records.
+        reference: with which to compare; None for ERM or, without it, the first that has scores.
+        rows: the algorithms in order.
+    """
+    from domainbed_kd import plots
+
+    scores = significance.by_pair(
+        model_selection.outcomes(sweeps.by_cell(records), grid, SELECTION))
+    scores = {name: scores[name] for name in rows if name in scores}
+    if not reference:
+        reference = next((name for name in ("ERM", *scores) if name in scores), None)
+    reference = {tables.display_name(name): name for name in scores}.get(reference, reference)
+    if reference is None or len(scores) < 2:
+        return
+    ranking = significance.ranking(scores)
+    drawn = [plots.critical_difference(ranking, plots.Looks(rows))] if ranking else []
+    yield Section(
+        "significance", "Are the differences real?",
+        f"Each algorithm against {tables.display_name(reference)}, selected by the "
+        f"{SELECTION.name}: difference in points over the (data set, domain, trial) that both "
+        "have, its 95 % bootstrap interval, Wilcoxon's signed-rank test, and its p value after "
+        "Holm's correction; * is below 0.05. Trials of one domain share images, so few domains "
+        "prove little, however many trials there are.", drawn,
+        collect_results.difference_rows(significance.differences(scores, reference)),
+        collect_results.describe_ranking(ranking))
 
 
 def make_sections(input_dir: str, records: list[dict], made: list[tables.Table]
