@@ -321,6 +321,9 @@ def context(name: str, hparams, num_classes: int, num_domains: int) -> dict:
     # SCMD's data sets write them there, the test domain's among them.
     if len(given.get("domain_names") or ()) != num_domains:
         given.pop("domain_names", None)
+    if given.get("canonical_view"):
+        raise ValueError("domainbed_kd: canonical_view needs our own training loop, which knows "
+                         "which images a batch consists of. Leave it out in a fork.")
     defaults = hparams_registry.default_hparams(name, _seen.name or "PACS")
     return defaults | {key: value for key, value in known.items() if value is not None} | given
 

@@ -24,6 +24,7 @@ OPTIONAL = {
     "wrn_widen": "width factor of the network for 32-pixel images (2)",
     "averaging": "'sma' or 'swad': average the weights of any algorithm",
     "upstream_exact": "true: DomainBed's numbers where its code has a known defect",
+    "canonical_view": "true: frozen teachers look at images without augmentation",
     "class_names": "the classes as words, in label order, for methods that read text",
 }
 

@@ -163,6 +163,11 @@ class InfiniteDataLoader:
     def __next__(self):
         return next(self._batches)
 
+    @property
+    def indices(self) -> list[int]:
+        """Which items the batch consists of that was returned last."""
+        return self._batches.indices
+
     def __len__(self):
         raise ValueError("An InfiniteDataLoader has no length.")
 

@@ -71,14 +71,26 @@ class Frozen(nn.Module):
     .to(). Calls run without gradients; to differentiate through the input, call `.module`.
     """
 
+    #: What it gave before for the images at hand, which calls return then; see canonical_view.
+    recalled: Tensor | None = None
+
     def __init__(self, module: nn.Module):
         super().__init__()
         object.__setattr__(self, "module", module.requires_grad_(False).eval())
 
-    def forward(self, *args, **kwargs):
-        """What the module returns, without gradients."""
-        with torch.no_grad():
-            return self.module(*args, **kwargs)
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """What the teacher makes of x (B, ...), without gradients, or what is recalled of it."""
+        return self.look(x) if self.recalled is None else self.recalled.to(x.device)
+
+    def look(self, x: Tensor) -> Tensor:
+        """What the module returns."""
+        return self.module(x)
+
+    def keep(self, rows: Tensor) -> None:
+        """Narrows what is recalled to these rows of the batch, as its images are narrowed."""
+        if self.recalled is not None:
+            self.recalled = self.recalled[rows.to(self.recalled.device)]
 
     def _apply(self, fn, recurse=True):
         self.module._apply(fn, recurse)

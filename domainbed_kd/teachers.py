@@ -232,8 +232,7 @@ class CLIP(networks.Frozen):
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
         return (x - per_channel(self.mean)) / per_channel(self.std) if self.renormalize else x
 
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
+    def look(self, x: Tensor) -> Tensor:
         """Embeddings (B, D), not normalized, of the student's images."""
         return self.module.encode_image(self.preprocess(x)).float()
 

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from domainbed_kd import (
     algorithms,
     averaging,
+    canonical_view,
     checkpoints,
     datasets,
     diagnostics,
@@ -52,7 +53,7 @@ INTERRUPTED = 143  # 128 + SIGTERM, as a shell would report it
 
 def train(args: dict, resume: str = "auto", loader_processes: int = 0,
           log_test_domains: bool = False, wandb: bool = False,
-          cache_folder: str | None = None) -> int:
+          cache_folder: str | None = None, teacher_cache: str | None = None) -> int:
     """Trains one algorithm and leaves results.jsonl, model.pkl, TensorBoard events and `done`.
 
     Args:
@@ -63,6 +64,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
         log_test_domains: show accuracies on the test domains in TensorBoard too.
         wandb: log to Weights & Biases too.
         cache_folder: where decoded images are kept; results do not depend on it.
+        teacher_cache: folder that keeps what teachers make of images without augmentation.
 
     Returns:
         0 if the run is finished, 143 if a signal stopped it (its state is saved).
@@ -91,6 +93,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
     steps_per_epoch = min(len(split) / hparams["batch_size"] for split in splits.in_)
     algorithm = make_algorithm(args, hparams, dataset, training, n_steps).to(device)
     is_fast = args.get("fast", False)
+    if hparams.get("canonical_view"):
+        canonical_view.check(algorithm)
     algorithm = fast.laid_out(algorithm, is_fast)
     precision = functools.partial(fast.precision, device, is_fast)
     evaluated = splits_to_keep(splits, args) if is_fast else load.evaluation
@@ -107,6 +111,13 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
     if resume == "auto":
         first_step = restore(folder, args, algorithm, load, pending, measures)
     teacher = audit_teacher(algorithm, splits, training, device, args) if not first_step else None
+    views = None
+    if hparams.get("canonical_view"):
+        with precision():
+            views = canonical_view.CanonicalViews(
+                algorithm, [splits.in_[i] for i in training],
+                functools.partial(in_order, device=device), teacher_cache,
+                key=f"{device.type} {'fast' if is_fast else 'exact'}")
     header = None
     with stop_signals() as stopped, loggers.watching(
             folder, args, hparams, first_step, log_test_domains, wandb) as logger:
@@ -117,7 +128,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
             unlabeled = None
             if args["task"] == "domain_adaptation":
                 unlabeled = [to_device(batch, device)[0] for batch in map(next, load.uda)]
-            with precision():
+            recalled = views.recalled(load.train) if views else contextlib.nullcontext()
+            with precision(), recalled:
                 values = algorithm.update(minibatches, unlabeled)
             values["step_time"] = time.time() - start
             for name, value in values.items():

@@ -38,6 +38,8 @@ class Algorithm(nn.Module):
     display_name: str | None = None
     #: True if only a run's last record counts in model selection (SWAD), not its best.
     selects_last = False
+    #: Why its teacher has to see what the student sees, if it has to; see canonical_view.
+    needs_same_view: str | None = None
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__()

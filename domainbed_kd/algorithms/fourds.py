@@ -252,6 +252,7 @@ class FourDs(Taught):
     """
 
     display_name = "4Ds"
+    needs_same_view = "its teacher's adapters learn with every batch"
 
     @staticmethod
     def search_space(dataset):

@@ -128,6 +128,8 @@ class MosaicKD(Taught):
             logits cannot be differentiated by its images; or as `Taught`.
     """
 
+    needs_same_view = "its teacher judges images that the generator has just made"
+
     @staticmethod
     def search_space(dataset):
         """The players' weights, sizes and optimisers, and the role."""

@@ -102,6 +102,7 @@ class SCMD(ERM):
             with torch.no_grad():
                 kept = hardest(F.cross_entropy(self.network(x), y, reduction="none"), share)
             x, y = x[kept], y[kept]
+            self.teacher.keep(kept)
         features = self.featurizer(x)
         logits = self.classifier(features)
         classify = F.cross_entropy(logits, y)

@@ -25,6 +25,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
+def check_teacher_cache(folder: str | None, hparams: str | None) -> None:
+    """Refuses a folder in which nothing would be kept.
+
+    Raises:
+        ValueError: if --teacher_cache is given without the hparam that it serves.
+    """
+    if folder is None:
+        return
+    from domainbed_kd import hparams_registry  # it imports NumPy
+
+    if hparams and hparams_registry.parse(hparams).get("canonical_view"):
+        return
+    raise ValueError("--teacher_cache keeps what teachers make of images without augmentation, "
+                     "which moves results. Ask for that too: --hparams '{\"canonical_view\": "
+                     "true}'.")
+
+
 def one_line(error: Exception) -> str:
     """An error as the line that a user sees."""
     text = " ".join(str(error).split()) or type(error).__name__

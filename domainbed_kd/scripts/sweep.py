@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from domainbed_kd import algorithms, command_launchers, datasets, extensions, jobs
 from domainbed_kd.jobs import Job
-from domainbed_kd.scripts import Parser, run_main
+from domainbed_kd.scripts import Parser, check_teacher_cache, run_main
 
 # Data sets that need no files; DigitsDG is not DomainBed's, so no default sweep has it.
 FILELESS = ("Debug28", "Debug224", "DigitsDG")
@@ -97,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
                       help="show accuracies on the test domains in TensorBoard too")
     ours.add_argument("--wandb", action="store_true",
                       help="log to Weights & Biases too, offline unless WANDB_MODE=online")
+    ours.add_argument("--teacher_cache", metavar="DIR",
+                      help="keep what frozen teachers make of images without augmentation, for "
+                           "all runs; needs the hparam canonical_view; see docs/speed.md")
     ours.add_argument("--fast", action="store_const", const=True,
                       help="train in bfloat16, channels last, and evaluate only what model "
                            "selection reads; see docs/speed.md")
@@ -144,6 +147,7 @@ def check(args: argparse.Namespace) -> None:
         from domainbed_kd import hparams_registry  # it imports NumPy
 
         hparams_registry.parse(args.hparams)
+    check_teacher_cache(args.teacher_cache, args.hparams)
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; it takes a folder.")
 
@@ -315,6 +319,7 @@ def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
     runs = jobs.Runs(args.output_dir)
     flags = [f"--{name}" for name in ("log_test_domains", "wandb") if getattr(args, name)]
     flags += ["--image_cache", args.image_cache] if args.image_cache else []
+    flags += ["--teacher_cache", args.teacher_cache] if args.teacher_cache else []
     listed = {repr(train_args): Job(train_args, args.output_dir, runs, args.plugin, flags=flags)
               for train_args in args_list}
     added = {}

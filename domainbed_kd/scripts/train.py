@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from domainbed_kd.scripts import USER_ERRORS, Parser, one_line, run_main
+from domainbed_kd.scripts import USER_ERRORS, Parser, check_teacher_cache, one_line, run_main
 
 # Flags of ours that go on record, but only when they are given: DomainBed's records know none.
 OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits", "fast", "format")
@@ -68,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--image_cache", metavar="DIR",
                       help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
                            "results do not depend on it; see docs/speed.md")
+    ours.add_argument("--teacher_cache", metavar="DIR",
+                      help="keep what frozen teachers make of images without augmentation, for "
+                           "all runs; needs the hparam canonical_view; see docs/speed.md")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file with algorithms or data sets of your own")
     ours.add_argument("--format", choices=["safetensors"],
@@ -102,6 +105,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--test_envs names an environment twice: {args.test_envs}.")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed is {args.seed}; it takes a number from 0 to {2**32 - 1}.")
+    check_teacher_cache(args.teacher_cache, args.hparams)
 
 
 class Tee:
@@ -198,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     ours = ("plugin", "resume", "loader_processes", "log_test_domains", "wandb",
-            "image_cache")
+            "image_cache", "teacher_cache")
     on_record = {k: v for k, v in vars(args).items() if k not in ours}
     for name in OPTIONAL:
         if not on_record[name]:
@@ -211,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
 
         with hparams_blamed(args.algorithm, args.hparams):
             return training.train(on_record, args.resume, args.loader_processes,
-                                  args.log_test_domains, args.wandb, args.image_cache)
+                                  args.log_test_domains, args.wandb, args.image_cache,
+                                  args.teacher_cache)
 
 
 if __name__ == "__main__":

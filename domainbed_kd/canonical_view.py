@@ -1,0 +1,138 @@
+"""What a frozen teacher makes of each training image without augmentation, found once.
+
+Under the hparam `canonical_view` a teacher does not look at the augmented images that its student
+is given, but at the images themselves, so that its outputs can be kept: for the run or, in a
+folder, for every run, trial and student of the same data and teacher. Beyer et al., "Knowledge
+distillation: A good teacher is patient and consistent", CVPR 2022,
+https://arxiv.org/abs/2106.05237, call this a fixed teacher, and find it worse than one that sees
+what the student sees: it buys time.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from domainbed_kd import checkpoints, datasets, networks, progress
+
+
+def check(algorithm: nn.Module) -> None:
+    """Refuses a view that a method has no use for.
+
+    Raises:
+        ValueError: with the method's reason.
+    """
+    if algorithm.needs_same_view:
+        raise ValueError(f"{type(algorithm).__name__}: canonical_view must be left out, as "
+                         f"{algorithm.needs_same_view}.")
+
+
+class CanonicalViews:
+    """The outputs of an algorithm's teachers for all images of the training domains.
+
+    Args:
+        algorithm: one with `teacher`, or several in `teachers`; others need no view.
+        splits: the in-splits of the training domains.
+        batches: a function of a data set that yields its (x, y) in order, not augmented, on the
+            algorithm's device.
+        folder: where outputs are kept, memory-mapped; None computes them for this run.
+        key: what else they depend on, such as the precision.
+
+    Raises:
+        ValueError: if a teacher has yet to be trained or may move, or if outputs cannot be kept.
+    """
+
+    def __init__(self, algorithm: nn.Module, splits: list, batches: Callable,
+                 folder: Path | None = None, key: str = ""):
+        self.splits = splits
+        self.outputs = {}  # by teacher, an array (N, D) for each split
+        if getattr(algorithm, "warm_up_left", 0):
+            raise ValueError(f"{type(algorithm).__name__}: canonical_view needs a teacher that is "
+                             "trained already. Name one: --teacher FOLDER.")
+        for teacher in _teachers(algorithm):
+            if not isinstance(teacher, networks.Frozen):
+                raise ValueError(f"{type(algorithm).__name__}: canonical_view needs a teacher that "
+                                 f"is a networks.Frozen; found a {type(teacher).__name__}.")
+            about = [key, repr(teacher.module), getattr(teacher, "preprocessing", ""),
+                     *_digests(teacher.module.state_dict())]
+            self.outputs[teacher] = [
+                _kept(folder, teacher, split.underlying_dataset, batches, about)
+                for split in splits]
+
+    @contextlib.contextmanager
+    def recalled(self, loaders: Iterable) -> Iterator[None]:
+        """Inside, teachers give for the loaders' last batches what they gave once.
+
+        Args:
+            loaders: one for each split, with `indices`, the items of its last batch.
+        """
+        rows = [[split.keys[i] for i in loader.indices]
+                for split, loader in zip(self.splits, loaders)]
+        for teacher, outputs in self.outputs.items():
+            teacher.recalled = torch.cat(
+                [torch.from_numpy(array[keys]) for array, keys in zip(outputs, rows)])
+        try:
+            yield
+        finally:
+            for teacher in self.outputs:
+                teacher.recalled = None
+
+
+def _teachers(algorithm) -> list:
+    if hasattr(algorithm, "teachers"):
+        return list(algorithm.teachers)
+    return [algorithm.teacher] if hasattr(algorithm, "teacher") else []
+
+
+def _digests(tensors: dict[str, Tensor]) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        yield f"{name} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+
+
+def _source(dataset) -> Iterator[str]:
+    """What tells a domain's images from others: files by size and mtime, tensors by content."""
+    plain = datasets.plain(dataset)
+    if hasattr(plain, "samples"):
+        yield repr(plain.transform)
+        for path, _ in plain.samples:
+            found = os.stat(path)
+            yield f"{path} {found.st_size} {found.st_mtime_ns}"
+    elif hasattr(plain, "tensors"):
+        yield from _digests({"images": plain.tensors[0]})
+    else:
+        raise ValueError(f"--teacher_cache: a {type(plain).__name__} does not tell whether its "
+                         "images have changed. Leave the flag out: each run finds out for itself.")
+
+
+def _kept(folder: Path | None, teacher, dataset, batches: Callable, about: list[str]) -> np.ndarray:
+    """The teacher's outputs (N, D), float32, for the items of a domain in order."""
+    if folder is None:
+        return _outputs(teacher, dataset, batches)
+    digest = hashlib.sha256("\n".join([*about, *_source(dataset)]).encode()).hexdigest()
+    path = Path(folder) / f"{digest[:32]}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        outputs = _outputs(teacher, dataset, batches)
+        checkpoints.write_atomically(path, lambda part: _save(part, outputs))
+    try:
+        outputs = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"--teacher_cache: {path} is damaged ({error}). Delete it, and it is "
+                         "made again.") from None
+    return outputs
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)
+
+
+def _outputs(teacher, dataset, batches: Callable) -> np.ndarray:
+    whole = progress.bar(batches(dataset), desc="teacher", unit="batch", leave=False)
+    return torch.cat([teacher(x).float().cpu() for x, _ in whole]).numpy()
