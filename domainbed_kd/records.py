@@ -258,11 +258,12 @@ class Grid:
     Whole means every trial seed x hparams seed x algorithm x dataset that occurs anywhere, on
     every environment, and on every pair of them if any pair occurs. A run has finished when its
     last record is at step `args.steps - 1` or, without that argument, where the longest of its
-    dataset's runs ends. `args` has the arguments of each run that is there.
+    dataset's runs ends. `args` and `hparams` are those of each run that is there; `n_steps`
+    is how many the longest run on each dataset made.
     """
 
     def __init__(self, records: Iterable[dict]):
-        self.n_envs, self.args = Counter(), {}
+        self.n_envs, self.args, self.hparams, self.n_steps = Counter(), {}, {}, Counter()
         last_step, longest = Counter(), Counter()
         for _, group in itertools.groupby(records, key=lambda record: id(record["args"])):
             group = list(group)
@@ -270,9 +271,10 @@ class Grid:
             run = Run(args["dataset"], args["algorithm"], tuple(args["test_envs"]),
                       args["trial_seed"], args["hparams_seed"])
             self.n_envs[run.dataset] = max(self.n_envs[run.dataset], _n_envs(tuple(group[0])))
-            self.args[run] = args
+            self.args[run], self.hparams[run] = args, group[0]["hparams"]
             protocol, steps = tuple(str(args.get(name)) for name in PROTOCOL), args.get("steps")
             step = max(record["step"] for record in group)
+            self.n_steps[run.dataset] = max(self.n_steps[run.dataset], step + 1)
             key = run, protocol, steps
             last_step[key] = max(last_step[key], step)
             longest[run.dataset, steps] = max(longest[run.dataset, steps], step)

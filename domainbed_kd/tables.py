@@ -64,6 +64,8 @@ class Table:
     dataset: str | None
     columns: list[str]
     rows: dict[str, list[Cell]]
+    #: A line on how its runs were trained, for below it; DomainBed's own output has none.
+    protocol: str = ""
 
     def __post_init__(self):
         for column in zip(*self.rows.values()):
@@ -226,7 +228,8 @@ def text(table: Table) -> str:
         return cell.number("+/-") + marks
 
     rows = _grid(table, display_name, str, cell_text)
-    return "\n".join(["", _title(table), *_columns(rows, _width(table)), ""])
+    below = [table.protocol] if table.protocol else []
+    return "\n".join(["", _title(table), *_columns(rows, _width(table)), *below, ""])
 
 
 def _columns(rows: list[list[str]], least_width: int) -> list[str]:
@@ -297,6 +300,8 @@ def latex(table: Table) -> str:
         after.append(r"$^{*}$ finished runs / runs of a whole sweep.")
     if any(cell.differs for cell in cells):
         after.append(r"$^{\dagger}$ trained by another protocol than most of the column.")
+    if table.protocol:
+        after.append(escape_latex(table.protocol))
     if after:
         after = ["", r"\smallskip\footnotesize " + " ".join(after)]
     return _latex(rows, escape_latex(table.dataset or "Averages"), after)
@@ -315,7 +320,9 @@ def markdown(table: Table) -> str:
 
     rows = _grid(table, lambda name: _escape_markdown(display_name(name)), _escape_markdown,
                  cell_markdown)
-    return _markdown(rows, f"{_escape_markdown(table.dataset or 'Averages')}, {table.method}")
+    below = f"\n{_escape_markdown(table.protocol)}\n" if table.protocol else ""
+    title = f"{_escape_markdown(table.dataset or 'Averages')}, {table.method}"
+    return _markdown(rows, title) + below
 
 
 def _escape_markdown(name: str) -> str:

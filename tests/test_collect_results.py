@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 import shutil
 
@@ -12,6 +13,11 @@ from domainbed_kd.scripts import collect_results, sweep
 def run(capsys, folder, *flags):
     assert collect_results.main(["--input_dir", str(folder), *flags]) == 0
     return capsys.readouterr()
+
+
+def without_protocols(out):
+    """What was printed, without our line below each table."""
+    return re.sub(r"Protocol: .*\n", "", out)
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def edit(folder, **changes):
     ([], "collect_results_text.txt")])
 def test_the_golden_sweep_prints_as_domainbed_prints_it(vlcs, capsys, flags, name):
     out, err = run(capsys, vlcs, *flags)
-    assert out == golden(name) and err == ""
+    assert (out if flags else without_protocols(out)) == golden(name) and err == ""
 
 
 @pytest.mark.parametrize("flags, name", [
@@ -82,7 +88,7 @@ def test_upstream_prints_tables_of_x_where_leave_one_out_has_no_runs(vlcs, capsy
     assert loo == ["leave-one-domain-out cross-validation: needs runs with two test envs "
                    "(launch the sweep without --single_test_envs)."]
     assert "Of " not in ours and "*" not in ours  # the sweep is whole in its own way
-    assert ours.replace(f"\n{loo[0]}\n", "") == (
+    assert without_protocols(ours).replace(f"\n{loo[0]}\n", "") == (
         out[:out.index("\n-------- Dataset: VLCS, model selection method: leave")]
         + out[out.index("\n-------- Dataset: VLCS, model selection method: test"):])
 
@@ -131,7 +137,22 @@ def test_selection_by_the_last_record_is_ours_not_upstreams(vlcs, capsys):
     out, _ = run(capsys, vlcs)
     assert out != golden("collect_results_text.txt")
     oracle = "test-domain validation set (oracle)"  # it looks at the last record anyway
+    out = without_protocols(out)
     assert out.split(oracle)[1:] == golden("collect_results_text.txt").split(oracle)[1:]
+
+
+# Protocols.
+
+def test_every_table_with_numbers_says_how_its_runs_were_trained(vlcs, capsys):
+    out, _ = run(capsys, vlcs)
+    lines = [line for line in out.splitlines() if line.startswith("Protocol: ")]
+    assert lines[0] == lines[1] == (
+        "Protocol: network ResNet-50; initial weights ImageNet; 1,001 steps; 2 draws of hparams, "
+        "2 trials; selected by training-domain validation set; exact mode; teacher none.")
+    assert len(lines) == 6 and "selected by test-domain validation set (oracle)" in lines[-1]
+    for style in ("latex", "markdown"):
+        assert run(capsys, vlcs, "--format", style)[0].count("Protocol: network ResNet-50") == 6
+    assert "Protocol" not in run(capsys, vlcs, "--format", "csv")[0]
 
 
 # What a sweep lacks.
@@ -139,7 +160,7 @@ def test_selection_by_the_last_record_is_ours_not_upstreams(vlcs, capsys):
 def test_a_broken_run_is_named_and_changes_nothing_else(vlcs, capsys):
     next(folders(vlcs)).joinpath("results.jsonl").open("a").write('{"args": {"alg')
     out, err = run(capsys, vlcs)
-    assert out == golden("collect_results_text.txt")
+    assert without_protocols(out) == golden("collect_results_text.txt")
     assert err.count("\n") == 1 and "line 6, no record" in err
 
 
@@ -299,5 +320,5 @@ def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(vlcs, capsys, m
 
     monkeypatch.setattr("pathlib.Path.write_text", refuse)
     out, err = run(capsys, vlcs)
-    assert out == golden("collect_results_text.txt")
+    assert without_protocols(out) == golden("collect_results_text.txt")
     assert err == f"Not written to {vlcs / 'results.txt'}: Permission denied.\n"

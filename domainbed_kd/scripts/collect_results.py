@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from domainbed_kd import datasets, model_selection, significance, tables
+from domainbed_kd import datasets, model_selection, protocols, significance, tables
 from domainbed_kd import records as sweeps
 from domainbed_kd.scripts import Parser, run_main
 
@@ -99,9 +99,13 @@ def make_tables(records: list[dict], grid: sweeps.Grid, methods: Iterable[type],
     if not keep_unregistered:
         columns = [name for name in columns if name in datasets.DATASETS]
     cells = sweeps.by_cell(records)
-    return {method: tables.build(method, model_selection.outcomes(cells, grid, method),
+    made = {method: tables.build(method, model_selection.outcomes(cells, grid, method),
                                  rows, columns, grid.n_envs)
             for method in methods}
+    known = protocols.of_runs(grid)
+    for table in (table for group in made.values() for table in group if table.has_data):
+        table.protocol = protocols.line(known, grid, table.dataset, table.method)
+    return made
 
 
 def compare(records: list[dict], grid: sweeps.Grid, methods: Iterable[type], reference: str,
@@ -232,8 +236,8 @@ def notes(grid: sweeps.Grid, made: dict, input_dir: str) -> list[str]:
 def describe_protocols(grid: sweeps.Grid) -> list[str]:
     """A line per algorithm on each dataset whose runs were trained by several protocols."""
     counts = defaultdict(Counter)
-    for run, protocols in grid.protocols.items():
-        for protocol in protocols:
+    for run, found in grid.protocols.items():
+        for protocol in found:
             counts[run.dataset, run.algorithm][protocol] += 1
     lines = []
     for dataset in grid.datasets:

@@ -1,0 +1,118 @@
+"""How the runs behind a table were trained, in a line that a reader can hold against another's."""
+
+from collections.abc import Iterable
+from pathlib import PurePath
+from typing import NamedTuple
+
+from domainbed_kd import datasets
+from domainbed_kd import records as sweeps
+from domainbed_kd.tables import display_name, row_order
+
+_SIDES = {"Debug28": 28, "RotatedMNIST": 28, "ColoredMNIST": 28, "DigitsDG": 32}
+_UNKNOWN = "not recorded"
+
+
+class Protocol(NamedTuple):
+    """What must be alike for accuracies on one data set to be compared."""
+
+    #: The student's network, and what its weights start from.
+    backbone: str
+    weights: str
+    steps: int
+    #: None where there is none.
+    teacher: str | None
+    is_fast: bool
+
+
+def student(dataset: str, hparams: dict) -> tuple[str, str]:
+    """The network and the initial weights that `networks.Featurizer` takes from these hparams.
+
+    Records of old versions of DomainBed lack hparams of newer ones, and mean a torchvision
+    ResNet.
+    """
+    side, backbone = _SIDES.get(dataset, hparams.get("image_size", 224)), hparams.get("backbone")
+    if backbone:
+        name, weights = backbone, "timm"
+    elif side < 32:
+        name, weights = "small CNN", "random"
+    elif side < 64:
+        name = f"WRN-{hparams.get('wrn_depth', 16)}-{hparams.get('wrn_widen', 2)}"
+        weights = "random"
+    elif hparams.get("vit"):
+        name, weights = "ViT-B/14", "DINOv2"
+    elif hparams.get("resnet50_augmix"):
+        name, weights = "ResNet-50", "AugMix"
+    elif "resnet18" in hparams:
+        name, weights = "ResNet-18" if hparams["resnet18"] else "ResNet-50", "ImageNet"
+    else:
+        return _UNKNOWN, _UNKNOWN
+    given = hparams.get("weights")
+    return name, {None: weights, "none": "random"}.get(given, str(given))
+
+
+def of_runs(grid: sweeps.Grid) -> dict[tuple[str, str], set[Protocol]]:
+    """{(data set, algorithm): the protocols of its runs}."""
+    names = {PurePath(args["output_dir"]).name: run.algorithm
+             for run, args in grid.args.items() if args.get("output_dir")}
+    found = {}
+    for run, args in grid.args.items():
+        hparams = grid.hparams[run]
+        teacher = None
+        if args.get("teacher"):
+            name = PurePath(args["teacher"]).name
+            teacher = f"a run of {display_name(names[name])}" if name in names else "another run"
+        elif "clip_backbone" in hparams:
+            mix = hparams.get("rise_teachers") or [hparams["clip_backbone"]]
+            teacher = "CLIP " + " + ".join(map(str, mix))
+        found.setdefault((run.dataset, run.algorithm), set()).add(Protocol(
+            *student(run.dataset, hparams), args.get("steps") or _n_steps(run.dataset, grid),
+            teacher, bool(args.get("fast"))))
+    return found
+
+
+def _n_steps(dataset: str, grid: sweeps.Grid) -> int:
+    """The data set's own number of steps or, where it is not registered, the longest run's."""
+    if dataset in datasets.DATASETS:
+        return datasets.get_dataset_class(dataset).N_STEPS
+    return grid.n_steps[dataset]
+
+
+def line(protocols: dict[tuple[str, str], set[Protocol]], grid: sweeps.Grid, dataset: str | None,
+         selection: str) -> str:
+    """The protocol of a data set's table, or of all; what differs says where.
+
+    Args:
+        protocols: of `of_runs`.
+        grid: of the same records.
+        dataset: None for the table of averages.
+        selection: the selection method's name.
+    """
+    mine = {(on, name): protocols[on, name] for name in row_order(grid.algorithms)
+            for on in grid.datasets if on == (dataset or on) and (on, name) in protocols}
+    several = dataset is None and len({key[0] for key in mine}) > 1
+
+    def told(describe) -> str:
+        """Each value that occurs, with the algorithms or data sets that have it if not all do."""
+        who = {}
+        for (on, algorithm), found in mine.items():
+            for value in sorted({describe(protocol) for protocol in found} - {None}):
+                who.setdefault(value, []).append(on if several else display_name(algorithm))
+        if len(who) == 1 and sum(map(len, who.values())) == len(mine):
+            return next(iter(who))
+        return ", ".join(f"{value} ({', '.join(dict.fromkeys(names))})"
+                         for value, names in who.items())
+
+    parts = [
+        "network " + told(lambda p: p.backbone),
+        "initial weights " + told(lambda p: p.weights),
+        told(lambda p: f"{p.steps:,} steps"),
+        f"{_count(grid.hparams_seeds, 'draw')} of hparams, {_count(grid.trial_seeds, 'trial')}",
+        f"selected by {selection}",
+        told(lambda p: "fast mode" if p.is_fast else "exact mode"),
+        "teacher " + (told(lambda p: p.teacher) or "none")]
+    return f"Protocol: {'; '.join(parts)}."
+
+
+def _count(things: Iterable, what: str) -> str:
+    n = len(list(things))
+    return f"{n} {what}{'' if n == 1 else 's'}"
