@@ -2,21 +2,21 @@
 
 start: importing the package, against importing torch, and reading the digits that ship.
 updates: each method takes turns with ERM on the same student, images and threads. The floor of a
-method with a teacher is ERM's update plus one forward pass of the teacher. Memory is what a
-process holds at most, above what it holds before the first update.
+method with a teacher is ERM's update plus one forward pass of the teacher. Memory (on Linux) is how
+much more a process holds at most during updates than before the first.
 sweep: a Debug28 sweep of 12 jobs of 3 steps, against the same jobs in processes of their own.
 collect: collect_results on a made-up sweep, the first time and again.
 
 With --peer DIR, a DomainBed checkout does the work of sweep and collect too, in turn with us.
 """
 
+import ctypes
 import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import random
-import resource
 import shlex
 import shutil
 import statistics
@@ -79,7 +79,6 @@ def cost(name: str, batch_size: int, repeats: int) -> dict:
     torch.set_num_threads(1)
     (erm, minibatches), (method, _) = build("ERM", batch_size), build(name, batch_size)
     erm.update(minibatches)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     method.update(minibatches)
     x = torch.cat([x for x, _ in minibatches])
     has_teacher = hasattr(method, "teacher_logits")
@@ -90,17 +89,46 @@ def cost(name: str, batch_size: int, repeats: int) -> dict:
         times["method"].append(timed(method.update, minibatches))
         times["floor"].append(erm_s + (timed(method.teacher_logits, x) if has_teacher else 0))
     erm_ms, method_ms, floor_ms = (1000 * statistics.median(t) for t in times.values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"method": name, "ms": method_ms, "of ERM": method_ms / erm_ms,
-            "of floor": method_ms / floor_ms, "MB more": (peak - before) / 1024}
+            "of floor": method_ms / floor_ms}
+
+
+def memory(name: str, batch_size: int, is_floor: bool) -> float:
+    """MB that updates need of a method, or of its floor."""
+    import torch
+
+    torch.set_num_threads(1)
+    method, minibatches = build(name, batch_size)
+    x = torch.cat([x for x, _ in minibatches])
+    has_teacher = is_floor and hasattr(method, "teacher_logits")
+    updated = build("ERM", batch_size)[0] if is_floor else method
+    ctypes.CDLL(None).malloc_trim(0)  # what building has freed must not hide what updates take
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    before = resident("VmRSS")
+    for _ in range(3):
+        updated.update(minibatches)
+        if has_teacher:
+            method.teacher_logits(x)
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    """MB that this process holds (VmRSS), or held at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0]) / 1024
 
 
 def updates(args) -> list[dict]:
-    """Each method's cost, measured in a process of its own."""
-    rows = []
-    for name in args.methods:
+    """Each method's cost; every figure is of a process of its own."""
+    def apart(function, *arguments):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(cost, (name, args.batch_size, args.repeats)))
+            return pool.apply(function, arguments)
+
+    rows, erm = [], apart(memory, "ERM", args.batch_size, False)
+    for name in args.methods:
+        row = apart(cost, name, args.batch_size, args.repeats)
+        mb, floor = (apart(memory, name, args.batch_size, is_floor) for is_floor in (False, True))
+        rows.append(row | {"MB": mb, "MB of ERM": mb / erm, "MB of floor": mb / floor})
     return rows
 
 
