@@ -28,7 +28,7 @@ def student(dataset: str, hparams: dict) -> tuple[str, str]:
     """The network and the initial weights that `networks.Featurizer` takes from these hparams.
 
     Records of old versions of DomainBed lack hparams of newer ones, and mean a torchvision
-    ResNet.
+    ResNet whose BatchNorm is frozen.
     """
     side, backbone = _SIDES.get(dataset, hparams.get("image_size", 224)), hparams.get("backbone")
     if backbone:
@@ -40,10 +40,11 @@ def student(dataset: str, hparams: dict) -> tuple[str, str]:
         weights = "random"
     elif hparams.get("vit"):
         name, weights = "ViT-B/14", "DINOv2"
-    elif hparams.get("resnet50_augmix"):
-        name, weights = "ResNet-50", "AugMix"
     elif "resnet18" in hparams:
-        name, weights = "ResNet-18" if hparams["resnet18"] else "ResNet-50", "ImageNet"
+        is_augmix = hparams.get("resnet50_augmix", False)
+        name = "ResNet-18" if hparams["resnet18"] and not is_augmix else "ResNet-50"
+        name += " with frozen BatchNorm" if hparams.get("freeze_bn", True) else ""
+        weights = "AugMix" if is_augmix else "ImageNet"
     else:
         return _UNKNOWN, _UNKNOWN
     given = hparams.get("weights")

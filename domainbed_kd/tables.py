@@ -34,12 +34,15 @@ class Cell:
     n_expected: int = 0
     #: By which (dataset, protocol) its runs were trained.
     protocols: frozenset = frozenset()
-    #: Whether the runs of one test env were trained by several protocols.
+    #: Whether the runs of one test env were trained by several protocols, or, of a published
+    #: number, by another or an unknown one.
     mixed: bool = False
     #: Whether that is not how most of the column was trained; set by `Table`.
     differs: bool = False
     #: 1 for the best of the column's comparable cells, 2 for the second, else 0; set by `Table`.
     rank: int = 0
+    #: What stands for no number.
+    blank: str = "X"
 
     @property
     def incomplete(self) -> bool:
@@ -47,9 +50,9 @@ class Cell:
         return self.mean is not None and self.n_finished < self.n_expected
 
     def number(self, plus_minus: str) -> str:
-        """Mean and standard error as DomainBed rounds them; X where there is no number."""
+        """Mean and standard error as DomainBed rounds them; `blank` where there is no number."""
         if self.mean is None:
-            return "X"
+            return self.blank
         if self.stderr is None:
             return f"{self.mean:.1f}"
         return f"{self.mean:.1f} {plus_minus} {self.stderr:.1f}"

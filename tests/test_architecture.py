@@ -26,7 +26,7 @@ ALLOWED = {
     "jobs": {"seeds", "datasets", "hparams_registry"},
     "model_selection": {"records"},
     "tables": {"model_selection", "datasets", "algorithms"},
-    "protocols": {"datasets", "records", "tables"},
+    "protocols": {"datasets", "records", "tables"}, "published": {"protocols", "tables"},
     "diagnostics": {"algorithms", "checkpoints"},
     "results": {"checkpoints"},
     "loggers": {"results"},
@@ -68,7 +68,7 @@ HEAVY = ("torch", "torchvision", "timm", "open_clip", "pandas", "wilds", "ray", 
          "matplotlib", "scipy", "statsmodels", "jinja2")
 LIGHT = ["domainbed_kd", "domainbed_kd.algorithms", "domainbed_kd.datasets", "domainbed_kd.jobs",
          "domainbed_kd.records", "domainbed_kd.results", "domainbed_kd.model_selection",
-         "domainbed_kd.tables", "domainbed_kd.protocols", "domainbed_kd.significance",
+         "domainbed_kd.tables", "domainbed_kd.published", "domainbed_kd.significance",
          "domainbed_kd.summaries",
          "domainbed_kd.command_launchers", "domainbed_kd.extensions", "domainbed_kd.__main__",
          *(f"domainbed_kd.scripts.{p.stem}" for p in (PACKAGE / "scripts").glob("[!_]*.py"))]

@@ -147,8 +147,9 @@ def test_every_table_with_numbers_says_how_its_runs_were_trained(vlcs, capsys):
     out, _ = run(capsys, vlcs)
     lines = [line for line in out.splitlines() if line.startswith("Protocol: ")]
     assert lines[0] == lines[1] == (
-        "Protocol: network ResNet-50; initial weights ImageNet; 1,001 steps; 2 draws of hparams, "
-        "2 trials; selected by training-domain validation set; exact mode; teacher none.")
+        "Protocol: network ResNet-50 with frozen BatchNorm; initial weights ImageNet; 1,001 steps; "
+        "2 draws of hparams, 2 trials; selected by training-domain validation set; exact mode; "
+        "teacher none.")
     assert len(lines) == 6 and "selected by test-domain validation set (oracle)" in lines[-1]
     for style in ("latex", "markdown"):
         assert run(capsys, vlcs, "--format", style)[0].count("Protocol: network ResNet-50") == 6

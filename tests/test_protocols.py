@@ -29,6 +29,7 @@ def line(*runs, dataset="PACS"):
     ("PACS", {"resnet50_augmix": False, "resnet18": True}, ("ResNet-18", "ImageNet")),
     ("PACS", {"resnet50_augmix": False, "weights": "IMAGENET1K_V2"},
      ("ResNet-50", "IMAGENET1K_V2")),
+    ("PACS", {"freeze_bn": True}, ("ResNet-50 with frozen BatchNorm", "AugMix")),
     ("PACS", {"vit": True, "dinov2": True}, ("ViT-B/14", "DINOv2")),
     ("PACS", {"backbone": "efficientnet_lite0", "weights": "none"},
      ("efficientnet_lite0", "random")),

@@ -8,7 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from domainbed_kd import datasets, model_selection, protocols, significance, tables
+from domainbed_kd import (
+    datasets,
+    model_selection,
+    protocols,
+    published,
+    significance,
+    tables,
+)
 from domainbed_kd import records as sweeps
 from domainbed_kd.scripts import Parser, run_main
 
@@ -32,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
                            "INPUT_DIR/results.{txt,tex,csv,md}")
     ours.add_argument("--upstream", action="store_true",
                       help="exactly what DomainBed prints: no marks, no notes, cells cut to width")
+    ours.add_argument("--published", action="store_true",
+                      help="also show published results on the same data sets, marked where "
+                           "their protocol differs or is not stated (docs/report.md)")
     ours.add_argument("--compare", metavar="ALGORITHM",
                       help="also compare every other algorithm with this one: paired differences "
                            "in points with 95 percent intervals and corrected tests, mean ranks "
@@ -48,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.upstream and style not in ("text", "latex"):
         raise ValueError(f"--upstream: DomainBed prints text or latex, not {style}.")
 
+    if args.published and args.upstream:
+        raise ValueError("--published goes without --upstream, which prints what DomainBed does.")
     if args.compare and (args.upstream or style == "csv"):
         raise ValueError("--compare goes with text, latex or markdown, and without --upstream.")
 
@@ -77,16 +89,17 @@ def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[
         methods = (model_selection.IIDAutoLRAccuracySelectionMethod,)
     made = make_tables(records, grid, methods, keep_unregistered=not args.upstream)
 
+    merged, sources = with_published(made, grid) if args.published else (made, [])
     remarks = [] if records else [f"{args.input_dir} holds no results yet."]
     if args.upstream:
         output = render_upstream(made, len(records), style)
     elif style == "csv":
-        output = tables.as_csv(table for group in made.values() for table in group)
-        remarks += notes(grid, made, args.input_dir)
+        output = tables.as_csv(table for group in merged.values() for table in group)
+        remarks += [*notes(grid, made, args.input_dir), *sources]
     else:
         compared = compare(records, grid, made, args.compare, style) if args.compare else {}
-        output = RENDER[style](
-            made, compared, grid, len(records), notes(grid, made, args.input_dir))
+        output = RENDER[style](merged, compared, grid, len(records),
+                               [*notes(grid, made, args.input_dir), *sources])
     return [output, "".join(f"{line}\n" for line in remarks)]
 
 
@@ -106,6 +119,22 @@ def make_tables(records: list[dict], grid: sweeps.Grid, methods: Iterable[type],
     for table in (table for group in made.values() for table in group if table.has_data):
         table.protocol = protocols.line(known, grid, table.dataset, table.method)
     return made
+
+
+def with_published(made: dict[type, list[tables.Table]], grid: sweeps.Grid
+                   ) -> tuple[dict[type, list[tables.Table]], list[str]]:
+    """The tables with published rows, and lines on where these come from, an empty one first."""
+    known = protocols.of_runs(grid)
+    searched = published.search(len(grid.hparams_seeds), len(grid.trial_seeds))
+    merged = {method: [published.merge(table, known, searched) for table in group]
+              for method, group in made.items()}
+    rows = [row for group in made.values() for table in group if table.dataset and table.has_data
+            for row in published.of_table(table)]
+    if not rows:
+        return made, ["", f"No published results are known on {', '.join(grid.datasets)}."]
+    return merged, ["", "Published rows, marked ! where a protocol differs or is not stated:",
+                    *(f"    {line}" for line in published.describe(
+                        list(dict.fromkeys(rows)), known, searched))]
 
 
 def compare(records: list[dict], grid: sweeps.Grid, methods: Iterable[type], reference: str,

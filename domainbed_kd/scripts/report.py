@@ -36,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
                                          "of its name beside it, as PNG and PDF")
     parser.add_argument("--compare", metavar="ALGORITHM",
                         help="with which every other is compared (ERM; without it the first row)")
+    parser.add_argument("--published", action="store_true",
+                        help="also show published results in the tables, marked where their "
+                             "protocol differs or is not stated")
     return parser
 
 
@@ -65,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     sections = [*compare(records, grid, args.compare, list(made[SELECTION][0].rows)),
                 *make_sections(args.input_dir, records, made[SELECTION])]
 
+    merged, sources = made, []
+    if args.published:
+        merged, sources = collect_results.with_published(made, grid)
     images.mkdir(parents=True, exist_ok=True)
     plots = [plot for section in sections for plot in section.plots]
     for plot in progress.bar(plots, desc="writing plots", unit="plot"):
@@ -72,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page.write_text(environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=f"Results on {', '.join(grid.datasets)}", facts=facts(grid, records),
-        groups=groups(made, grid), marks=marks(made), sections=sections,
-        notes="\n".join(collect_results.notes(grid, made, args.input_dir)[1:]),
+        groups=groups(merged, grid), marks=marks(merged), sections=sections,
+        notes="\n".join([*collect_results.notes(grid, made, args.input_dir), *sources]).strip(),
         display_name=tables.display_name, version=domainbed_kd.__version__,
         command=shlex.join(["domainbed-kd", "report", *(argv or sys.argv[1:])])), encoding="utf-8")
     print(f"{page}\n{len(plots)} plots in {images}, each as PNG and PDF")
@@ -108,7 +114,7 @@ def marks(made: dict) -> dict[str, bool]:
              for row in table.rows.values() for cell in row]
     return {"incomplete": any(cell.incomplete for cell in cells),
             "differs": any(cell.differs for cell in cells),
-            "absent": any(cell.mean is None for cell in cells)}
+            "absent": any(cell.number("") == "X" for cell in cells)}
 
 
 def compare(records: list[dict], grid: sweeps.Grid, reference: str | None, rows: list[str]

@@ -1,0 +1,142 @@
+"""Published results beside a sweep's own, marked where they were made by another protocol.
+
+`assets/published.csv` has a line for each method and data set, with the mean accuracy in percent
+over its domains, or over none but `domain`; the standard error, the selection method, the steps
+and the rest are empty where the source does not state them.
+"""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+from domainbed_kd.protocols import Protocol
+from domainbed_kd.tables import Cell, Table
+
+PATH = Path(__file__).parent / "assets" / "published.csv"
+#: By which method results are taken to be selected whose source does not state it; they are marked.
+USUAL_SELECTION = "training-domain validation set"
+
+
+class Row(NamedTuple):
+    """A line of the file."""
+
+    method: str
+    dataset: str
+    domain: str
+    mean: float
+    stderr: float | None
+    selection: str
+    backbone: str
+    weights: str
+    teacher: str
+    steps: int | None
+    search: str
+    source: str
+
+    @property
+    def label(self) -> str:
+        """The method as the row of a table."""
+        return f"{self.method}, published"
+
+
+def load() -> list[Row]:
+    """All lines of the file."""
+    with PATH.open(encoding="utf-8", newline="") as file:
+        return [Row(**line | {
+            "mean": float(line["mean"]),
+            "stderr": float(line["stderr"]) if line["stderr"] else None,
+            "steps": int(line["steps"]) if line["steps"] else None})
+            for line in csv.DictReader(file)]
+
+
+def search(n_hparams: int, n_trials: int) -> str:
+    """A random search as the file's `search` column has it."""
+    return f"{n_hparams} draws, {n_trials} trials"
+
+
+def of_table(table: Table) -> list[Row]:
+    """The lines that belong into a table, by data set and selection method."""
+    datasets = table.columns if table.dataset is None else [table.dataset]
+    return [row for row in load() if row.dataset in datasets
+            and (row.selection or USUAL_SELECTION) == table.method]
+
+
+def merge(table: Table, protocols: dict[tuple[str, str], set[Protocol]], searched: str) -> Table:
+    """The table with a row for each published method that has a number in it.
+
+    Cells are marked as of another protocol unless network, initial weights, steps, selection and
+    search are stated and those of the sweep. They compete for best and second like others.
+
+    Args:
+        table: of a sweep.
+        protocols: of `protocols.of_runs`.
+        searched: the sweep's, of `search`.
+    """
+    if not table.has_data:
+        return table
+    rows = dict(table.rows)
+    for row in of_table(table):
+        column = row.dataset if table.dataset is None else row.domain or "Avg"
+        if column not in table.columns or (table.dataset is None and row.domain):
+            continue
+        cells = rows.setdefault(row.label, [Cell(blank="-") for _ in table.columns])
+        i = table.columns.index(column)
+        usual = next((cells[i].protocols for cells in table.rows.values()
+                      if cells[i].mean is not None and not cells[i].differs), frozenset())
+        is_alike = usual and not differences(row, table.method, protocols, searched)
+        cells[i] = Cell(mean=row.mean, stderr=row.stderr,
+                        protocols=usual, mixed=not is_alike)
+    if table.dataset is None:
+        for label in rows.keys() - table.rows.keys():
+            rows[label][-1] = average(rows[label][:-1])
+    return Table(table.method, table.dataset, table.columns, rows, table.protocol)
+
+
+def average(cells: list[Cell]) -> Cell:
+    """The plain mean of published cells; no number if one has none."""
+    if any(cell.mean is None for cell in cells):
+        return Cell(blank="-")
+    return Cell(mean=sum(cell.mean for cell in cells) / len(cells),
+                protocols=frozenset().union(*(cell.protocols for cell in cells)),
+                mixed=any(cell.mixed for cell in cells))
+
+
+def differences(row: Row, selection: str, protocols: dict[tuple[str, str], set[Protocol]],
+                searched: str) -> list[str]:
+    """Which parts of a line's protocol are not stated, or not those of all runs on its data set."""
+    ours = {p for (dataset, _), found in protocols.items() if dataset == row.dataset for p in found}
+    stated = {
+        "network": (row.backbone, {p.backbone for p in ours}),
+        "initial weights": (row.weights, {p.weights for p in ours}),
+        "steps": (row.steps, {p.steps for p in ours}),
+        "selection": (row.selection, {selection}),
+        "search": (row.search, {searched}),
+        "exact mode": (False, {p.is_fast for p in ours})}
+    return [name for name, (theirs, found) in stated.items() if found != {theirs}]
+
+
+def describe(rows: list[Row], protocols: dict[tuple[str, str], set[Protocol]], searched: str
+             ) -> list[str]:
+    """A line for each published method: its protocol, where it differs, and its source."""
+    lines = {}
+    for row in rows:
+        lines.setdefault(row.label, []).append(row)
+    return [_describe(label, same, protocols, searched) for label, same in lines.items()]
+
+
+def _describe(label: str, rows: list[Row], protocols: dict, searched: str) -> str:
+    first, steps = rows[0], {}
+    selection = first.selection or USUAL_SELECTION
+    for row in rows:
+        steps.setdefault(row.steps, []).append(row.dataset)
+    told = ", ".join(("steps not stated" if n is None else f"{n:,} steps")
+                     + (f" ({', '.join(dict.fromkeys(on))})" if len(steps) > 1 else "")
+                     for n, on in steps.items())
+    parts = [first.backbone, f"initial weights {first.weights or 'not stated'}", told,
+             f"search {first.search or 'not stated'}",
+             f"selected by {first.selection or 'a method that is not stated'}",
+             *([f"teacher {first.teacher}"] if first.teacher else [])]
+    differ = dict.fromkeys(
+        name for row in rows for name in differences(row, selection, protocols, searched))
+    return (f"{label}: {'; '.join(parts)}. Other or not stated: {', '.join(differ) or 'nothing'}. "
+            f"{first.source}")
