@@ -141,6 +141,8 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
     @classmethod
     def run_acc(cls, run_records):
         """See `SelectionMethod.run_acc`."""
+        if all(len(record["args"]["test_envs"]) == 1 for record in run_records):
+            return None
         steps = {}  # {step: (records that hold out the test env, those that hold out a pair)}
         for record in run_records:
             alone, pairs = steps.setdefault(record["step"], ([], []))

@@ -1,7 +1,7 @@
 """How the runs behind a table were trained, in a line that a reader can hold against another's."""
 
+import os
 from collections.abc import Iterable
-from pathlib import PurePath
 from typing import NamedTuple
 
 from domainbed_kd import datasets
@@ -53,14 +53,14 @@ def student(dataset: str, hparams: dict) -> tuple[str, str]:
 
 def of_runs(grid: sweeps.Grid) -> dict[tuple[str, str], set[Protocol]]:
     """{(data set, algorithm): the protocols of its runs}."""
-    names = {PurePath(args["output_dir"]).name: run.algorithm
+    names = {os.path.basename(args["output_dir"]): run.algorithm
              for run, args in grid.args.items() if args.get("output_dir")}
     found = {}
     for run, args in grid.args.items():
         hparams = grid.hparams[run]
         teacher = None
         if args.get("teacher"):
-            name = PurePath(args["teacher"]).name
+            name = os.path.basename(args["teacher"])
             teacher = f"a run of {display_name(names[name])}" if name in names else "another run"
         elif "clip_backbone" in hparams:
             mix = hparams.get("rise_teachers") or [hparams["clip_backbone"]]

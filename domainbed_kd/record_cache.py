@@ -7,6 +7,7 @@ written aside, then renamed, so readers need no lock; where the folder cannot be
 is none. Sweeps of fewer than `LEAST_RUNS` runs are read in no time and get none either.
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -15,6 +16,7 @@ import os
 import sys
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -77,24 +79,30 @@ def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[dict]]]) -> Non
         if not records:
             continue
         first, args, hparams = records[0], records[0]["args"], records[0]["hparams"]
-        names = tuple(n for n in first if n.endswith("_acc"))
-        of_run = [[record.get(n) for n in names] for record in records]
-        if not all(len(r) == len(first) and r["args"] is args and r["hparams"] is hparams
+        if not all(r.keys() == first.keys() and r["args"] is args and r["hparams"] is hparams
                    and r.get("selection") == first.get("selection") for r in records):
             continue
-        if any(set(map(type, row)) != {float} for row in of_run) or any(
+        names, accuracies = _accuracies(tuple(first))
+        of_run = list(itertools.chain.from_iterable(map(accuracies, records)))
+        if set(map(type, of_run)) != {float} or any(
                 value != value for value in (*args.values(), *hparams.values())):  # NaN
             continue
         shape = shapes.setdefault((names, first.get("selection")), len(shapes))
         index.append((name, *stamp, len(records), shape, args, hparams))
         steps += [record["step"] for record in records]
-        for row in of_run:
-            values += row
+        values += of_run
     text = orjson.dumps({"format": _FORMAT, "shapes": list(shapes), "runs": index})
     content = io.BytesIO()
     np.savez(content, index=np.frombuffer(text, np.uint8),
              steps=np.array(steps, np.int64), values=np.array(values, np.float64))
     _replace(path, content.getbuffer())
+
+
+@functools.cache
+def _accuracies(names: tuple[str, ...]) -> tuple[tuple[str, ...], Callable]:
+    """The accuracies among a record's names, and what takes them out of it."""
+    wanted = tuple(n for n in names if n.endswith("_acc"))
+    return wanted, lambda record: [record[name] for name in wanted]
 
 
 def fingerprint(stamps: dict[str, tuple[int, int] | None]) -> str:

@@ -10,7 +10,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import orjson
 from tqdm import tqdm
@@ -136,35 +136,45 @@ def load(input_dir: str | Path) -> list[dict]:
     return Folder(input_dir).records()
 
 
-def _decode(line: bytes) -> Any:
-    """What json.loads returns, NaN included, in a third of its time."""
-    try:
-        return orjson.loads(line)
+def _decode(lines: list[bytes]) -> list:
+    """What json.loads makes of each line, NaN included; None where it is not JSON."""
+    try:  # all at once, in half the time
+        found = orjson.loads(b"[%b]" % b",".join(lines))
+        if len(found) == len(lines):
+            return found
     except orjson.JSONDecodeError:
-        return json.loads(str(line, "utf-8"))
+        pass
+    return [_decode_line(line) for line in lines]
+
+
+def _decode_line(line: bytes):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _read(path: str) -> tuple[list[dict], str]:
     """A file's records, and what is wrong with it ("" if nothing)."""
     records, broken = [], []
-    args = hparams = None
+    args = hparams = names = None
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = _decode(line)
-            except ValueError:
-                record = None
+        lines = file.readlines()
+    for number, record in enumerate(_decode(lines), 1):
+        if not (type(record) is dict and tuple(record) == names and record["args"] == args
+                and record["hparams"] == hparams and _has_numbers(record)):
             if not _is_record(record):
                 broken.append(number)
                 continue
+            names = tuple(record)
             # One object for all of a run's records: they are most of its memory.
             if record["args"] != args:
                 args = record["args"]
             if record["hparams"] != hparams:
                 hparams = record["hparams"]
-            kept = {name: record[name] for name in _kept_names(tuple(record))}
-            kept["args"], kept["hparams"] = args, hparams
-            records.append(kept)
+        kept = {name: record[name] for name in _kept_names(names)}
+        kept["args"], kept["hparams"] = args, hparams
+        records.append(kept)
     if not broken:
         return records, "" if records else f"{path}: empty"
     more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -174,6 +184,12 @@ def _read(path: str) -> tuple[list[dict], str]:
 @functools.cache
 def _kept_names(names: tuple[str, ...]) -> list[str]:
     return [n for n in names if n in ("step", "selection") or n.endswith("_acc")]
+
+
+def _has_numbers(record: dict) -> bool:
+    """Whether a record is one, if all else of it is as in the last."""
+    accuracies = {type(value) for name, value in record.items() if name.endswith("_acc")}
+    return accuracies == {float} and type(record["step"]) is int
 
 
 def _is_record(record) -> bool:
