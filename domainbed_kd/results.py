@@ -37,7 +37,8 @@ def to_frame(input_dir: str | Path):
     `args.algorithm`, `hparams.lr`, `diagnostics.weight_distance`. Added are `run` (the folder's
     name), `val_acc` (mean over the training domains' out-splits), `test_acc` (mean over the test
     domains' in-splits) and `selected` (whether training-domain validation chooses this checkpoint
-    of its run). Lists, such as `args.test_envs`, are tuples. Lines that cannot be read are named
+    of its run); the share of samples that SCMD records under that name is `selected_share`. Lists,
+    such as `args.test_envs`, are tuples. Lines that cannot be read are named
     on stderr and left out.
 
     Raises:
@@ -81,9 +82,10 @@ def read_records(run: str | Path) -> list[dict]:
 def _with_choice(run: str, records: list[dict]) -> list[dict]:
     """The records with `run`, `val_acc`, `test_acc` and `selected`."""
     chosen = selected(records)
-    return [{"run": run, **record, "val_acc": validation_accuracy(record),
+    shares = [{"selected_share": r["selected"]} if "selected" in r else {} for r in records]
+    return [{"run": run, **record, **share, "val_acc": validation_accuracy(record),
              "test_acc": test_accuracy(record), "selected": record is chosen}
-            for record in records]
+            for record, share in zip(records, shares)]
 
 
 def selected(records: list[dict]) -> dict | None:

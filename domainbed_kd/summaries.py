@@ -11,12 +11,13 @@ _CELL = ["args.dataset", "args.algorithm", "test_env", "args.trial_seed"]
 LEAST_DRAWS = 5
 #: Diagnostics that `diagnostics` returns: {column: what it is}; `{}` is the held-out domain.
 DIAGNOSTICS = {
-    "diagnostics.weight_distance_relative": "weight distance / initial norm",
+    "diagnostics.weight_distance": "cumulative weight distance",
     "diagnostics.mutual_information_class": "information about the class, nats",
     "diagnostics.mutual_information_domain": "information about the domain, nats",
     "diagnostics.env{}_ece": "calibration error, held-out domain",
     "diagnostics.env{}_teacher_agreement": "agreement with the teacher, held-out domain",
     "filtered": "share of samples filtered (KDDG)",
+    "selected_share": "share of samples selected (SCMD)",
 }
 
 

@@ -31,7 +31,7 @@ def made_up(folder, algorithms=("ERM", "KDDG", "MosaicKD"), dataset="PACS"):
                     "args": args, "step": step, "step_time": .1 * len(name), "loss": 1 - acc,
                     "hparams": {"lr": .1 * draw + .01 * trial, "weight": 1 / (draw + trial + 1)},
                     **{f"env{i}_{split}_acc": acc for i in range(4) for split in ("in", "out")},
-                    "diagnostics": {"weight_distance_relative": .1 * step, "env0_ece": .1,
+                    "diagnostics": {"weight_distance": .1 * step, "env0_ece": .1,
                                     "env1_ece": .1, "env2_ece": .1, "env3_ece": .2}})
             (run / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     return folder

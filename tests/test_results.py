@@ -109,6 +109,16 @@ def written(tmp_path, logits, labels):
     return results.load_logits(tmp_path, 0)["env0_out"]
 
 
+def test_the_share_of_samples_that_scmd_selects_is_kept_apart_from_the_choice(tmp_path):
+    accs = {f"env{i}_{split}_acc": .5 for i in range(2) for split in ("in", "out")}
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(
+        {"step": step, "args": {"test_envs": [0]}, "selected": .25, **accs}) + "\n"
+        for step in range(2)))
+    frame = results.to_frame(tmp_path)
+    assert frame["selected"].tolist() == [True, False]
+    assert frame["selected_share"].tolist() == [.25, .25]
+
+
 def test_half_precision_keeps_guesses_apart_and_probabilities_to_a_thousandth(tmp_path):
     generator = np.random.RandomState(0)
     logits = generator.randn(2000, 7).astype(np.float32) * 10
