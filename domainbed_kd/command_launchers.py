@@ -60,6 +60,8 @@ def dummy(commands: list[str], *, jobs_per_device: int = 1,
 
 
 REGISTRY: dict[str, Callable] = {"local": local, "dummy": dummy, "multi_gpu": multi_gpu}
+# Those that return when the jobs have ended, so that what has not begun then waits for nobody.
+BLOCKING = (local, multi_gpu)
 
 
 def get_launcher(name: str) -> Callable:

@@ -5,7 +5,7 @@ can be finished here. A folder's name depends on `data_dir`; what a run *is* doe
 made from data in another place is found by the arguments on record in its results.jsonl.
 """
 
-import fcntl
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from domainbed_kd import datasets
+from domainbed_kd import claims, datasets
 from domainbed_kd.seeds import seed_hash
 
 # Arguments that make a run what it is, with what DomainBed's records mean where they are absent.
@@ -25,6 +25,9 @@ _IDENTITY = {
     "seed": 0, "task": "domain_generalization", "steps": None, "hparams": None,
     "holdout_fraction": 0.2, "uda_holdout_fraction": 0, "checkpoint_freq": None,
     "skip_model_save": False, "fast": False}
+
+# The exit status of a train that was told to stop, and has saved its state.
+STOPPED = 143
 
 _encode = json.JSONEncoder(sort_keys=True).encode
 
@@ -148,9 +151,12 @@ class Job:
             the teacher are part of the folder's name.
     """
 
-    NOT_LAUNCHED = "Not launched"
-    INCOMPLETE = "Incomplete"
+    NOT_LAUNCHED = "Not launched"  # also of one that waits in a launcher's queue
+    RUNNING = "Running"
+    INTERRUPTED = "Interrupted"
+    FAILED = "Failed"
     DONE = "Done"
+    STATES = (DONE, RUNNING, INTERRUPTED, FAILED, NOT_LAUNCHED)
 
     def __init__(self, train_args: dict, sweep_output_dir: str, runs: Runs | None = None,
                  plugins: list[str] | tuple = (), teacher: "Job | None" = None,
@@ -163,12 +169,8 @@ class Job:
         self.teacher = teacher
         self.flags = flags
         self.exit_status = 0
-        if found is None:
-            self.state = self.NOT_LAUNCHED
-        elif self.is_done():
-            self.state = self.DONE
-        else:
-            self.state = self.INCOMPLETE
+        self.has_folder = found is not None
+        self.state = self.state_now() if self.has_folder else self.NOT_LAUNCHED
 
     @property
     def command_str(self) -> str:
@@ -197,43 +199,58 @@ class Job:
         return os.path.exists(os.path.join(self.output_dir, "done"))
 
     def is_running(self) -> bool:
-        """Whether a process of this package is at work in its folder, as of now.
+        """Whether a process of this package is at work in its folder, as of now."""
+        return claims.holder(self.output_dir) is not None
 
-        It holds the lock of out.txt, which the system frees when it ends, however it ends.
-        """
-        try:
-            with open(os.path.join(self.output_dir, "out.txt"), "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except FileNotFoundError:
-            return False
-        return False
-
-    def has_begun(self) -> bool:
-        """Whether it has printed anything yet; a job that waits in a queue has not."""
-        return os.path.exists(os.path.join(self.output_dir, "out.txt"))
+    def state_now(self) -> str:
+        """Its state, looked up again."""
+        if self.is_done():
+            return self.DONE
+        if not any(os.path.exists(os.path.join(self.output_dir, name))
+                   for name in ("out.txt", "results.jsonl")):
+            return self.NOT_LAUNCHED
+        if self.is_running():
+            return self.RUNNING
+        failed = os.path.exists(os.path.join(self.output_dir, "failed"))
+        return self.FAILED if failed else self.INTERRUPTED
 
     def wrote_within(self, seconds: float) -> bool:
-        """Whether anything in its folder changed that recently: a hint that it is running."""
-        if self.state == self.NOT_LAUNCHED:
+        """Whether anything in its folder changed that recently."""
+        if not self.has_folder:
             return False
         with os.scandir(self.output_dir) as entries:
             newest = max((entry.stat().st_mtime for entry in entries),
                          default=os.stat(self.output_dir).st_mtime)
         return time.time() - newest < seconds
 
-    def peak_memory(self) -> dict[str, float] | None:
-        """The MiB that it has held at most, as "rss_mb" and "gpu_mb"; None before its first record.
+    @property
+    def n_steps(self) -> int:
+        """The updates that it makes."""
+        return (self.train_args.get("steps")
+                or datasets.get_dataset_class(self.train_args["dataset"]).N_STEPS)
 
-        A damaged memory.json counts as none: it is no result.
+    @property
+    def label(self) -> str:
+        """What it trains, in words."""
+        args = self.train_args
+        return (f"{args['algorithm']} {args['dataset']} test env "
+                f"{' '.join(map(str, args['test_envs']))}, trial {args['trial_seed']}, hparams "
+                f"{args['hparams_seed']}")
+
+    def cost(self) -> dict[str, float]:
+        """What it has taken so far, by its last record; empty before its first.
+
+        At most "rss_mb" and "gpu_mb" MiB of process and GPU, and "seconds" for "steps" updates,
+        which older runs lack. A damaged memory.json counts as none: it is no result.
         """
         try:
             with open(os.path.join(self.output_dir, "memory.json"), encoding="utf-8") as file:
-                peak = json.load(file)
-            return {name: float(peak[name]) for name in ("rss_mb", "gpu_mb")}
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
+                found = json.load(file)
+            cost = {name: float(found[name]) for name in ("rss_mb", "gpu_mb", "seconds", "steps")
+                    if name in found}
+        except (FileNotFoundError, ValueError, TypeError):
+            return {}
+        return cost if all(0 <= value < float("inf") for value in cost.values()) else {}
 
     def last_error(self) -> str:
         """The last line that it wrote to err.txt; empty if there is none."""
@@ -244,18 +261,36 @@ class Job:
             return next((line.strip() for line in reversed(file.readlines()) if line.strip()), "")
 
     def why_failed(self) -> str:
-        """Why it ended with an exit status other than 0, in a line."""
+        """Why it ended without being done, in a line."""
+        if reason := self._reason_kept():
+            return reason
         if self.exit_status == -signal.SIGKILL:
             return "killed by SIGKILL, as a system does that runs out of memory"
         if self.exit_status < 0:
             return f"killed by {signal.Signals(-self.exit_status).name}"
         return self.last_error() or f"exit status {self.exit_status}, no message"
 
+    def _reason_kept(self) -> str:
+        """What it or its launcher left in the file `failed`; empty if there is none."""
+        path = os.path.join(self.output_dir, "failed")
+        if not os.path.exists(path):
+            return ""
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+
+    def keep_reason(self) -> None:
+        """Leaves in the file `failed` why it ended, unless it did so itself or was stopped."""
+        if self.state_now() != self.FAILED and self.exit_status != STOPPED:
+            with contextlib.suppress(OSError):  # the job's own error is the one to report
+                with open(os.path.join(self.output_dir, "failed"), "w", encoding="utf-8") as file:
+                    file.write(self.why_failed() + "\n")
+
     @staticmethod
     def launch(jobs: list["Job"], launcher_fn: Callable) -> list["Job"]:
         """Makes the jobs' folders and hands their commands to a launcher.
 
         Returns the jobs that failed, which is empty if the launcher returns no exit statuses.
+        One that another launcher has finished, or is at, has not failed.
         Folders that are still empty when the launcher gives up are removed, so that their jobs
         count as not launched.
         """
@@ -263,6 +298,7 @@ class Job:
         print("Making job directories:")
         for job in jobs:
             os.makedirs(job.output_dir, exist_ok=True)
+            job.has_folder = True
         try:
             statuses = launcher_fn([job.command_str for job in jobs])
         except BaseException:
@@ -275,7 +311,11 @@ class Job:
             return []
         for job, status in zip(jobs, statuses):
             job.exit_status = status
-        return [job for job in jobs if job.exit_status != 0]
+        failed = [job for job in jobs if job.exit_status != 0
+                  and job.state_now() not in (job.DONE, job.RUNNING)]
+        for job in failed:
+            job.keep_reason()
+        return failed
 
     @staticmethod
     def delete(jobs: list["Job"]) -> None:

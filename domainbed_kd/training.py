@@ -69,7 +69,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
     Returns:
         0 if the run is finished, 143 if a signal stopped it (its state is saved).
     """
-    folder = Path(args["output_dir"])
+    began, folder = time.monotonic(), Path(args["output_dir"])
     if resume == "auto" and _already_finished(folder, args):
         print(f"{folder} holds this run, finished. Delete the folder, choose another --output_dir, "
               "or pass --resume never to train again.", file=sys.stderr)
@@ -110,6 +110,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
     first_step, pending = 0, defaultdict(list)  # values since the last record, by name
     if resume == "auto":
         first_step = restore(folder, args, algorithm, load, pending, measures)
+    if first_step:
+        began -= seconds_before(folder, first_step)
     teacher = audit_teacher(algorithm, splits, training, device, args) if not first_step else None
     views = None
     if hparams.get("canonical_view"):
@@ -162,7 +164,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
                     results.save_logits(folder / "logits" / f"step{step}.npz", logits, kept)
                 record |= {"hparams": hparams, "args": args}
                 append_record(folder, record)
-                save_peak_memory(folder, device)
+                save_cost(folder, device, time.monotonic() - began, step + 1)
                 logger.log(record)
                 pending.clear()
                 if args["save_model_every_checkpoint"]:
@@ -375,12 +377,25 @@ def peak_memory_gb(device) -> float:
     return torch.cuda.max_memory_allocated() / 1024**3 if device.type == "cuda" else 0.0
 
 
-def save_peak_memory(folder: Path, device) -> None:
-    """Leaves in memory.json what the process has held at most so far, in MiB, for `status`."""
-    peak = {"rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
-            "gpu_mb": 1024 * peak_memory_gb(device)}
+def save_cost(folder: Path, device, seconds: float, steps: int) -> None:
+    """Leaves in memory.json what the run has taken so far, for `sweep status` and `sweep plan`.
+
+    That is what the process has held at most, in MiB, and the seconds that `steps` updates and
+    their evaluations took, in all attempts together.
+    """
+    cost = {"rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
+            "gpu_mb": 1024 * peak_memory_gb(device), "seconds": seconds, "steps": steps}
     checkpoints.write_atomically(
-        folder / "memory.json", lambda path: path.write_text(json.dumps(peak)))
+        folder / "memory.json", lambda path: path.write_text(json.dumps(cost)))
+
+
+def seconds_before(folder: Path, first_step: int) -> float:
+    """What a run that goes on had taken until that step, as far as its memory.json tells."""
+    try:
+        cost = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
+        return float(cost["seconds"]) * first_step / cost["steps"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError, ArithmeticError):
+        return 0.0  # it tells nothing, and is no result
 
 
 # What a run prints and writes.

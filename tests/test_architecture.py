@@ -23,7 +23,7 @@ ALLOWED = {
     "extensions": {"algorithms", "datasets", "command_launchers", "forks"},
     "forks": {"algorithms", "checkpoints", "datasets", "hparams_registry", "networks"},
     "hook": {"plugin"},
-    "jobs": {"seeds", "datasets", "hparams_registry"},
+    "claims": set(), "costs": set(), "jobs": {"claims", "seeds", "datasets", "hparams_registry"},
     "model_selection": {"records"},
     "tables": {"model_selection", "datasets", "algorithms"},
     "protocols": {"datasets", "records", "tables"}, "published": {"protocols", "tables"},

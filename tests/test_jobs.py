@@ -1,12 +1,14 @@
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import GOLDENS, golden
 
-from domainbed_kd import datasets, jobs
+from domainbed_kd import claims, datasets, jobs
 from domainbed_kd.jobs import Job
 
 CASES = golden("jobs.json")["cases"]
@@ -96,7 +98,7 @@ def test_a_sweep_is_recognized_when_its_data_have_moved(tmp_path):
     assert {job.state for job in moved} == {"Done"}
     os.remove(os.path.join(moved[3].output_dir, "done"))
     moved = make(SHIPPED, tmp_path / "sweep", data_dir="/elsewhere")
-    assert [i for i, job in enumerate(moved) if job.state == "Incomplete"] == [3]
+    assert [i for i, job in enumerate(moved) if job.state == "Interrupted"] == [3]
 
 
 @pytest.mark.parametrize("change", [
@@ -140,8 +142,9 @@ def test_launching_makes_the_folders_and_returns_what_failed(tmp_path, capsys):
 
     assert Job.launch(todo, launcher) == todo[1:]
     assert received == [job.command_str for job in todo]
-    assert [job.state for job in make(CASES[1], tmp_path)[:4]] == 3 * ["Incomplete"] + [
-        "Not launched"]
+    # One that returned nothing of its own keeps the reason that its launcher knows.
+    assert not any(job.state == "Done" for job in make(CASES[1], tmp_path))
+    assert make(CASES[1], tmp_path)[2].why_failed().startswith("killed by SIGKILL")
     assert capsys.readouterr().out == (
         "Launching...\nMaking job directories:\nLaunched 3 jobs!\n")
 
@@ -160,15 +163,14 @@ def test_jobs_that_a_launcher_did_not_begin_can_be_launched_again(error, tmp_pat
 
     with pytest.raises(error):
         Job.launch(todo, launcher)
-    assert [job.state for job in make(CASES[1], tmp_path)[:2]] == ["Incomplete", "Not launched"]
+    assert [job.state for job in make(CASES[1], tmp_path)[:2]] == ["Interrupted", "Not launched"]
 
 
 def test_deleting_removes_the_folders_of_these_jobs_only(tmp_path, capsys):
     todo = make(CASES[1], tmp_path)[:3]
     Job.launch(todo, lambda commands: None)
     Job.delete(todo[:2])
-    assert [job.state for job in make(CASES[1], tmp_path)[:3]] == [
-        "Not launched", "Not launched", "Incomplete"]
+    assert [job.has_folder for job in make(CASES[1], tmp_path)[:3]] == [False, False, True]
     assert capsys.readouterr().out.endswith("Deleting...\nDeleted 2 jobs!\n")
 
 
@@ -185,15 +187,61 @@ def test_the_last_error_is_the_last_line_with_something_in_it(tmp_path):
     (-9, "killed by SIGKILL, as a system does that runs out of memory"),
     (-15, "killed by SIGTERM"), (2, "error: no such thing"), (3, "exit status 3, no message")])
 def test_a_job_tells_why_it_failed(status, reason, tmp_path):
+    def launcher(commands):
+        if status != 3:
+            (Path(job.output_dir) / "err.txt").write_text("error: no such thing\n")
+        return [status]
+
     job, = make(CASES[1], tmp_path)[:1]
-    assert Job.launch([job], lambda commands: [status]) == [job]
-    if status != 3:
-        with open(os.path.join(job.output_dir, "err.txt"), "w") as file:
-            file.write("error: no such thing\n")
+    assert Job.launch([job], launcher) == [job]
     assert job.why_failed() == reason
 
 
-def test_a_job_seems_to_run_while_its_folder_changes(tmp_path):
+def test_a_job_is_in_one_of_five_states(tmp_path):
+    def state():
+        return make(CASES[1], tmp_path)[0].state
+
+    folder = Path(make(CASES[1], tmp_path)[0].output_dir)
+    assert state() == "Not launched"
+    folder.mkdir()
+    assert state() == "Not launched"  # it waits for its launcher
+    (folder / "out.txt").touch()
+    assert state() == "Interrupted"
+    with claims.held(folder):
+        assert state() == "Running"
+    (folder / "failed").write_text("error: no\n")
+    assert state() == "Failed"
+    (folder / "done").touch()
+    assert state() == "Done"
+
+
+def test_a_job_that_was_told_to_stop_is_interrupted_not_failed(tmp_path):
+    def stopped(commands):
+        (Path(job.output_dir) / "out.txt").touch()
+        return [143]
+
+    job = make(CASES[1], tmp_path)[0]
+    assert Job.launch([job], stopped) == [job]
+    assert make(CASES[1], tmp_path)[0].state == "Interrupted"
+
+
+def test_what_another_launcher_has_or_has_done_is_no_failure(tmp_path):
+    todo = make(CASES[1], tmp_path)[:2]
+
+    def beaten(commands):
+        for job in todo:
+            (Path(job.output_dir) / "out.txt").touch()
+        (Path(todo[0].output_dir) / "done").touch()
+        return [2, 2]
+
+    with contextlib.ExitStack() as stack:
+        todo_folder = Path(todo[1].output_dir)
+        todo_folder.mkdir(parents=True)
+        stack.enter_context(claims.held(todo_folder))
+        assert Job.launch(todo, beaten) == []
+
+
+def test_a_job_wrote_lately_if_anything_in_its_folder_changed(tmp_path):
     assert not make(CASES[1], tmp_path)[0].wrote_within(100)
     Job.launch(make(CASES[1], tmp_path)[:1], lambda commands: None)
     job = make(CASES[1], tmp_path)[0]

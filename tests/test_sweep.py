@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS
 
-from domainbed_kd import algorithms, command_launchers, datasets
+from domainbed_kd import algorithms, claims, command_launchers, datasets
 from domainbed_kd.jobs import Job
-from domainbed_kd.scripts import run_main, sweep, train
+from domainbed_kd.scripts import run_main, sweep
 
 SMALL = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--n_trials", "1",
          "--hparams", '{"batch_size": 4}', "--steps", "3"]
@@ -57,12 +57,14 @@ def test_launching_twice_runs_nothing_the_second_time(tmp_path, launched, capsys
     args = flags("launch", tmp_path / "sweep", "--command_launcher", "pretend")
     assert sweep.main(args) == 0
     out = capsys.readouterr().out
-    assert "6 jobs: 0 done, 0 incomplete, 6 not launched.\nAbout to launch 6 jobs.\n" in out
+    assert ("6 jobs: 0 done, 0 running, 0 interrupted, 0 failed, 6 not launched.\n"
+            "About to launch 6 jobs.\n") in out
     assert out.endswith("Launching...\nMaking job directories:\nLaunched 6 jobs!\n")
     assert len(launched) == 6
     assert sweep.main(args) == 0
     out = capsys.readouterr().out
-    assert out.endswith("6 jobs: 6 done, 0 incomplete, 0 not launched.\nAbout to launch 0 jobs.\n")
+    assert out.endswith("6 jobs: 6 done, 0 running, 0 interrupted, 0 failed, 0 not launched.\n"
+                        "About to launch 0 jobs.\n")
     assert out.count("\nDone: ") + out.startswith("Done: ") == 6
     assert len(launched) == 6
 
@@ -81,23 +83,97 @@ def test_a_sweep_of_domainbeds_is_seen_as_done_wherever_its_data_lie(tmp_path, c
     assert sweep.main([*args, "--data_dir", "elsewhere"]) == 0
     first = capsys.readouterr().out.splitlines()[:2]
     assert [line.split() for line in first] == [
-        ["algorithm", "done", "running", "incomplete", "absent"], ["ERM", "40", "0", "0", "0"]]
+        ["algorithm", "done", "running", "interrupted", "failed", "not", "launched"],
+        ["ERM", "40", "0", "0", "0", "0"]]
 
 
 def test_status_counts_states_by_algorithm_and_by_data_set(tmp_path, capsys):
     args = flags("status", tmp_path, "--algorithms", "ERM", "SWAD", "--datasets", "Debug28",
                  "DigitsDG", "--single_test_envs")
     parsed = sweep.build_parser().parse_args(args)
-    folders = [Job(train_args, str(tmp_path)).output_dir for train_args in args_list_of(parsed)]
-    for folder, *files in ((folders[0], "done"), (folders[1], "out.txt"), (folders[2],)):
-        os.makedirs(folder)
+    todo = [Job(train_args, str(tmp_path)) for train_args in args_list_of(parsed)]
+    folders = [Path(job.output_dir) for job in todo]
+    for folder, *files in ((folders[0], "out.txt", "done"), (folders[1], "out.txt"),
+                           (folders[2], "out.txt", "failed"), (folders[3], "out.txt"),
+                           (folders[4],)):
+        folder.mkdir()
         for file in files:
-            open(os.path.join(folder, file), "w").close()
-    os.utime(folders[2], (0, 0))
-    assert sweep.main(args) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["ERM", "1", "1", "1", "4"] in rows and ["SWAD", "0", "0", "0", "7"] in rows
-    assert ["Debug28", "1", "1", "1", "3"] in rows and ["DigitsDG", "0", "0", "0", "8"] in rows
+            (folder / file).write_text("error: it is late\n")
+    with claims.held(folders[1]):
+        assert sweep.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines]
+    assert ["ERM", "1", "1", "0", "1", "4"] in rows and ["SWAD", "0", "0", "1", "0", "6"] in rows
+    assert ["Debug28", "1", "1", "1", "1", "2"] in rows
+    assert ["DigitsDG", "0", "0", "0", "0", "8"] in rows
+    assert (f"failed: {folders[2]} (ERM Debug28 test env 2, trial 0, hparams 0): "
+            "error: it is late") in lines
+    assert "1 of those not launched have a folder: they wait in a queue" in lines[-1]
+
+
+def test_status_tells_rate_and_time_left_from_what_jobs_took(tmp_path, capsys):
+    args = flags("status", tmp_path, "--steps", "100", "--single_test_envs")
+    parsed = sweep.build_parser().parse_args(args)
+    folders = [Path(Job(train_args, str(tmp_path)).output_dir)
+               for train_args in args_list_of(parsed)]
+    for folder, cost in ((folders[0], {"seconds": 600, "steps": 100}),
+                         (folders[1], {"seconds": 150, "steps": 50})):
+        folder.mkdir()
+        (folder / "memory.json").write_text(json.dumps({"rss_mb": 1, "gpu_mb": 0} | cost))
+        (folder / "out.txt").touch()
+    (folders[0] / "done").touch()
+    with claims.held(folders[1]):
+        assert sweep.main(args) == 0
+    out = capsys.readouterr().out
+    assert "running: 1 jobs, 0.333 updates a second together\n" in out
+    # 50 updates at its own 3 s, and 100 at the 5 s that the 150 measured ones took on average.
+    assert "left: 10.8 minutes with 1 at a time\n" in out
+
+
+def test_status_is_shown_again_until_all_jobs_are_done(tmp_path, launched, monkeypatch, capsys):
+    waited = []
+
+    def finish(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend"))
+
+    monkeypatch.setattr(sweep.time, "sleep", finish)
+    assert sweep.main(flags("status", tmp_path, "--watch", "7")) == 0
+    assert waited == [7, 7]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:3] == "ERM"]
+    assert rows == [["ERM", "0", "0", "0", "0", "6"]] * 2 + [["ERM", "6", "0", "0", "0", "0"]]
+
+
+def test_failed_jobs_are_launched_again_as_often_as_asked(tmp_path, monkeypatch, capsys):
+    attempts = []
+
+    def launcher(commands):
+        attempts.append(len(commands))
+        for command in commands[len(attempts):]:
+            folder = Path(command_of(command)["output_dir"][0])
+            (folder / "out.txt").touch()
+            (folder / "done").touch()
+        return [1] * min(len(attempts), len(commands)) + [0] * (len(commands) - len(attempts))
+
+    monkeypatch.setitem(command_launchers.REGISTRY, "mine", launcher)
+    args = flags("launch", tmp_path, "--command_launcher", "mine", "--retry", "2")
+    assert sweep.main(args) == 1
+    assert attempts == [6, 1, 1]
+    err = capsys.readouterr().err
+    assert err.count("1 jobs failed and are launched again.") == 2
+    assert "1 of 6 jobs failed:" in err and "exit status 1, no message" in err
+
+
+def test_running_jobs_are_not_deleted(tmp_path, launched, capsys):
+    sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend"))
+    for command in launched[:2]:
+        run = left_by_a_killed_job(tmp_path, [command])
+    with claims.held(run):
+        assert sweep.main(flags("delete_incomplete", tmp_path)) == 0
+    out, err = capsys.readouterr()
+    assert "Deleted 1 jobs!" in out and "1 jobs are running and are kept." in err
+    assert run.exists() and len(os.listdir(tmp_path)) == 5
 
 
 def args_list_of(args):
@@ -116,8 +192,8 @@ def test_incomplete_jobs_are_kept_and_named_at_launch_and_deleted_on_demand(
     capsys.readouterr()
     sweep.main(args)
     out, err = capsys.readouterr()
-    assert "6 jobs: 4 done, 2 incomplete, 0 not launched." in out
-    assert "2 incomplete jobs are left as they are" in err and "delete_incomplete" in err
+    assert "6 jobs: 4 done, 0 running, 0 interrupted, 0 failed, 2 not launched." in out
+    assert "2 jobs wait for their launcher and are left alone" in err and "delete_incomplete" in err
     assert sweep.main(flags("delete_incomplete", tmp_path)) == 0
     out, err = capsys.readouterr()
     assert out.endswith("About to delete 2 jobs.\nDeleting...\nDeleted 2 jobs!\n")
@@ -210,6 +286,9 @@ def test_defaults_are_domainbeds():
     (["--command_launcher", "locl"], "Launcher not found: locl. Did you mean local?"),
     (["--command_launcher", "no_module:f"], "Launcher not found: no_module:f"),
     (["--command_launcher", "os:getcwd", "--jobs_per_device", "2"], "does not take"),
+    (["--retry", "-1"], "--retry is -1"),
+    (["--watch", "0"], "--watch is 0"),
+    (["--watch", "nan"], "--watch is nan"),
     (["--jobs_per_device", "0"], "--jobs_per_device is 0"),
     (["--threads_per_job", "0"], "--threads_per_job is 0"),
     (["--plugin", "no_such_module"], "--plugin no_such_module"),
@@ -284,7 +363,7 @@ def test_real_jobs_train_side_by_side_and_a_second_launch_runs_nothing(tmp_path)
     assert "env0_in_acc" not in ran.stdout
     assert os.listdir(tmp_path) == [folder.name]
     again = sh([*args, "--data_dir", "moved"], cwd=tmp_path)
-    assert "3 jobs: 3 done, 0 incomplete, 0 not launched.\nAbout to launch 0 jobs." in again.stdout
+    assert "\nAbout to launch 0 jobs." in again.stdout and "3 jobs: 3 done" in again.stdout
     # The warm worker left what the same command leaves in a process of its own.
     parsed = sweep.build_parser().parse_args([*args, "--data_dir", "here"])
     args_list = args_list_of(parsed)
@@ -372,12 +451,12 @@ def test_a_job_that_is_at_work_is_launched_by_nobody_else(tmp_path, launched, ca
     sweep.main(args)
     run = left_by_a_killed_job(tmp_path, launched)
     capsys.readouterr()
-    with train.claimed(run):
+    with claims.held(run):
         assert sweep.main(args) == 0
-        with pytest.raises(ValueError, match="Another process trains in"), train.claimed(run):
+        with pytest.raises(ValueError, match="Another process trains in"), claims.held(run):
             pass
     out, err = capsys.readouterr()
-    assert "About to launch 0 jobs." in out and "1 incomplete jobs are left as they are" in err
+    assert "About to launch 0 jobs." in out and "1 jobs are running and are left alone" in err
     assert len(launched) == 6
     assert sweep.main(args) == 0 and len(launched) == 7
 

@@ -216,6 +216,15 @@ def test_an_unknown_hparam_is_taken_with_a_warning_that_names_the_nearest(tmp_pa
         run(tmp_path, *DEBUG, "--hparams", '{"batch_size": 6, "weight_decai": 1}')
 
 
+def test_a_run_that_goes_on_counts_the_seconds_of_its_first_attempt(tmp_path):
+    assert training.seconds_before(tmp_path, 5) == 0
+    (tmp_path / "memory.json").write_text('{"seconds": 60, "steps": 30}')
+    assert training.seconds_before(tmp_path, 20) == 40
+    for damaged in ("", "[]", '{"seconds": 1}', '{"seconds": 1, "steps": 0}'):
+        (tmp_path / "memory.json").write_text(damaged)
+        assert training.seconds_before(tmp_path, 5) == 0
+
+
 def test_a_run_leaves_the_memory_that_it_held_beside_its_records(tmp_path):
     records = run(tmp_path, "--dataset", "Debug28", "--steps", "1", "--skip_model_save",
                   "--hparams", '{"batch_size": 4}')
@@ -224,4 +233,5 @@ def test_a_run_leaves_the_memory_that_it_held_beside_its_records(tmp_path):
     with open("/proc/self/status") as file:
         peak_kb = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     assert 0 < memory["rss_mb"] <= 1.05 * peak_kb / 1024
-    assert not {"rss_mb", "gpu_mb", "memory"} & set(records[-1])  # the keys are DomainBed's
+    assert memory["steps"] == 1 and memory["seconds"] >= records[-1]["step_time"]
+    assert not {"rss_mb", "memory", "seconds"} & set(records[-1])  # the keys are DomainBed's

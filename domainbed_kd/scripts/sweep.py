@@ -1,9 +1,9 @@
 """Launches the many runs behind a table, counts them, or deletes incomplete ones.
 
-`launch` runs what has no folder yet, in the order of the list (DomainBed shuffles it without a
-seed, which only changes who waits for whom), and goes on with what ended early. Methods that
-learn from a trained network wait for the ERM run of the same data set, trial and test domains,
-which is added where it is missing.
+`launch` runs what is not done, in the order of the list (DomainBed shuffles it without a seed,
+which only changes who waits for whom), and goes on with what was interrupted or failed.
+Methods that learn from a trained network wait for the ERM run of the same data set, trial and
+test domains, which is added where it is missing.
 Flags may stand in a file, given as @FILE: any number a line, quoted as in a shell, with #
 comments; flags after it on the command line win.
 """
@@ -11,21 +11,30 @@ comments; flags after it on the command line win.
 import argparse
 import functools
 import inspect
+import math
 import os
 import shlex
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from domainbed_kd import algorithms, command_launchers, datasets, extensions, jobs
+from domainbed_kd import (
+    algorithms,
+    command_launchers,
+    costs,
+    datasets,
+    extensions,
+    jobs,
+)
 from domainbed_kd.jobs import Job
 from domainbed_kd.scripts import Parser, check_teacher_cache, run_main
 
 # Data sets that need no files; DigitsDG is not DomainBed's, so no default sweep has it.
 FILELESS = ("Debug28", "Debug224", "DigitsDG")
 DEFAULT_DATASETS = [name for name in datasets.DATASETS if name not in FILELESS]
-# A folder in which something changed this recently probably belongs to a running job.
-RUNNING_S = 600
+# DomainBed's own jobs hold no claim; one that wrote this recently may be running.
+RECENT_S = 600
 
 
 class _Parser(Parser):
@@ -46,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
                                 ("datasets", [*datasets.DATASETS, "Folder:NAME"]),
                                 ("launchers", [*command_launchers.REGISTRY, "module:function"]))))
     parser.add_argument("command", choices=["launch", "delete_incomplete", "status"],
-                        help="run what has no folder yet; delete the folders of jobs that are not "
-                             "done; count jobs by state")
+                        help="run what is not done, or go on with it; delete the folders of jobs "
+                             "that are neither done nor running; count jobs by state")
     parser.add_argument("--datasets", nargs="+", default=DEFAULT_DATASETS, metavar="NAME",
                         help="default: all of DomainBed's but the Debug ones")
     parser.add_argument("--algorithms", nargs="+", default=list(algorithms.ALGORITHMS),
@@ -106,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--image_cache", metavar="DIR",
                       help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
                            "results do not depend on it; see docs/speed.md")
+    ours.add_argument("--retry", type=int, default=0, metavar="N",
+                      help="launch: start jobs that fail up to N times more; default: 0")
+    ours.add_argument("--watch", type=float, nargs="?", const=5.0, metavar="SECONDS",
+                      help="status: show it again every so often, by itself every 5 seconds, "
+                           "until all jobs are done")
     ours.add_argument("--jobs_per_device", type=int, metavar="N",
                       help="jobs at a time, on each GPU if there are several; default: 1")
     ours.add_argument("--threads_per_job", type=int, metavar="N",
@@ -126,10 +140,12 @@ def check(args: argparse.Namespace) -> None:
         ValueError: naming the flag, what was found and what it takes.
     """
     lowest = {"n_trials": 1, "n_hparams_from": 0, "steps": 0, "checkpoint_freq": 0,
-              "jobs_per_device": 1, "threads_per_job": 1}
+              "jobs_per_device": 1, "threads_per_job": 1, "retry": 0}
     for name, low in lowest.items():
         if (value := getattr(args, name)) is not None and value < low:
             raise ValueError(f"--{name} is {value}; it takes a number from {low} up.")
+    if args.watch is not None and not 0 < args.watch < math.inf:
+        raise ValueError(f"--watch is {args.watch}; it takes a number of seconds above 0.")
     if args.n_hparams <= args.n_hparams_from:
         raise ValueError(
             f"--n_hparams is {args.n_hparams} and --n_hparams_from {args.n_hparams_from}: no seed "
@@ -223,40 +239,41 @@ def confirmed(args: argparse.Namespace) -> bool:
 
 
 def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
-    """Runs the jobs that have no folder, and goes on with those that ended early."""
+    """Runs the jobs that have not begun, and goes on with those that were interrupted or failed."""
     launcher = make_launcher(args)
-    here = launcher.func in (command_launchers.local, command_launchers.multi_gpu)
-    incomplete = [job for job in all_jobs if job.state == Job.INCOMPLETE]
-    ended = {id(job) for job in incomplete
-             if (here or job.has_begun()) and not job.is_running()}
-    new = [job for job in all_jobs if job.state == Job.NOT_LAUNCHED or id(job) in ended]
-    n_left = len(incomplete) - len(ended)
+    # A launcher that returns at once leaves folders of jobs that wait in its queue.
+    queued = [] if launcher.func in command_launchers.BLOCKING else [
+        job for job in all_jobs if job.state == Job.NOT_LAUNCHED and job.has_folder]
+    running = [job for job in all_jobs if job.state == Job.RUNNING]
+    left = {id(job) for job in [*queued, *running]}
+    new = [job for job in all_jobs if job.state != Job.DONE and id(job) not in left]
+    ended = [job for job in new if job.state in (Job.INTERRUPTED, Job.FAILED)]
     print(f"About to launch {len(new)} jobs.")
     if ended:
         print(f"{len(ended)} of them ended early and go on where they were.", file=sys.stderr)
-    if n_left:
-        print(f"{n_left} incomplete jobs are left as they are: they are running, or wait for "
-              "their launcher. `delete_incomplete` with the same flags removes them, so that they "
-              "can be launched again.", file=sys.stderr)
+    if running:
+        print(f"{len(running)} jobs are running and are left alone.", file=sys.stderr)
+    if queued:
+        print(f"{len(queued)} jobs wait for their launcher and are left alone. "
+              "`delete_incomplete` with the same flags removes them, so that they can be launched "
+              "again.", file=sys.stderr)
     if not new:
         return 0
     if launcher.func is command_launchers.dummy:
         launcher([job.command_str for job in new])
         return 0
-    if here:
+    if launcher.func in (command_launchers.local, command_launchers.multi_gpu):
         check_data(args)
     if not confirmed(args):
         return 0
-    failed = Job.launch([job for job in new if not job.teacher], launcher)
+    failed = run([job for job in new if not job.teacher], launcher, args.retry)
     taught = [job for job in new if job.teacher]
     ready = [job for job in taught if job.teacher.is_done()]
     if ready:
-        failed += Job.launch(ready, launcher)
+        failed += run(ready, launcher, args.retry)
     if len(ready) < len(taught):
         print(f"{len(taught) - len(ready)} jobs are not launched, as their teachers have not "
               "finished. The same command launches them once these have.", file=sys.stderr)
-    # What another launcher on the same folder took first has not failed.
-    failed = [job for job in failed if not job.is_done() and not job.is_running()]
     if failed:
         print(f"{len(failed)} of {len(new)} jobs failed:", file=sys.stderr)
         for job in failed:
@@ -264,50 +281,100 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
     return 1 if failed or len(ready) < len(taught) else 0
 
 
+def run(some: list[Job], launcher: Callable, retry: int) -> list[Job]:
+    """Launches the jobs, those that fail up to `retry` times more; returns what still failed."""
+    failed = Job.launch(some, launcher)
+    for _ in range(retry):
+        if not failed:
+            break
+        print(f"{len(failed)} jobs failed and are launched again.", file=sys.stderr)
+        failed = Job.launch(failed, launcher)
+    return failed
+
+
 def delete_incomplete(args: argparse.Namespace, all_jobs: list[Job]) -> int:
-    """Removes the folders of jobs that are not done."""
-    incomplete = [job for job in all_jobs if job.state == Job.INCOMPLETE]
-    print(f"About to delete {len(incomplete)} jobs.")
-    if not incomplete:
+    """Removes the folders of jobs that are neither done nor running."""
+    doomed = [job for job in all_jobs
+              if job.has_folder and job.state not in (Job.DONE, Job.RUNNING)]
+    if n_running := sum(job.state == Job.RUNNING for job in all_jobs):
+        print(f"{n_running} jobs are running and are kept.", file=sys.stderr)
+    print(f"About to delete {len(doomed)} jobs.")
+    if not doomed:
         return 0
-    if n_fresh := sum(job.wrote_within(RUNNING_S) for job in incomplete):
-        print(f"{n_fresh} of them wrote in the last {RUNNING_S // 60} minutes and may be running.",
-              file=sys.stderr)
+    if n_fresh := sum(job.wrote_within(RECENT_S) for job in doomed):
+        print(f"{n_fresh} of them wrote in the last {RECENT_S // 60} minutes. If DomainBed itself "
+              "trains them, they may be running.", file=sys.stderr)
     if confirmed(args):
-        Job.delete(incomplete)
+        Job.delete(doomed)
     return 0
 
 
-def status(all_jobs: list[Job]) -> int:
-    """Prints how many jobs are in each state, by algorithm and by data set."""
-    states = ("done", "running", "incomplete", "absent")
+def status(args: argparse.Namespace, all_jobs: list[Job]) -> int:
+    """Prints how far the jobs are, with --watch again and again until nothing is left to do."""
+    print(overview(all_jobs))
+    while args.watch and any(job.state != Job.DONE for job in all_jobs):
+        sys.stdout.flush()
+        time.sleep(args.watch)
+        all_jobs = plan(args, list_args(args))
+        text = overview(all_jobs)
+        # On a terminal the new table replaces the old one.
+        print("\x1b[H\x1b[J" + text if sys.stdout.isatty() else "\n" + text)
+    return 0
 
-    def state_of(job):
-        if job.state == Job.INCOMPLETE:
-            return "running" if job.wrote_within(RUNNING_S) else "incomplete"
-        return "done" if job.state == Job.DONE else "absent"
 
-    counts = Counter()
-    for job in all_jobs:
-        state = state_of(job)
-        counts.update((kind, job.train_args[kind], state) for kind in ("algorithm", "dataset"))
+def overview(all_jobs: list[Job]) -> str:
+    """Jobs by state, their rate, the time left, what failed and why, and the memory they held."""
+    counts = Counter((kind, job.train_args[kind], job.state)
+                     for job in all_jobs for kind in ("algorithm", "dataset"))
+    lines = []
     for kind in ("algorithm", "dataset"):
         names = list(dict.fromkeys(job.train_args[kind] for job in all_jobs))
         width = max(map(len, [kind, *names]))
-        print(kind.ljust(width), *(state.rjust(10) for state in states))
-        for name in names:
-            print(name.ljust(width), *(str(counts[kind, name, s]).rjust(10) for s in states))
-        print()
-    print(f"running: wrote in the last {RUNNING_S // 60} minutes; absent: not launched.")
+        lines.append(" ".join([kind.ljust(width), *(s.lower().rjust(12) for s in Job.STATES)]))
+        lines += [" ".join([name.ljust(width),
+                            *(str(counts[kind, name, s]).rjust(12) for s in Job.STATES)])
+                  for name in names]
+        lines.append("")
+    rates, unfinished = costs.Rates(all_jobs), [j for j in all_jobs if j.state != Job.DONE]
+    running = [job for job in all_jobs if job.state == Job.RUNNING]
+    left = [rates.seconds_left(job) for job in unfinished]
+    known = [seconds for seconds in left if seconds is not None]
+    if running:
+        speed = sum(job.cost()["steps"] / job.cost()["seconds"]
+                    for job in running if job.cost().get("seconds"))
+        lines.append(f"running: {len(running)} jobs, {speed:.3g} updates a second together")
+    if known:
+        unknown = len(left) - len(known)
+        lines.append(
+            f"left: {costs.in_words(sum(known) / max(len(running), 1))} with {len(running) or 1} "
+            "at a time" + (f", and {unknown} jobs of unknown length" if unknown else ""))
+    lines += [f"failed: {job.output_dir} ({job.label}): {job.why_failed()}"
+              for job in all_jobs if job.state == Job.FAILED]
+    if n_waiting := sum(job.state == Job.NOT_LAUNCHED and job.has_folder for job in all_jobs):
+        lines.append(f"{n_waiting} of those not launched have a folder: they wait in a queue, or "
+                     "their launcher is gone.")
     peaks = defaultdict(list)
     for job in all_jobs:
-        if peak := job.peak_memory():
-            peaks[job.train_args["algorithm"]].append((peak["rss_mb"], peak["gpu_mb"]))
+        if {"rss_mb", "gpu_mb"} <= (cost := job.cost()).keys():
+            peaks[job.train_args["algorithm"]].append((cost["rss_mb"], cost["gpu_mb"]))
     if peaks:
         each = (f"{name} {max(rss for rss, _ in found):.0f} + {max(gpu for _, gpu in found):.0f}"
                 for name, found in peaks.items())
-        print(f"most memory of a job, MiB of process + GPU: {', '.join(each)}")
-    return 0
+        lines.append(f"most memory of a job, MiB of process + GPU: {', '.join(each)}")
+    return "\n".join(lines).rstrip()
+
+
+def list_args(args: argparse.Namespace) -> list[dict]:
+    """The train arguments of the jobs that the flags ask for."""
+    return jobs.make_args_list(
+        n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
+        n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams, steps=args.steps,
+        data_dir=args.data_dir, task=args.task, holdout_fraction=args.holdout_fraction,
+        single_test_envs=args.single_test_envs, hparams=args.hparams,
+        checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
+        skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher,
+        diagnostics=args.diagnostics, save_logits=args.save_logits, fast=args.fast,
+        format=args.format)
 
 
 def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
@@ -342,23 +409,14 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check(args)
     resolve_names(args)
-    args_list = jobs.make_args_list(
-        n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
-        n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams, steps=args.steps,
-        data_dir=args.data_dir, task=args.task, holdout_fraction=args.holdout_fraction,
-        single_test_envs=args.single_test_envs, hparams=args.hparams,
-        checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
-        skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher,
-        diagnostics=args.diagnostics, save_logits=args.save_logits, fast=args.fast,
-        format=args.format)
-    all_jobs = plan(args, args_list)
+    all_jobs = plan(args, list_args(args))
     if args.command == "status":
-        return status(all_jobs)
+        return status(args, all_jobs)
     for job in all_jobs:
         print(job)
     n = Counter(job.state for job in all_jobs)
-    print(f"{len(all_jobs)} jobs: {n[Job.DONE]} done, {n[Job.INCOMPLETE]} incomplete, "
-          f"{n[Job.NOT_LAUNCHED]} not launched.")
+    print(f"{len(all_jobs)} jobs: "
+          + ", ".join(f"{n[state]} {state.lower()}" for state in Job.STATES) + ".")
     return (launch if args.command == "launch" else delete_incomplete)(args, all_jobs)
 
 

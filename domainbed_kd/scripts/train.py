@@ -2,13 +2,13 @@
 
 import argparse
 import contextlib
-import fcntl
+import math
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from domainbed_kd import claims
 from domainbed_kd.scripts import USER_ERRORS, Parser, check_teacher_cache, one_line, run_main
 
 # Flags of ours that go on record, but only when they are given: DomainBed's records know none.
@@ -81,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
                            "algorithms can be named too; ours keep their names")
     ours.add_argument("--resume", choices=["auto", "never"], default="auto",
                       help="auto continues an unfinished run; never starts again and appends")
+    ours.add_argument("--wait", type=float, default=claims.WAIT_S, metavar="SECONDS",
+                      help="how long to wait for another process that trains in the folder")
     ours.add_argument("--loader_processes", type=int, default=0, metavar="N",
                       help="worker processes per loader; results do not depend on it")
     return parser
@@ -95,6 +97,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("steps", "checkpoint_freq", "loader_processes"):
         if (value := getattr(args, name)) is not None and value < 0:
             raise ValueError(f"--{name} is {value}; it takes a number from 0 up.")
+    if not 0 <= args.wait < math.inf:
+        raise ValueError(f"--wait is {args.wait}; it takes a number of seconds from 0 up.")
     if not 0 < args.holdout_fraction < 1:
         raise ValueError(f"--holdout_fraction is {args.holdout_fraction}; it takes a share "
                          "between 0 and 1, both excluded, as validation needs images too.")
@@ -129,43 +133,36 @@ class Tee:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Inside, no other process trains in the folder, on this machine or over a shared file system.
-
-    The claim is the lock of out.txt, which the system frees even if this process is killed.
-
-    Raises:
-        ValueError: if another process has it.
-    """
-    with (folder / "out.txt").open("ab") as file:
-        for attempt in range(20):  # one that only asks whether it is held has it for a moment
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 19:
-                    raise ValueError(f"Another process trains in {folder}. Wait for it, or choose "
-                                     "another --output_dir.") from None
-                time.sleep(0.1)
-        yield
-
-
-@contextlib.contextmanager
 def output_kept_in(folder: Path) -> Iterator[None]:
-    """Copies what is printed to out.txt and err.txt, and notes there why a run ended early."""
+    """Copies what is printed to out.txt and err.txt, and notes there why a run failed.
+
+    The file `failed` has the reason in a line, until the run is started again.
+    """
+    (folder / "failed").unlink(missing_ok=True)
     with contextlib.redirect_stdout(Tee(sys.stdout, folder / "out.txt")), \
             contextlib.redirect_stderr(Tee(sys.stderr, folder / "err.txt")) as err:
         try:
             yield
         except USER_ERRORS as error:
+            note_failure(folder, error)
             if isinstance(error, BlamedOnHparams):
                 traceback.print_exception(error.__cause__, file=err.file)
             print(one_line(error), file=err.file, flush=True)
             raise
-        except Exception:
+        except Exception as error:
+            note_failure(folder, error)
             traceback.print_exc(file=err.file)
             err.file.flush()
             raise
+
+
+def note_failure(folder: Path, error: Exception) -> None:
+    """Leaves the reason in the file `failed`, which stays empty if the disk is full."""
+    line = one_line(error)
+    if not isinstance(error, USER_ERRORS):
+        line = f"{type(error).__name__}: {line.removeprefix('error: ')}"
+    with contextlib.suppress(OSError):  # the first error is the one to report
+        (folder / "failed").write_text(line + "\n", encoding="utf-8")
 
 
 class BlamedOnHparams(ValueError):
@@ -201,13 +198,13 @@ def main(argv: list[str] | None = None) -> int:
     check(args)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    ours = ("plugin", "resume", "loader_processes", "log_test_domains", "wandb",
+    ours = ("plugin", "resume", "loader_processes", "wait", "log_test_domains", "wandb",
             "image_cache", "teacher_cache")
     on_record = {k: v for k, v in vars(args).items() if k not in ours}
     for name in OPTIONAL:
         if not on_record[name]:
             del on_record[name]
-    with claimed(folder), output_kept_in(folder):
+    with claims.held(folder, args.wait), output_kept_in(folder):
         from domainbed_kd import extensions
 
         extensions.load(args.plugin, [args.algorithm, args.dataset])

@@ -1,0 +1,155 @@
+"""Who trains in a run's folder: a lock, and a heartbeat for machines that do not see the lock.
+
+The lock of out.txt is exact: the system frees it however its process ends. It reaches every
+process on a machine, and other machines over file systems that share locks (NFS 4, Lustre with
+`flock`). For those that do not, the process touches the file `heartbeat` every BEAT_S seconds; one
+of another machine counts until STALE_S seconds after its last beat, by clocks that should agree.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+BEAT_S = 20
+STALE_S = 120
+# How long a process waits for a claim: one that only asks whether it is held has it for a moment.
+WAIT_S = 2
+# Two that take over the same stale heartbeat both believe that they have it for less than this.
+SETTLE_S = 2
+# What a file system answers that has no locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def holder(folder: str | Path) -> str | None:
+    """The machine of the process that trains in a folder, as of now; None if there is none."""
+    beat = _beat(Path(folder))
+    try:
+        with Path(folder, "out.txt").open("rb") as file:
+            locked = _lock(file, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return None
+    if locked is False:
+        return beat["host"] if beat else socket.gethostname()
+    return beat["host"] if _counts(beat, locked) else None
+
+
+@contextlib.contextmanager
+def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Inside, no other process trains in the folder.
+
+    Args:
+        folder: of the run; it must exist.
+        wait_s: seconds to wait for another process to end, or for its heartbeat to grow stale.
+
+    Raises:
+        ValueError: if another process has it for longer.
+    """
+    deadline = time.monotonic() + wait_s
+    with (folder / "out.txt").open("ab") as file:
+        while not _taken(file, folder):
+            if time.monotonic() >= deadline:
+                raise ValueError(f"Another process trains in {folder}, on {holder(folder)}. Wait "
+                                 "for it, or choose another --output_dir.")
+            time.sleep(0.1)
+        with _beating(folder / "heartbeat"):
+            yield
+
+
+def _lock(file, kind: int) -> bool | None:
+    """Whether the file could be locked; None if its file system has no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+def _boot() -> str:
+    """What tells this machine, since it was started, from all others."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else socket.gethostname()
+
+
+def _beat(folder: Path) -> dict | None:
+    """The folder's heartbeat with its age in seconds; None if there is none."""
+    path = folder / "heartbeat"
+    try:
+        age = time.time() - path.stat().st_mtime
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"host": str(found["host"]), "boot": found["boot"], "pid": found["pid"], "age": age}
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError):  # being written, or damaged
+        return {"host": "another machine", "boot": None, "pid": None, "age": age}
+
+
+def _counts(beat: dict | None, locked: bool | None) -> bool:
+    """Whether a heartbeat is of somebody at work, given that the lock is free or unknown."""
+    if beat is None or beat["age"] > STALE_S:
+        return False
+    return locked is None or beat["boot"] != _boot()
+
+
+def _taken(file, folder: Path) -> bool:
+    """Tries to take lock and heartbeat."""
+    locked = _lock(file, fcntl.LOCK_EX)
+    if locked is False:
+        return False
+    path, found = folder / "heartbeat", _beat(folder)
+    if not _counts(found, locked):
+        if found:
+            path.unlink(missing_ok=True)
+        if _written(path):
+            if found and found["boot"] != _boot():
+                time.sleep(SETTLE_S)
+            now = _beat(folder)
+            if now and (now["boot"], now["pid"]) == (_boot(), os.getpid()):
+                return True
+    if locked:
+        fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+def _written(path: Path) -> bool:
+    """Writes a heartbeat of this process, unless there is one."""
+    beat = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()}
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(beat))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def _beating(path: Path) -> Iterator[None]:
+    """Inside, a thread touches the heartbeat; afterwards it is gone."""
+    stop = threading.Event()
+
+    def beat():
+        while not stop.wait(BEAT_S):
+            with contextlib.suppress(FileNotFoundError):  # the folder is gone: the run will say so
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        path.unlink(missing_ok=True)
