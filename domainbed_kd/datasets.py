@@ -299,7 +299,11 @@ def _transform(first: list, augment: bool):
 
     distortions = [T.RandomHorizontalFlip(), T.ColorJitter(0.3, 0.3, 0.3, 0.3),
                    T.RandomGrayscale()] if augment else []
-    return T.Compose([*first, *distortions, T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    transform = T.Compose(
+        [*first, *distortions, T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    if augment:
+        transform.geometry = first  # fast mode does the rest otherwise
+    return transform
 
 
 def _subfolders(path: Path) -> list[str]:

@@ -47,7 +47,7 @@ class ImageCache:
 
     def __init__(self, path: Path, root: Path):
         self._path, self._root = path, root
-        self._pixels = np.memmap(path, np.uint8, "r")
+        self._pixels = np.memmap(path, np.uint8, "c")  # so that torch takes it
         end = len(self._pixels) - 8
         start = end - int.from_bytes(self._pixels[max(end, 0):].tobytes(), "little")
         index = json.loads(self._pixels[max(start, 0):max(end, 0)].tobytes())
@@ -59,11 +59,11 @@ class ImageCache:
         return ImageCache, (self._path, self._root)
 
     def array(self, path: str) -> np.ndarray:
-        """An image's pixels: uint8 (H, W, 3), read-only."""
+        """An image's pixels: uint8 (H, W, 3); what is written to them does not reach the file."""
         _, _, offset, height, width = self._entries[os.path.relpath(path, self._root)]
         return self._pixels[offset:offset + 3 * height * width].reshape(height, width, 3)
 
-    def load(self, path: str) -> Image.Image:
+    def __call__(self, path: str) -> Image.Image:
         """What `datasets.load_image` gives."""
         return Image.fromarray(self.array(path))
 
@@ -89,7 +89,7 @@ def attach(dataset, folder: Path) -> None:
     paths = [path for domain in domains for path, _ in domain.samples]
     cache = _opened(type(dataset).__name__, paths, folder)
     for domain in domains:
-        domain.loader = cache.load
+        domain.loader = cache
 
 
 def _opened(dataset_name: str, paths: list[str], folder: Path) -> ImageCache:

@@ -24,7 +24,7 @@ _IDENTITY = {
     "dataset": None, "algorithm": None, "test_envs": None, "hparams_seed": 0, "trial_seed": 0,
     "seed": 0, "task": "domain_generalization", "steps": None, "hparams": None,
     "holdout_fraction": 0.2, "uda_holdout_fraction": 0, "checkpoint_freq": None,
-    "skip_model_save": False, "fast": False}
+    "skip_model_save": False, "fast": False, "compile": False}
 
 # The exit status of a train that was told to stop, and has saved its state.
 STOPPED = 143

@@ -5,6 +5,7 @@ algorithm, steps), so that a run trains to the same losses from the same seeds.
 """
 
 import contextlib
+import ctypes
 import errno
 import functools
 import json
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from domainbed_kd import (
     algorithms,
+    augmentation,
     averaging,
     canonical_view,
     checkpoints,
@@ -75,6 +77,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
               "or pass --resume never to train again.", file=sys.stderr)
         return 0
 
+    keep_freed_memory()
     hparams = choose_hparams(args)
     print_settings("Environment", environment())
     print_settings("Args", dict(sorted(args.items())))
@@ -85,6 +88,9 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
         args["data_dir"], args["test_envs"], hparams)
     if cache_folder:
         image_cache.attach(dataset, Path(cache_folder))
+    is_fast = args.get("fast", False)
+    if is_fast:
+        augmentation.speed_up(dataset)
     training = [i for i in range(len(dataset)) if i not in args["test_envs"]]
     splits = make_splits(dataset, args)
     load = make_loaders(dataset, splits, training, args, hparams, loader_processes)
@@ -92,15 +98,17 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
     checkpoint_freq = args["checkpoint_freq"] or dataset.CHECKPOINT_FREQ
     steps_per_epoch = min(len(split) / hparams["batch_size"] for split in splits.in_)
     algorithm = make_algorithm(args, hparams, dataset, training, n_steps).to(device)
-    is_fast = args.get("fast", False)
     if hparams.get("canonical_view"):
         canonical_view.check(algorithm)
     algorithm = fast.laid_out(algorithm, is_fast)
+    if args.get("compile"):
+        fast.compile_featurizer(algorithm)
     precision = functools.partial(fast.precision, device, is_fast)
     evaluated = splits_to_keep(splits, args) if is_fast else load.evaluation
     validate = functools.partial(validation_loss, algorithm, splits, training, device)
     batches = functools.partial(
-        extra_minibatches, splits, training, hparams["batch_size"], args["seed"], device)
+        extra_minibatches, splits, training, hparams["batch_size"], args["seed"], device,
+        is_fast)
 
     measures = None
     if args.get("diagnostics"):
@@ -126,10 +134,11 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
         for step in progress.bar(
                 range(first_step, n_steps), initial=first_step, total=n_steps, unit="step"):
             start, last = time.time(), step == n_steps - 1
-            minibatches = [to_device(batch, device) for batch in map(next, load.train)]
+            minibatches = [to_device(batch, device, is_fast) for batch in map(next, load.train)]
             unlabeled = None
             if args["task"] == "domain_adaptation":
-                unlabeled = [to_device(batch, device)[0] for batch in map(next, load.uda)]
+                unlabeled = [to_device(batch, device, is_fast)[0]
+                             for batch in map(next, load.uda)]
             recalled = views.recalled(load.train) if views else contextlib.nullcontext()
             with precision(), recalled:
                 values = algorithm.update(minibatches, unlabeled)
@@ -145,7 +154,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
                 logits = {name: [] for name in kept}
                 with precision():
                     accuracies = {
-                        f"{name}_acc": accuracy(algorithm, loader, device, logits.get(name))
+                        f"{name}_acc": accuracy(
+                            algorithm, loader, device, is_fast, logits.get(name))
                         for name, loader in load.evaluation.items() if name in evaluated}
                 record = {
                     "step": step, "epoch": step / steps_per_epoch,
@@ -194,6 +204,17 @@ def choose_hparams(args: dict) -> dict:
             args["algorithm"], args["dataset"],
             seed_hash(args["hparams_seed"], args["trial_seed"]))
     return hparams_registry.override(hparams, args["hparams"])
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for the next update: fresh pages from the system cost more.
+
+    Nothing that is computed depends on it.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
 
 def seed_everything(seed: int) -> None:
@@ -287,12 +308,13 @@ def make_algorithm(args: dict, hparams: dict, dataset, training: list[int], n_st
 # What a step needs.
 
 
-def to_device(batch, device):
-    """An (x, y) pair on the device."""
-    return [part.to(device) for part in batch]
+def to_device(batch, device, is_fast: bool = False):
+    """An (x, y) pair on the device; fast mode finishes there what it left of augmentation."""
+    x, y = (part.to(device) for part in batch)
+    return [augmentation.distorted(x) if is_fast and x.dtype == torch.uint8 else x, y]
 
 
-def accuracy(algorithm, loader, device, kept: list | None = None) -> float:
+def accuracy(algorithm, loader, device, is_fast: bool = False, kept: list | None = None) -> float:
     """Share of the loader's images, in [0, 1], whose class `predict` finds.
 
     A list that is given gathers each batch's (indices, labels, logits), on the CPU.
@@ -300,13 +322,14 @@ def accuracy(algorithm, loader, device, kept: list | None = None) -> float:
     correct = total = 0
     algorithm.eval()
     with torch.no_grad():
-        for x, y in loader:
-            logits = algorithm.predict(x.to(device))
+        for batch in loader:
+            x, y = to_device(batch, device, is_fast)
+            logits = algorithm.predict(x)
             guess = logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0
-            correct += (guess == y.to(device)).sum().item()
+            correct += (guess == y).sum().item()
             total += len(y)
             if kept is not None:
-                kept.append((loader.indices, y, logits.float().cpu()))
+                kept.append((loader.indices, batch[1], logits.float().cpu()))
     algorithm.train()
     return correct / total
 
@@ -355,7 +378,7 @@ def audit_teacher(algorithm, splits: loaders.Splits, training: list[int], device
 
 
 def extra_minibatches(splits: loaders.Splits, training: list[int], batch_size: int, seed: int,
-                      device, n: int) -> Iterator[list]:
+                      device, is_fast: bool, n: int) -> Iterator[list]:
     """`n` lists of minibatches like those of training, from random streams of their own."""
     def indices(i):
         generator = torch.Generator().manual_seed(seed_hash(seed, "extra minibatches", i))
@@ -368,7 +391,7 @@ def extra_minibatches(splits: loaders.Splits, training: list[int], batch_size: i
             minibatches = []
             for i, sampler in samplers.items():
                 x, y = zip(*(splits.in_[i][next(sampler)] for _ in range(batch_size)))
-                minibatches.append(to_device((torch.stack(x), torch.tensor(y)), device))
+                minibatches.append(to_device((torch.stack(x), torch.tensor(y)), device, is_fast))
         yield minibatches
 
 

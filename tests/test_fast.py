@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -160,3 +161,55 @@ def test_a_fast_run_elsewhere_is_not_taken_for_the_exact_one(tmp_path):
     args = {k: v for k, v in record(0, True)["args"].items() if k != "fast"}
     assert jobs.Runs(tmp_path).find("absent", args) is None
     assert jobs.Runs(tmp_path).find("absent", args | {"fast": True}) == "0"
+
+
+# Optimisers and compilers.
+
+def test_optimisers_take_their_fused_step_and_stay_close_to_the_plain_one():
+    ends = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        layer, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+        optimizers = [torch.optim.Adam(layer.parameters(), lr=0.1),
+                      torch.optim.SGD(layer.parameters(), lr=0.1)]
+        layer(x).square().sum().backward()
+        with fast.precision(CPU, enabled):
+            for optimizer in optimizers:
+                optimizer.step()
+        fused = [group["fused"] for optimizer in optimizers for group in optimizer.param_groups]
+        assert fused == [True if enabled else None] * 2
+        ends.append(layer.weight.detach().clone())
+    torch.testing.assert_close(*ends)
+
+
+def test_outside_fast_mode_no_hook_is_left():
+    with fast.precision(CPU, True):
+        pass
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["fused"] is None
+
+
+def test_compiling_goes_on_record_and_belongs_to_fast_mode(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    records = run(tmp_path / "a", "--fast", "--compile")
+    assert len(compiled) == 1 and records[0]["args"]["compile"] is True
+    assert "compile" not in run(tmp_path / "b", "--fast")[0]["args"]
+    with pytest.raises(ValueError, match="--compile needs --fast"):
+        run(tmp_path / "c", "--compile")
+
+
+def test_a_machine_without_a_compiler_is_refused_in_a_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="there is no C\\+\\+ compiler \\(no-such-compiler\\)"):
+        fast.compile_featurizer(build("ERM"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_run_stays_close_to_one_that_is_not(tmp_path):
+    plain, compiled = run(tmp_path / "a", "--fast"), run(tmp_path / "b", "--fast", "--compile")
+    assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.03)

@@ -39,10 +39,10 @@ def root(tmp_path):
     return tmp_path / "data"
 
 
-def read(root, folder=None):
+def read(root, folder=None, test_envs=(), augment=False):
     """The data set, through a cache if its folder is given."""
     dataset = datasets.get_dataset_class("Folder:shapes")(
-        root, [], {"data_augmentation": False, "image_size": 32})
+        root, test_envs, {"data_augmentation": augment, "image_size": 32})
     if folder:
         image_cache.attach(dataset, folder)
     return dataset

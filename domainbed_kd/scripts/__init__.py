@@ -25,6 +25,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
+def check_compile(compile_: bool | None, fast: bool | None) -> None:
+    """Refuses to compile in exact mode, whose numbers a compiler would change.
+
+    Raises:
+        ValueError: if so.
+    """
+    if compile_ and not fast:
+        raise ValueError("--compile needs --fast: compiled networks round otherwise than exact "
+                         "mode must. Pass both, or neither.")
+
+
 def check_teacher_cache(folder: str | None, hparams: str | None) -> None:
     """Refuses a folder in which nothing would be kept.
 

@@ -23,7 +23,8 @@ EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
 # What `sweep launch` assumes of the arguments that all runs of a sweep share.
 SWEEP_DEFAULTS = {"data_dir": None, "task": "domain_generalization", "holdout_fraction": 0.2,
                   "uda_holdout_fraction": 0, "steps": None, "checkpoint_freq": None,
-                  "hparams": None, "skip_model_save": False, "fast": False}
+                  "hparams": None, "skip_model_save": False, "fast": False,
+                  "compile": False}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ from domainbed_kd import (
     jobs,
 )
 from domainbed_kd.jobs import Job
-from domainbed_kd.scripts import Parser, check_teacher_cache, run_main
+from domainbed_kd.scripts import Parser, check_compile, check_teacher_cache, run_main
 
 # Data sets that need no files; DigitsDG is not DomainBed's, so no default sweep has it.
 FILELESS = ("Debug28", "Debug224", "DigitsDG")
@@ -110,8 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
                       help="keep what frozen teachers make of images without augmentation, for "
                            "all runs; needs the hparam canonical_view; see docs/speed.md")
     ours.add_argument("--fast", action="store_const", const=True,
-                      help="train in bfloat16, channels last, and evaluate only what model "
-                           "selection reads; see docs/speed.md")
+                      help="train in bfloat16, channels last, with augmentation as tensor "
+                           "operations, and evaluate only what model selection reads; see "
+                           "docs/speed.md")
+    ours.add_argument("--compile", action="store_const", const=True,
+                      help="with --fast: compile each run's featurizer, for a minute or two; "
+                           "needs a C++ compiler")
     ours.add_argument("--image_cache", metavar="DIR",
                       help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
                            "results do not depend on it; see docs/speed.md")
@@ -163,6 +167,7 @@ def check(args: argparse.Namespace) -> None:
         from domainbed_kd import hparams_registry  # it imports NumPy
 
         hparams_registry.parse(args.hparams)
+    check_compile(args.compile, args.fast)
     check_teacher_cache(args.teacher_cache, args.hparams)
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; it takes a folder.")
@@ -374,7 +379,7 @@ def list_args(args: argparse.Namespace) -> list[dict]:
         checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
         skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher,
         diagnostics=args.diagnostics, save_logits=args.save_logits, fast=args.fast,
-        format=args.format)
+        compile=args.compile, format=args.format)
 
 
 def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:

@@ -9,10 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from domainbed_kd import claims
-from domainbed_kd.scripts import USER_ERRORS, Parser, check_teacher_cache, one_line, run_main
+from domainbed_kd.scripts import (
+    USER_ERRORS,
+    Parser,
+    check_compile,
+    check_teacher_cache,
+    one_line,
+    run_main,
+)
 
 # Flags of ours that go on record, but only when they are given: DomainBed's records know none.
-OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits", "fast", "format")
+OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits", "fast", "compile",
+            "format")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,8 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--wandb", action="store_true",
                       help="log to Weights & Biases too, offline unless WANDB_MODE=online")
     ours.add_argument("--fast", action="store_true",
-                      help="train in bfloat16, channels last, and evaluate only what model "
-                           "selection reads; see docs/speed.md")
+                      help="train in bfloat16, channels last, with augmentation as tensor "
+                           "operations, and evaluate only what model selection reads; see "
+                           "docs/speed.md")
+    ours.add_argument("--compile", action="store_true",
+                      help="with --fast: compile the featurizer, for a minute or two; needs a "
+                           "C++ compiler")
     ours.add_argument("--image_cache", metavar="DIR",
                       help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
                            "results do not depend on it; see docs/speed.md")
@@ -109,6 +121,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--test_envs names an environment twice: {args.test_envs}.")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed is {args.seed}; it takes a number from 0 to {2**32 - 1}.")
+    check_compile(args.compile, args.fast)
     check_teacher_cache(args.teacher_cache, args.hparams)
 
 

@@ -1,0 +1,161 @@
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_image_cache import read, root, run  # noqa: F401
+from torchvision import transforms as T
+from torchvision.transforms import functional
+
+from domainbed_kd import augmentation, datasets
+
+MEAN = torch.tensor(datasets.IMAGENET_MEAN).view(3, 1, 1)
+STD = torch.tensor(datasets.IMAGENET_STD).view(3, 1, 1)
+
+
+def photo(seed=0, height=40, width=30):
+    """A smooth image with strong colours, as Pillow has it."""
+    coarse = np.random.RandomState(seed).randint(0, 256, (5, 4, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
+
+
+def as_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def apply(operation, x, factor):
+    """A colour operation's result (3, H, W) in [0, 255]."""
+    x = x[None].float().clone()
+    operation(x, factor, torch.empty(1, 4, *x.shape[2:]))
+    return x[0]
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (augmentation.brighten, functional.adjust_brightness),
+    (augmentation.contrast, functional.adjust_contrast),
+    (augmentation.saturate, functional.adjust_saturation)])
+@pytest.mark.parametrize("factor", [0.7, 0.95, 1.0, 1.3])
+def test_colour_operations_are_torchvisions_on_pillow_but_for_rounding(ours, theirs, factor):
+    wanted = as_tensor(theirs(photo(), factor)).float()
+    assert (apply(ours, as_tensor(photo()), factor) - wanted).abs().max() < 2
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.3, -0.01, 0.0, 0.2, 0.5])
+def test_hues_turn_as_in_hsv(shift):
+    x = torch.cat([torch.rand(3, 6, 50), torch.rand(1, 1, 50).expand(3, 1, 50),
+                   torch.eye(3).view(3, 1, 3).expand(3, 1, 3).repeat(1, 1, 17)[..., :50]], dim=1)
+
+    def turned(red, green, blue):
+        hue, saturation, value = colorsys.rgb_to_hsv(red, green, blue)
+        return colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)
+
+    wanted = torch.tensor([turned(*pixel) for pixel in x.flatten(1).T.tolist()]).T.view_as(x)
+    torch.testing.assert_close(
+        apply(augmentation.shift_hue, 255 * x, shift) / 255, wanted, atol=1e-4, rtol=0)
+
+
+def test_hues_turn_as_far_as_torchvisions():
+    wanted = as_tensor(functional.adjust_hue(photo(), 0.2)).float()
+    assert (apply(augmentation.shift_hue, as_tensor(photo()), 0.2) - wanted).abs().mean() < 2
+
+
+@pytest.mark.parametrize("steps", [
+    [T.RandomResizedCrop(32, scale=(0.7, 1.0))], [T.Resize((32, 32))],
+    [T.Resize((36, 36)), T.RandomResizedCrop(32, scale=(0.7, 1.0))]], ids=len)
+def test_crops_are_torchvisions_on_pillow_but_for_rounding(steps):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        wanted = as_tensor(T.Compose(steps)(photo())).int()
+        torch.manual_seed(seed)
+        ours = augmentation.Geometry(steps)(photo())
+        assert ours.dtype == torch.uint8 and (ours.int() - wanted).abs().max() <= 2
+
+
+def unnormalized(x):
+    return x * STD + MEAN
+
+
+def test_brightness_is_uniform_and_gray_images_keep_their_gray():
+    x = torch.full((4000, 3, 2, 2), 100, dtype=torch.uint8)
+    torch.manual_seed(0)
+    values = unnormalized(augmentation.distorted(x)) * 255
+    assert (values.amax((1, 2, 3)) - values.amin((1, 2, 3))).max() < 0.1
+    found = (values.mean((1, 2, 3)) / 100).sort().values
+    uniform = torch.linspace(0.7, 1.3, 4000)
+    assert (found - uniform).abs().max() < 0.6 * 1.95 / 4000**0.5  # Kolmogorov-Smirnov, 0.1 %
+
+
+def test_half_of_all_images_are_flipped_and_a_tenth_are_gray():
+    x = torch.zeros(4000, 3, 1, 2, dtype=torch.uint8)
+    x[:, 0, :, 0] = 250
+    torch.manual_seed(0)
+    y = unnormalized(augmentation.distorted(x))
+    flipped = y.amax(1)[:, 0, 1] > y.amax(1)[:, 0, 0]
+    gray = (y.amax(1) - y.amin(1)).amax((1, 2)) < 1e-3
+    for share, wanted in ((flipped, 0.5), (gray, 0.1)):
+        assert abs(share.float().mean() - wanted) < 4 * (wanted * (1 - wanted) / 4000)**0.5
+
+
+def statistics(x):
+    """Rows (N, 13): each image's channel means, spreads, their correlations, and two corners."""
+    flat = unnormalized(x).flatten(2)
+    centred = flat - flat.mean(2, keepdim=True)
+    products = (centred[:, [0, 0, 1]] * centred[:, [1, 2, 2]]).mean(2)
+    return torch.cat([flat.mean(2), flat.std(2), products, flat[:, :2, 0], flat[:, :2, -1]], dim=1)
+
+
+def test_distorted_images_have_the_statistics_of_domainbeds():
+    image, n = photo(3, 12, 12), 3000
+    theirs = datasets._transform([], augment=True)
+    torch.manual_seed(0)
+    wanted = statistics(torch.stack([theirs(image) for _ in range(n)]))
+    found = statistics(augmentation.distorted(as_tensor(image).expand(n, 3, 12, 12)))
+    for moment in (1, 2):
+        a, b = wanted**moment, found**moment
+        error = ((a.var(0) + b.var(0)) / n).sqrt()
+        # Pillow rounds down three times: it is darker by up to 1.5 of 255.
+        assert ((a.mean(0) - b.mean(0)).abs() < 4 * error + 2 / 255).all()
+
+
+def test_a_whole_batch_is_distorted_as_its_images_are():
+    x = torch.stack([as_tensor(photo(seed)) for seed in range(3)]).float()
+    for operation in (augmentation.brighten, augmentation.contrast, augmentation.saturate,
+                      augmentation.shift_hue):
+        factors = torch.tensor([0.7, 0.9, 1.1]) - int(operation is augmentation.shift_hue)
+        each = torch.stack([apply(operation, image, factor.item())
+                            for image, factor in zip(x, factors)])
+        whole = x.clone()
+        operation(whole, factors.view(3, 1, 1, 1), torch.empty(3, 4, *x.shape[2:]))
+        torch.testing.assert_close(whole, each, atol=1e-3, rtol=0)
+
+
+def test_images_are_normalized_and_random_numbers_come_from_the_global_stream():
+    x = torch.randint(0, 256, (5, 3, 9, 9), dtype=torch.uint8)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(augmentation.distorted(x))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert draws[0].dtype == torch.float32
+    assert 0 <= unnormalized(draws[0]).min() + 1e-6 and unnormalized(draws[0]).max() <= 1 + 1e-6
+
+
+# In a run.
+
+
+def test_only_domains_that_are_augmented_change(root, tmp_path):  # noqa: F811
+    for cache in (None, tmp_path / "cache"):
+        dataset = read(root, cache, test_envs=[1], augment=True)
+        before = [dataset[1][i][0] for i in range(len(dataset[1]))]
+        plain = [datasets.plain(dataset[0])[i][0] for i in range(len(dataset[0]))]
+        augmentation.speed_up(dataset)
+        assert dataset[0][0][0].dtype == torch.uint8 and dataset[0][0][0].shape == (3, 32, 32)
+        assert all(torch.equal(dataset[1][i][0], x) for i, x in enumerate(before))
+        assert all(torch.equal(datasets.plain(dataset[0])[i][0], x) for i, x in enumerate(plain))
+
+
+def test_a_fast_run_is_the_same_with_a_cache_or_without(root, tmp_path):  # noqa: F811
+    without = run(tmp_path / "without", root, "--fast")
+    cache = ["--image_cache", str(tmp_path / "cache"), "--loader_processes", "2"]
+    assert run(tmp_path / "with", root, "--fast", *cache) == without and len(without) == 2
