@@ -77,7 +77,6 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
               "or pass --resume never to train again.", file=sys.stderr)
         return 0
 
-    keep_freed_memory()
     hparams = choose_hparams(args)
     print_settings("Environment", environment())
     print_settings("Args", dict(sorted(args.items())))
@@ -90,6 +89,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
         image_cache.attach(dataset, Path(cache_folder))
     is_fast = args.get("fast", False)
     if is_fast:
+        keep_freed_memory()
         augmentation.speed_up(dataset)
     training = [i for i in range(len(dataset)) if i not in args["test_envs"]]
     splits = make_splits(dataset, args)
@@ -207,10 +207,7 @@ def choose_hparams(args: dict) -> dict:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for the next update: fresh pages from the system cost more.
-
-    Nothing that is computed depends on it.
-    """
+    """Has glibc keep what is freed for the next update: fresh pages from the system cost more."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
