@@ -401,10 +401,12 @@ def save_cost(folder: Path, device, seconds: float, steps: int) -> None:
     """Leaves in memory.json what the run has taken so far, for `sweep status` and `sweep plan`.
 
     That is what the process has held at most, in MiB, and the seconds that `steps` updates and
-    their evaluations took, in all attempts together.
+    their evaluations took, in all attempts together. The CPU threads, which the last bits of
+    results depend on, stand there too.
     """
     cost = {"rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
-            "gpu_mb": 1024 * peak_memory_gb(device), "seconds": seconds, "steps": steps}
+            "gpu_mb": 1024 * peak_memory_gb(device), "seconds": seconds, "steps": steps,
+            "threads": torch.get_num_threads()}
     checkpoints.write_atomically(
         folder / "memory.json", lambda path: path.write_text(json.dumps(cost)))
 

@@ -154,11 +154,12 @@ def run(folder, root, *more):
     return records
 
 
-def test_a_run_is_the_same_to_the_bit_with_a_cache_or_without(root, tmp_path):
+def test_a_run_is_the_same_to_the_bit_with_1_2_or_8_workers_and_with_a_cache(root, tmp_path):
     cache = ["--image_cache", str(tmp_path / "cache")]
     without = run(tmp_path / "without", root)
     assert len(without) == 2
-    assert run(tmp_path / "cold", root, *cache) == without
+    assert run(tmp_path / "one", root, "--loader_processes", "1") == without
+    assert run(tmp_path / "cold", root, *cache, "--loader_processes", "8") == without
     assert run(tmp_path / "warm", root, *cache, "--loader_processes", "2") == without
 
 

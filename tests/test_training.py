@@ -234,4 +234,5 @@ def test_a_run_leaves_the_memory_that_it_held_beside_its_records(tmp_path):
         peak_kb = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     assert 0 < memory["rss_mb"] <= 1.05 * peak_kb / 1024
     assert memory["steps"] == 1 and memory["seconds"] >= records[-1]["step_time"]
+    assert memory["threads"] == torch.get_num_threads()
     assert not {"rss_mb", "memory", "seconds"} & set(records[-1])  # the keys are DomainBed's
