@@ -21,9 +21,10 @@ parity: $(VENV)/tests-installed
 	$(PY) -m pytest -n auto -k "domainbed or upstream or golden"
 	$(if $(DOMAINBED),$(PY) tools/parity.py $(DOMAINBED))
 
-# What our work costs, as ratios measured in one run; PEER=DIR times a DomainBed checkout too.
+# What our work costs, as ratios measured in one run; PEER=DIR times a DomainBed checkout too,
+# DATA=DIR, which holds PACS, loading and training on real images.
 bench: $(VENV)/installed
-	$(PY) tools/bench.py $(if $(PEER),--peer $(PEER))
+	$(PY) tools/bench.py $(if $(PEER),--peer $(PEER)) $(if $(DATA),--data_dir $(DATA))
 
 # A sweep of 32 jobs, killed 25 times, against a quiet one.
 chaos: $(VENV)/installed

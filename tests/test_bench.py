@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from domainbed_kd import records
+from domainbed_kd import datasets, records
 
 SPEC = importlib.util.spec_from_file_location(
     "bench", Path(__file__).parents[1] / "tools" / "bench.py")
@@ -90,3 +91,31 @@ def test_a_checkout_launches_the_same_sweep(peer, tmp_path):
     assert (name, command) == ("sweep", "launch")
     assert flags[-4:] == ["--output_dir", str(tmp_path / "runs"), "--command_launcher", "local"]
     assert "--skip_confirmation" in flags
+
+
+def test_sections_that_need_images_ask_for_them_and_are_left_out_without(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="crops and pacs need images. Pass --data_dir"):
+        bench.main(["--only", "pacs"])
+    ran = []
+    monkeypatch.setattr(bench, "SECTIONS", {
+        name: lambda args, name=name: ran.append(name) or [{"what": name}]
+        for name in bench.SECTIONS})
+    output = ["--output", str(tmp_path / "out")]
+    bench.main(output)
+    without = ran.copy()
+    ran.clear()
+    bench.main([*output, "--data_dir", "d"])
+    assert ran == [*without, "crops", "pacs"]
+
+
+def test_crops_of_each_way_are_counted(tmp_path):
+    for domain in datasets.PACS.ENVIRONMENTS:
+        for name in datasets.PACS.CLASSES:
+            for k in range(2):
+                path = tmp_path / "PACS" / domain / name / f"{k}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 30), (9 * k, 0, 0)).save(path)
+    rows = bench.crops(argparse.Namespace(data_dir=tmp_path, process_repeats=1), batch_size=2)
+    assert [row["what"] for row in rows] == [
+        "files", "image cache", "files, fast", "image cache, fast"]
+    assert all(row["crops per CPU s"] > 0 for row in rows) and rows[0]["times as many"] == 1

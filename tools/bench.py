@@ -6,6 +6,9 @@ method with a teacher is ERM's update plus one forward pass of the teacher. Memo
 much more a process holds at most during updates than before the first.
 sweep: a Debug28 sweep of 12 jobs of 3 steps, against the same jobs in processes of their own.
 collect: collect_results on a made-up sweep, the first time and again.
+crops: how many training images of PACS a loader gives per CPU second, on one thread.
+pacs: 30 steps of ResNet-18 on PACS at 224 pixels, and 2 evaluations, on all cores. Memory is the
+training process's. Like crops, it needs --data_dir.
 
 With --peer DIR, a DomainBed checkout does the work of sweep and collect too, in turn with us.
 """
@@ -135,8 +138,8 @@ def updates(args) -> list[dict]:
 # What processes cost.
 
 
-def run(argv: list[str], folder: Path = ROOT) -> dict:
-    """Runs a command with `folder` as its place and first on its path, one thread each.
+def run(argv: list[str], folder: Path = ROOT, threads: int = 1) -> dict:
+    """Runs a command with `folder` as its place and first on its path.
 
     Returns wall seconds, and of it and the children it waited for (not of a fork server), CPU
     seconds and the most MB that one process held.
@@ -144,7 +147,8 @@ def run(argv: list[str], folder: Path = ROOT) -> dict:
     Raises:
         RuntimeError: if it fails, with the last line that it printed on stderr.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder.resolve())}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads),
+                   "PYTHONPATH": str(folder.resolve())}
     with tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen(argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL,
@@ -291,7 +295,77 @@ def collect(args) -> list[dict]:
         return compare(ways, args.process_repeats)
 
 
-SECTIONS = {"start": start, "updates": updates, "sweep": sweep, "collect": collect}
+# What images cost.
+
+
+def count_crops(data_dir: Path, cache: str | None, fast: bool, batch_size: int,
+                n_batches: int = 6) -> float:
+    """Augmented images of PACS per CPU second, after each domain's first batch."""
+    import torch
+
+    from domainbed_kd import augmentation, image_cache, loaders
+
+    torch.set_num_threads(1)
+    dataset = datasets.get_dataset_class("PACS")(data_dir, [3], {"data_augmentation": True})
+    if cache:
+        image_cache.attach(dataset, Path(cache))
+    if fast:
+        augmentation.speed_up(dataset)
+    splits = loaders.make_splits(dataset, [3], 0, 0.2)
+    batches = [loaders.InfiniteDataLoader(splits.in_[i], None, batch_size, 8) for i in range(3)]
+
+    def one_of_each():
+        for loader in batches:
+            x, _ = next(loader)
+            if fast:
+                augmentation.distorted(x)
+
+    one_of_each()
+    start = time.process_time()
+    for _ in range(n_batches):
+        one_of_each()
+    return n_batches * 3 * batch_size / (time.process_time() - start)
+
+
+def crops(args, batch_size: int = 32) -> list[dict]:
+    """The loader alone, with and without a cache of decoded images, exact and fast."""
+    with tempfile.TemporaryDirectory() as cache:
+        ways = {"files": (None, False), "image cache": (cache, False),
+                "files, fast": (None, True), "image cache, fast": (cache, True)}
+        found = {name: [] for name in ways}
+        for _ in range(args.process_repeats):
+            for name, way in ways.items():
+                found[name].append(count_crops(args.data_dir, *way, batch_size))
+    medians = {name: statistics.median(rates) for name, rates in found.items()}
+    return [{"what": name, "crops per CPU s": rate, "times as many": rate / medians["files"]}
+            for name, rate in medians.items()]
+
+
+def pacs(args) -> list[dict]:
+    """Whole short runs: the plain loop, exact mode with what it may use, and fast mode."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def train(*flags):
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            return run(python(
+                "-m", "domainbed_kd.scripts.train", "--dataset", "PACS", "--test_envs", "3",
+                "--data_dir", str(args.data_dir.resolve()), "--steps", str(args.pacs_steps),
+                "--checkpoint_freq", str(args.pacs_steps), "--skip_model_save", "--hparams",
+                '{"resnet18": true, "weights": "none", "batch_size": 8}',
+                "--output_dir", str(folder / "run"), *flags), threads=os.cpu_count())
+
+        cache = ["--image_cache", str(folder / "cache")]
+        rows = compare({
+            "plain loop, 8 workers per loader": lambda: train("--loader_processes", "8"),
+            "exact, image cache": lambda: train(*cache),
+            "fast, image cache": lambda: train(*cache, "--fast")}, args.process_repeats)
+    return [{**row, "times as fast": 1 / row["of first"]} for row in rows]
+
+
+SECTIONS = {"start": start, "updates": updates, "sweep": sweep, "collect": collect,
+            "crops": crops, "pacs": pacs}
+NEED_IMAGES = ("crops", "pacs")
 
 
 def markdown(rows: list[dict]) -> str:
@@ -306,8 +380,13 @@ def markdown(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Measures section by section; prints tables, writes them and JSON."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS),
-                        help=f"default: {' '.join(SECTIONS)}")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS,
+                        help=f"default: {' '.join(SECTIONS)}; without --data_dir, those that "
+                             "need none")
+    parser.add_argument("--data_dir", type=Path, metavar="DIR",
+                        help="folder that holds PACS, for crops and pacs")
+    parser.add_argument("--pacs_steps", type=int, default=30, metavar="N",
+                        help="updates of a run of pacs; default: 30")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME",
                         help=f"of updates; default: {' '.join(METHODS)}")
     parser.add_argument("--batch_size", type=int, default=16,
@@ -324,8 +403,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.peer and not (args.peer / "domainbed" / "scripts").is_dir():
         raise FileNotFoundError(f"--peer {args.peer}: there is no domainbed/scripts in it.")
+    chosen = args.only or [s for s in SECTIONS if args.data_dir or s not in NEED_IMAGES]
+    if not args.data_dir and set(chosen) & set(NEED_IMAGES):
+        raise ValueError("crops and pacs need images. Pass --data_dir, a folder that holds PACS.")
     tables = {}
-    for name in args.only:
+    for name in chosen:
         tables[name] = SECTIONS[name](args)
         print(f"## {name}\n\n{markdown(tables[name])}", flush=True)
     args.output.with_suffix(".json").write_text(json.dumps(tables, indent=1) + "\n")
