@@ -8,7 +8,7 @@ from domainbed_kd.scripts import Parser, run_main
 
 COMMANDS = {
     "train": "train one algorithm on one data set, holding out test domains",
-    "sweep": "launch many runs, count them, delete incomplete ones",
+    "sweep": "launch many runs, count them, tell what they will cost",
     "collect_results": "print a sweep's tables",
     "list_top_hparams": "list the hparams that model selection chose",
     "report": "write the tables and plots of a sweep as one HTML page",

@@ -3,7 +3,7 @@
 A launcher is `fn(commands)`, as DomainBed's are; it may return the list of the commands' exit
 statuses, from which a sweep learns what failed. `local` and `multi_gpu` run `train` in warm
 workers: a fork server imports torch once and forks a child per job, so that a job starts at once
-and its crash harms no other. No shell reads the commands.
+and its crash harms no other. `slurm` and `ray` are in clusters.py. No shell reads the commands.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+from domainbed_kd import clusters
 
 # What the fork server imports, and the command that gains from it.
 WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.training"]
@@ -59,9 +61,10 @@ def dummy(commands: list[str], *, jobs_per_device: int = 1,
         print(f"Dummy launcher: {command}")
 
 
-REGISTRY: dict[str, Callable] = {"local": local, "dummy": dummy, "multi_gpu": multi_gpu}
+REGISTRY: dict[str, Callable] = {"local": local, "dummy": dummy, "multi_gpu": multi_gpu,
+                                "slurm": clusters.slurm, "ray": clusters.ray}
 # Those that return when the jobs have ended, so that what has not begun then waits for nobody.
-BLOCKING = (local, multi_gpu)
+BLOCKING = (local, multi_gpu, clusters.slurm, clusters.ray)
 
 
 def get_launcher(name: str) -> Callable:
@@ -85,6 +88,15 @@ def get_launcher(name: str) -> Callable:
     if not callable(launcher):
         raise NotImplementedError(f"Launcher not found: {name} is no function.")
     return launcher
+
+
+def n_gpus() -> int:
+    """How many GPUs `multi_gpu` uses.
+
+    Raises:
+        ValueError: if no GPU is visible.
+    """
+    return len(_visible_gpus())
 
 
 def _visible_gpus() -> list[str]:
@@ -131,7 +143,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
     if not commands:
         return []
     slots = slots[:len(commands)]
-    argvs = [_argv(command) for command in commands]
+    argvs = [words(command) for command in commands]
     quiet = len(slots) > 1
     if threads is None and quiet and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, _cores() // len(slots))
@@ -142,7 +154,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
     lines = {}  # {sentinel: progress.JobLine}
     statuses: list[int] = [0] * len(argvs)
     sys.stdout.flush()
-    with _stoppable(running), _fork_server(argvs) as context, (
+    with interruptible(), _stopping(running), _fork_server(argvs) as context, (
             progress.bar(total=len(argvs), unit="job") if quiet
             else contextlib.nullcontext()) as bar:
         while waiting or running:
@@ -158,7 +170,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
                     index, process, slot, time.monotonic(), errors)
                 if quiet and sys.stderr.isatty() and _is_warm(argv):
                     lines[process.sentinel] = progress.JobLine(
-                        _label(argv), _flags(argv), position=slot[0])
+                        _label_of(argv), _flags(argv), position=slot[0])
             # Lines are looked up every second, where there are any.
             ended = multiprocessing.connection.wait(list(running), 1 if lines else None)
             for line in lines.values():
@@ -181,7 +193,8 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
     return statuses
 
 
-def _argv(command: str) -> list[str]:
+def words(command: str) -> list[str]:
+    """A command's words, with this interpreter for `python`."""
     argv = shlex.split(command)
     return [sys.executable if argv[0] == "python" else argv[0], *argv[1:]]
 
@@ -192,18 +205,34 @@ def _is_warm(argv: list[str]) -> bool:
 
 def _outcome(job: _Running, argv: list[str]) -> str:
     """What became of a job, in a line."""
-    status, what = job.process.exitcode, _label(argv)
+    status, what = job.process.exitcode, _label_of(argv)
     took = f"({time.monotonic() - job.start:.0f} s)"
     if status == 0:
         return f"done  {what}  {took}"
-    why = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    why = _why(status)
     if job.errors:
         lines = job.errors.read().decode(errors="replace").strip().splitlines()
         why += f": {lines[-1].strip()}" if lines else ""
     return f"failed  {what}  {took}  {why}"
 
 
-def _label(argv: list[str]) -> str:
+def _why(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def report(command: str, status: int, n_done: int, n_all: int) -> None:
+    """Says on stderr what became of a job that ran elsewhere."""
+    outcome = (f"done  {label(command)}" if status == 0
+               else f"failed  {label(command)}  {_why(status)}")
+    print(f"[{n_done}/{n_all}] {outcome}", file=sys.stderr)
+
+
+def label(command: str) -> str:
+    """What a train command trains, in words; any other command as it is."""
+    return _label_of(words(command))
+
+
+def _label_of(argv: list[str]) -> str:
     """What a train command trains, in words; any other command as it is."""
     if not _is_warm(argv):
         return shlex.join(argv)
@@ -245,8 +274,8 @@ def _in_main_thread() -> bool:
 
 
 @contextlib.contextmanager
-def _stoppable(running: dict[int, _Running]) -> Iterator[None]:
-    """Inside, SIGTERM and a hang-up act as Ctrl-C does; what still runs at the end is stopped."""
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM and a hang-up act as Ctrl-C does."""
     previous = {}
     if _in_main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -255,9 +284,17 @@ def _stoppable(running: dict[int, _Running]) -> Iterator[None]:
     try:
         yield
     finally:
-        _stop([job.process for job in running.values()])
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _stopping(running: dict[int, _Running]) -> Iterator[None]:
+    """Stops what still runs at the end."""
+    try:
+        yield
+    finally:
+        _stop([job.process for job in running.values()])
 
 
 def _stop(processes: list) -> None:

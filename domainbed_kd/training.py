@@ -599,13 +599,13 @@ def restore(folder: Path, args: dict, algorithm, load: Loaders, pending: dict,
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and SIGUSR1 do not kill: they make the yielded function return True."""
+    """Inside, SIGTERM and SIGUSR1, SIGUSR2 make the yielded function return True; none kills."""
     received = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     previous = {number: signal.signal(number, lambda *_: received.append(True))
-                for number in (signal.SIGTERM, signal.SIGUSR1)}
+                for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     try:
         yield lambda: bool(received)
     finally:

@@ -12,7 +12,7 @@ import domainbed_kd
 PACKAGE = Path(domainbed_kd.__file__).parent
 ALLOWED = {
     "seeds": set(), "losses": set(), "networks": set(), "digits": set(), "datasets": {"digits"},
-    "command_launchers": {"progress"}, "progress": {"datasets"},
+    "command_launchers": {"progress", "clusters"}, "progress": {"datasets"},
     "record_cache": set(), "records": {"record_cache"},
     "checkpoints": set(), "fast": set(),
     "averaging": {"networks"},
@@ -23,7 +23,8 @@ ALLOWED = {
     "extensions": {"algorithms", "datasets", "command_launchers", "forks"},
     "forks": {"algorithms", "checkpoints", "datasets", "hparams_registry", "networks"},
     "hook": {"plugin"},
-    "claims": set(), "costs": set(), "jobs": {"claims", "seeds", "datasets", "hparams_registry"},
+    "claims": set(), "clusters": {"claims", "command_launchers"}, "costs": set(),
+    "jobs": {"claims", "seeds", "datasets", "hparams_registry"},
     "model_selection": {"records"},
     "tables": {"model_selection", "datasets", "algorithms"},
     "protocols": {"datasets", "records", "tables"}, "published": {"protocols", "tables"},

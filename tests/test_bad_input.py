@@ -17,8 +17,8 @@ TRAIN = ["train", "--dataset", "Debug28", "--steps", "1", "--hparams", '{"batch_
          "--output_dir", "run"]
 SWEEP = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--n_trials", "1",
          "--output_dir", "sweep", "--skip_confirmation"]
-LAUNCH, STATUS, DELETE = (["sweep", command, *SWEEP]
-                          for command in ("launch", "status", "delete_incomplete"))
+LAUNCH, STATUS, DELETE, PLAN = (["sweep", command, *SWEEP]
+                                for command in ("launch", "status", "delete_incomplete", "plan"))
 COLLECT = ["collect_results", "--input_dir", "results"]
 LIST = ["list_top_hparams", "--input_dir", "results", "--dataset", "VLCS", "--algorithm", "ERM",
         "--test_env", "0"]
@@ -89,6 +89,12 @@ def contents(folder):
     (LAUNCH, ["--holdout_fraction", "nan"], "--holdout_fraction is nan"),
     (LAUNCH, ["--steps", "1e3"], "invalid int value"),
     (LAUNCH, ["--jobs_per_device", "0"], "--jobs_per_device is 0"),
+    (PLAN, ["--budget", "nan"], "--budget is nan"),
+    (PLAN, ["--budget", "3"], "--hours_per_run"),
+    (PLAN, ["--hours_per_run", "1e999"], "--hours_per_run is inf"),
+    (PLAN, ["--algorithms", "SCDM"], "Did you mean SCMD?"),
+    (STATUS, ["--watch", "-1"], "--watch is -1"),
+    (TRAIN, ["--wait", "nan"], "--wait is nan"),
     (STATUS, ["--n_trials", "-1"], "--n_trials is -1"),
     (LIST, ["--test_env", "one"], "invalid int value"),
     (LIST, ["--test_env", "7"], "--test_env 7"),

@@ -159,7 +159,8 @@ def test_launchers_are_found_by_name_and_by_module():
 
 @pytest.mark.parametrize("name, message", [
     ("locl", "Did you mean local"), ("os:nothing", "nothing"), ("no.module:f", "no"),
-    ("os:sep", "no function"), ("slurm", "Known: local, dummy, multi_gpu")])
+    ("os:sep", "no function"), ("slrm", "Did you mean slurm"),
+    ("pbs", "Known: local, dummy, multi_gpu, slurm, ray")])
 def test_an_unknown_launcher_is_named(name, message):
     with pytest.raises(NotImplementedError, match=f"Launcher not found: {name}.*{message}"):
         get_launcher(name)
@@ -198,5 +199,5 @@ def test_an_interrupted_sweep_leaves_no_process(number, to_group, tmp_path):
 def test_a_label_says_what_is_trained():
     command = (f"{TRAIN} --algorithm RISE --dataset PACS --hparams '{{\"lr\": 1}}' "
                "--hparams_seed 3 --test_envs 0 2 --trial_seed 1")
-    label = command_launchers._label(command_launchers._argv(command))
+    label = command_launchers.label(command)
     assert label == "RISE PACS test env 0 2, trial 1, hparams 3"

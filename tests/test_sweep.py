@@ -45,7 +45,7 @@ def launched(monkeypatch):
 def command_of(command):
     """{flag: values} of a command line."""
     found = {}
-    for word in command_launchers._argv(command)[3:]:
+    for word in command_launchers.words(command)[3:]:
         if word.startswith("--"):
             values = found.setdefault(word[2:], [])
         else:
@@ -287,6 +287,14 @@ def test_defaults_are_domainbeds():
     (["--command_launcher", "no_module:f"], "Launcher not found: no_module:f"),
     (["--command_launcher", "os:getcwd", "--jobs_per_device", "2"], "does not take"),
     (["--retry", "-1"], "--retry is -1"),
+    (["--slurm_gpus", "-1"], "--slurm_gpus is -1"),
+    (["--slurm_time", "0"], "--slurm_time is 0"),
+    (["--slurm_cluster", "lsf"], "invalid choice"),
+    (["--slurm_time", "5"], "local does not take --slurm_time"),
+    (["--ray_gpus", "nan"], "--ray_gpus is nan"),
+    (["--ray_cpus", "inf"], "--ray_cpus is inf"),
+    (["--budget", "0"], "--budget is 0"),
+    (["--hours_per_run", "-1"], "--hours_per_run is -1"),
     (["--watch", "0"], "--watch is 0"),
     (["--watch", "nan"], "--watch is nan"),
     (["--jobs_per_device", "0"], "--jobs_per_device is 0"),
@@ -368,7 +376,7 @@ def test_real_jobs_train_side_by_side_and_a_second_launch_runs_nothing(tmp_path)
     parsed = sweep.build_parser().parse_args([*args, "--data_dir", "here"])
     args_list = args_list_of(parsed)
     warm, alone = (Job(args_list[0], str(place)) for place in (folder, tmp_path / "alone"))
-    subprocess.run(command_launchers._argv(alone.command_str), cwd=tmp_path, check=True,
+    subprocess.run(command_launchers.words(alone.command_str), cwd=tmp_path, check=True,
                    capture_output=True)
     assert records_of(warm) == records_of(alone)
 
@@ -513,3 +521,53 @@ def test_status_shows_the_most_memory_that_a_job_of_each_algorithm_held(tmp_path
     assert sweep.main(args) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "most memory of a job, MiB of process + GPU: ERM 400 + 71")
+
+
+def measured(tmp_path, *more, seconds=36.0, steps=10):
+    """Flags of a plan with a finished ERM run that took 3.6 s an update."""
+    args = flags("plan", tmp_path, "--single_test_envs", "--steps", "1000", "--n_trials", "2",
+                 "--n_hparams", "2", *more)
+    train_args = args_list_of(sweep.build_parser().parse_args(args))[0]
+    folder = Path(Job(train_args, str(tmp_path)).output_dir)
+    folder.mkdir(parents=True)
+    (folder / "done").touch()
+    (folder / "memory.json").write_text(json.dumps({"seconds": seconds, "steps": steps}))
+    return args
+
+
+def test_a_plan_counts_runs_teachers_and_hours(tmp_path, capsys):
+    args = measured(tmp_path, "--algorithms", "ERM", "KDDG", "--hours_per_run", "2",
+                    "--jobs_per_device", "2", "--slurm_parallel", "100")
+    assert sweep.main(args) == 0
+    # 2 trials x 3 domains x 2 seeds each; ERM takes an hour, as measured, and one run is done.
+    assert capsys.readouterr().out.splitlines() == [
+        "ERM Debug28: 12 runs, 6 of them teachers, 1 done; 60.0 minutes each, measured",
+        "KDDG Debug28: 12 runs, after their teachers, 0 done; 2.0 hours each, as stated",
+        "total: 24 runs, 6 teachers, 1 done",
+        "local: 18 hours, 2 at a time",  # 11 in 6, 12 times 2 in 12
+        "slurm: 3 hours, 100 at a time",
+        f"ray: {capsys_ray_hours()} hours, {os.cpu_count()} at a time"]
+
+
+def capsys_ray_hours():
+    n = os.cpu_count()
+    return -(-11 // n) + 2 * -(-12 // n)
+
+
+@pytest.mark.parametrize("budget, expected", [
+    ("11", "--n_trials 2 --n_hparams 2"), ("6", "--n_trials 2 --n_hparams 1"),
+    ("2.5", "--n_trials 1 --n_hparams 1")])
+def test_a_budget_trims_trials_and_seeds_evenly(budget, expected, tmp_path, capsys):
+    # An hour a run, one of 12 done: 2 x 1 costs 5 of them, 1 x 1 costs 2.
+    assert sweep.main(measured(tmp_path, "--budget", budget)) == 0
+    assert capsys.readouterr().out.endswith(f"within {budget} hours: {expected}\n")
+
+
+def test_a_budget_that_is_too_small_and_a_cost_that_is_unknown_are_said(tmp_path, capsys):
+    assert sweep.main(measured(tmp_path / "a", "--budget", "0.5")) == 1
+    assert "0.5 hours do not suffice" in capsys.readouterr().out
+    assert sweep.main(flags("plan", tmp_path / "b")) == 0
+    assert "not measured yet: pass --hours_per_run" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--budget needs what a run takes"):
+        sweep.main(flags("plan", tmp_path / "b", "--budget", "1"))
+    assert not (tmp_path / "b").exists()

@@ -54,9 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
             for kind, known in (("algorithms", algorithms.ALGORITHMS),
                                 ("datasets", [*datasets.DATASETS, "Folder:NAME"]),
                                 ("launchers", [*command_launchers.REGISTRY, "module:function"]))))
-    parser.add_argument("command", choices=["launch", "delete_incomplete", "status"],
+    parser.add_argument("command", choices=["launch", "delete_incomplete", "status", "plan"],
                         help="run what is not done, or go on with it; delete the folders of jobs "
-                             "that are neither done nor running; count jobs by state")
+                             "that are neither done nor running; count jobs by state; tell what "
+                             "the sweep will cost")
     parser.add_argument("--datasets", nargs="+", default=DEFAULT_DATASETS, metavar="NAME",
                         help="default: all of DomainBed's but the Debug ones")
     parser.add_argument("--algorithms", nargs="+", default=list(algorithms.ALGORITHMS),
@@ -124,6 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--watch", type=float, nargs="?", const=5.0, metavar="SECONDS",
                       help="status: show it again every so often, by itself every 5 seconds, "
                            "until all jobs are done")
+    ours.add_argument("--hours_per_run", type=float, metavar="HOURS",
+                      help="plan: what a run takes where no run in the folder has measured it")
+    ours.add_argument("--budget", type=float, metavar="HOURS",
+                      help="plan: print the most trials and seeds of hparams that the "
+                           "launcher can finish in so long")
     ours.add_argument("--jobs_per_device", type=int, metavar="N",
                       help="jobs at a time, on each GPU if there are several; default: 1")
     ours.add_argument("--threads_per_job", type=int, metavar="N",
@@ -134,6 +140,27 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--fork", dest="plugin", action="append", metavar="FOLDER",
                       help="folder of a DomainBed fork, which holds its package domainbed: its "
                            "algorithms can be named too; ours keep their names")
+    slurm = parser.add_argument_group("launcher slurm", "see docs/clusters.md")
+    slurm.add_argument("--slurm_partition", metavar="NAME", help="default: the cluster's own")
+    slurm.add_argument("--slurm_gpus", type=int, metavar="N", help="GPUs of a job; default: 1")
+    slurm.add_argument("--slurm_cpus", type=int, metavar="N", help="CPUs of a job; default: 4")
+    slurm.add_argument("--slurm_time", type=int, metavar="MINUTES",
+                       help="after so long a job saves its state and queues again; default: 1440")
+    slurm.add_argument("--slurm_parallel", type=int, metavar="N",
+                       help="jobs at a time; default: 256")
+    slurm.add_argument("--slurm_extra", metavar="JSON",
+                       help="object of further submitit parameters, as "
+                            "'{\"slurm_account\": \"me\"}'")
+    slurm.add_argument("--slurm_logs", metavar="FOLDER",
+                       help="where submitit keeps its files; default: slurm_logs")
+    slurm.add_argument("--slurm_cluster", choices=["slurm", "local"],
+                       help="local: try it on this machine, without Slurm")
+    ray = parser.add_argument_group("launcher ray", "see docs/clusters.md")
+    ray.add_argument("--ray_address", metavar="ADDRESS",
+                     help="of a running cluster, or auto; default: one on this machine")
+    ray.add_argument("--ray_gpus", type=float, metavar="SHARE",
+                     help="GPUs of a job, such as 0.5; default: 1 where there are any")
+    ray.add_argument("--ray_cpus", type=float, metavar="N", help="CPUs of a job; default: 1")
     return parser
 
 
@@ -144,10 +171,15 @@ def check(args: argparse.Namespace) -> None:
         ValueError: naming the flag, what was found and what it takes.
     """
     lowest = {"n_trials": 1, "n_hparams_from": 0, "steps": 0, "checkpoint_freq": 0,
-              "jobs_per_device": 1, "threads_per_job": 1, "retry": 0}
+              "jobs_per_device": 1, "threads_per_job": 1, "retry": 0,
+              "slurm_gpus": 0, "slurm_cpus": 1, "slurm_time": 1, "slurm_parallel": 1,
+              "ray_gpus": 0, "ray_cpus": 0}
     for name, low in lowest.items():
-        if (value := getattr(args, name)) is not None and value < low:
+        if (value := getattr(args, name)) is not None and not low <= value < math.inf:
             raise ValueError(f"--{name} is {value}; it takes a number from {low} up.")
+    for name in ("hours_per_run", "budget"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}; it takes a number of hours above 0.")
     if args.watch is not None and not 0 < args.watch < math.inf:
         raise ValueError(f"--watch is {args.watch}; it takes a number of seconds above 0.")
     if args.n_hparams <= args.n_hparams_from:
@@ -195,7 +227,8 @@ def make_launcher(args: argparse.Namespace) -> Callable:
         ValueError: if an option is given that it does not take.
     """
     launcher = command_launchers.get_launcher(args.command_launcher)
-    options = {name: getattr(args, name) for name in ("jobs_per_device", "threads_per_job")
+    names = [name for name in vars(args) if name.startswith(("slurm_", "ray_"))]
+    options = {name: getattr(args, name) for name in ("jobs_per_device", "threads_per_job", *names)
                if getattr(args, name) is not None}
     if unknown := sorted(options.keys() - inspect.signature(launcher).parameters.keys()):
         raise ValueError(f"The launcher {args.command_launcher} does not take --{unknown[0]}.")
@@ -369,6 +402,86 @@ def overview(all_jobs: list[Job]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def slots(args: argparse.Namespace, launcher: str) -> int:
+    """How many jobs a launcher of ours has at a time; other launchers count as one.
+
+    Raises:
+        ValueError: if it has no GPU.
+    """
+    per_device = args.jobs_per_device or 1
+    if launcher == "multi_gpu":
+        return command_launchers.n_gpus() * per_device
+    if launcher == "slurm":
+        return args.slurm_parallel or 256
+    if launcher == "ray" and not args.ray_address:
+        return max(1, int((os.cpu_count() or 1) / (args.ray_cpus or 1)))
+    return per_device if launcher == "local" else 1
+
+
+def forecast(args: argparse.Namespace, all_jobs: list[Job]) -> int:
+    """Prints how many runs there are, what each takes, and what that is by launcher.
+
+    Returns:
+        1 if not even one trial with one seed of hparams fits the budget, else 0.
+
+    Raises:
+        ValueError: if a budget is given and the cost of a run is not known.
+    """
+    rates, stated = costs.Rates(all_jobs), args.hours_per_run and 3600 * args.hours_per_run
+    left = {id(job): rates.seconds_left(job, stated) for job in all_jobs}
+    teachers = {id(job.teacher) for job in all_jobs if job.teacher}
+    kinds = defaultdict(list)
+    for job in all_jobs:
+        kinds[job.train_args["algorithm"], job.train_args["dataset"]].append(job)
+    for (algorithm, dataset), some in kinds.items():
+        job = some[0]
+        rate = rates.of(job)
+        if rates.is_measured(job):
+            cost = f"{costs.in_words(rate * job.n_steps)} each, measured"
+        elif stated:
+            cost = f"{costs.in_words(stated)} each, as stated"
+        elif rate is not None:
+            cost = f"{costs.in_words(rate * job.n_steps)} each, by other algorithms on {dataset}"
+        else:
+            cost = "not measured yet: pass --hours_per_run"
+        n_teachers = sum(id(job) in teachers for job in some)
+        n_done = sum(job.state == Job.DONE for job in some)
+        print(f"{algorithm} {dataset}: {len(some)} runs"
+              + (f", {n_teachers} of them teachers" if n_teachers else "")
+              + (", after their teachers" if job.teacher else "")
+              + f", {n_done} done; {cost}")
+    print(f"total: {len(all_jobs)} runs, {len(teachers)} teachers, "
+          f"{sum(job.state == Job.DONE for job in all_jobs)} done")
+    if None in left.values():
+        if args.budget:
+            raise ValueError("--budget needs what a run takes: pass --hours_per_run, or finish a "
+                             "run of each data set first.")
+        return 0
+
+    def hours(some: list[Job], launcher: str) -> float:
+        return costs.wall_seconds(some, left, slots(args, launcher)) / 3600
+
+    for launcher in dict.fromkeys(("local", "slurm", "ray", args.command_launcher)):
+        print(f"{launcher}: {hours(all_jobs, launcher):.3g} hours, {slots(args, launcher)} at a "
+              "time")
+    if not args.budget:
+        return 0
+
+    def fits(n_trials: int, n_hparams: int) -> bool:
+        kept = [job for job in all_jobs if job.train_args["trial_seed"] < n_trials
+                and (id(job) in teachers
+                     or job.train_args["hparams_seed"] < args.n_hparams_from + n_hparams)]
+        return hours(kept, args.command_launcher) <= args.budget
+
+    chosen = costs.trimmed(args.n_trials, args.n_hparams - args.n_hparams_from, fits)
+    if chosen is None:
+        print(f"{args.budget:g} hours do not suffice for one trial with one seed of hparams.")
+        return 1
+    print(f"within {args.budget:g} hours: --n_trials {chosen[0]} --n_hparams "
+          f"{args.n_hparams_from + chosen[1]}")
+    return 0
+
+
 def list_args(args: argparse.Namespace) -> list[dict]:
     """The train arguments of the jobs that the flags ask for."""
     return jobs.make_args_list(
@@ -417,6 +530,8 @@ def main(argv: list[str] | None = None) -> int:
     all_jobs = plan(args, list_args(args))
     if args.command == "status":
         return status(args, all_jobs)
+    if args.command == "plan":
+        return forecast(args, all_jobs)
     for job in all_jobs:
         print(job)
     n = Counter(job.state for job in all_jobs)

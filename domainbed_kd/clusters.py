@@ -1,0 +1,238 @@
+"""Launchers for clusters: `slurm` through submitit, and `ray`.
+
+Both wait for the jobs and return their exit statuses, so that teachers come before students. The
+sweep's folder must be one that all machines share; see docs/clusters.md. What a machine that was
+lost had begun goes on elsewhere from its last checkpoint, and ends in the same bits.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from domainbed_kd import claims
+
+# How long a job that goes on elsewhere waits until its first process has lost the folder.
+WAIT = f" --wait {claims.STALE_S + 60}"
+# How often ray starts a job again whose machine was lost.
+MAX_LOST = 5
+# Of submitit; each time-out is progress, as the run goes on where it was.
+MAX_TIMEOUTS = 1000
+POLL_S = 1
+STOPPED = 143  # the exit status of a train that was told to stop, and has saved its state
+
+
+def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus: int = 1,
+          slurm_cpus: int = 4, slurm_time: float = 1440, slurm_parallel: int = 256,
+          slurm_extra: str | None = None, slurm_logs: str = "slurm_logs",
+          slurm_cluster: str = "slurm") -> list[int]:
+    """Runs the commands as a Slurm job array through submitit; returns exit statuses.
+
+    Args:
+        commands: of the jobs.
+        slurm_partition: None for the cluster's default.
+        slurm_gpus: of a job.
+        slurm_cpus: of a job.
+        slurm_time: minutes after which a job saves its state and queues again.
+        slurm_parallel: jobs at a time.
+        slurm_extra: JSON object of further submitit parameters, as {"slurm_account": "me"}.
+        slurm_logs: folder of submitit's files.
+        slurm_cluster: "slurm", or "local" to try it without one.
+
+    Raises:
+        ValueError: if submitit or Slurm is not there, or a parameter is not known.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError("The launcher slurm needs submitit: pip install 'domainbed_kd[slurm]'."
+                         ) from None
+    if slurm_cluster == "slurm" and not shutil.which("sbatch"):
+        raise ValueError("The launcher slurm finds no sbatch on this machine. Launch on a node "
+                         "that submits jobs, or try it with --slurm_cluster local.")
+    if not commands:
+        return []
+    executor = submitit.AutoExecutor(
+        slurm_logs, cluster=slurm_cluster,
+        **{f"{slurm_cluster}_max_num_timeout": MAX_TIMEOUTS})
+    parameters = {"name": "domainbed_kd", "timeout_min": slurm_time, "cpus_per_task": slurm_cpus,
+                  "gpus_per_node": slurm_gpus, "slurm_array_parallelism": slurm_parallel}
+    if slurm_partition:
+        parameters["slurm_partition"] = slurm_partition
+    try:
+        executor.update_parameters(**parameters | _parsed(slurm_extra))
+    except (NameError, TypeError, AssertionError) as error:
+        raise ValueError(f"--slurm_extra: {error}") from error
+
+    # Slurm knows how many may run at a time; submitit's local executor starts all it gets.
+    size = len(commands) if slurm_cluster == "slurm" else slurm_parallel
+    statuses = []
+    for start in range(0, len(commands), size):
+        statuses += _array(executor, commands[start:start + size], start, len(commands))
+    return statuses
+
+
+def _parsed(extra: str | None) -> dict:
+    try:
+        found = json.loads(extra or "{}")
+    except ValueError as error:
+        raise ValueError(f"--slurm_extra is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--slurm_extra takes a JSON object, not {extra}.")
+    return found
+
+
+def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int]:
+    """Submits an array of commands and waits for them."""
+    import submitit
+
+    from domainbed_kd import command_launchers
+
+    with executor.batch():
+        jobs = [executor.submit(Task(command)) for command in commands]
+    pending, statuses = dict(enumerate(jobs)), [1] * len(jobs)
+    with command_launchers.interruptible():
+        try:
+            while pending:
+                time.sleep(POLL_S)
+                for i, job in [(i, job) for i, job in pending.items() if job.done()]:
+                    with contextlib.suppress(submitit.core.utils.UncompletedJobError):
+                        statuses[i] = job.result()  # else Slurm or submitit ended it: 1
+                    del pending[i]
+                    n_done = n_before + len(jobs) - len(pending)
+                    command_launchers.report(commands[i], statuses[i], n_done, n_all)
+        except BaseException:
+            print(f"Cancelling {len(pending)} jobs.", file=sys.stderr)
+            for job in pending.values():
+                job.cancel(check=False)
+            raise
+    return statuses
+
+
+class Task:
+    """A command for submitit, which on its signal lets the run save its state and queues it again.
+
+    Args:
+        command: of the job.
+    """
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __call__(self) -> int:
+        """Runs the command; returns its exit status.
+
+        A run that somebody else told to stop is about to be preempted: as long as this process
+        lives, Slurm queues it again, so the run is started again until both are killed.
+        """
+        from domainbed_kd import command_launchers
+
+        status = STOPPED
+        while status == STOPPED:
+            self.process = subprocess.Popen(command_launchers.words(self.command))
+            try:
+                while (status := self.process.poll()) is None:
+                    time.sleep(0.1)
+            except BaseException:  # cancelled
+                self.process.terminate()
+                raise
+        return status
+
+    def checkpoint(self):
+        """Called by submitit in a signal's handler, before a time-out or a preemption."""
+        from submitit.helpers import DelayedSubmission
+
+        self.process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(ChildProcessError):  # it has just ended by itself
+            # Not process.wait(): the handler may have interrupted it, with its lock held.
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(Task(self.command.removesuffix(WAIT) + WAIT))
+
+
+def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float | None = None,
+        ray_cpus: float = 1) -> list[int]:
+    """Runs the commands as tasks of a Ray cluster; returns exit statuses.
+
+    Args:
+        commands: of the jobs.
+        ray_address: of a cluster, such as "auto"; None starts one on this machine.
+        ray_gpus: share of a GPU that a job takes; None for 1 where the cluster has any, else 0.
+        ray_cpus: CPUs that a job takes.
+
+    Raises:
+        ValueError: if Ray is not there, or the cluster is not or has not what a job takes.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray as library
+    except ImportError:
+        raise ValueError("The launcher ray needs Ray: pip install 'domainbed_kd[ray]'.") from None
+    from domainbed_kd import command_launchers
+
+    if not commands:
+        return []
+    try:
+        library.init(address=ray_address, include_dashboard=None if ray_address else False,
+                     log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"--ray_address {ray_address}: {error}") from error
+    try:
+        there = library.cluster_resources()
+        if ray_gpus is None:
+            ray_gpus = min(there.get("GPU", 0), 1)
+        for name, wanted in (("CPU", ray_cpus), ("GPU", ray_gpus)):
+            if wanted > there.get(name, 0):
+                raise ValueError(f"A job takes {wanted} {name}s, and the Ray cluster has "
+                                 f"{there.get(name, 0):g}. Lower --ray_{name.lower()}s.")
+        task = library.remote(num_cpus=ray_cpus, num_gpus=ray_gpus, max_retries=0)(_run_here)
+        with command_launchers.interruptible():
+            return _tasks(library, task, commands)
+    finally:
+        library.shutdown()
+
+
+def _run_here(command: str, folder: str, path: list[str]) -> int:
+    """Runs a command in a worker of Ray's; a run ends with the worker that started it."""
+    from domainbed_kd import command_launchers
+
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    return command_launchers.local([command])[0]
+
+
+def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
+    """Starts all tasks, again where a machine is lost, and waits for them."""
+    from domainbed_kd import command_launchers
+
+    def start(command):
+        return task.remote(command, os.getcwd(), sys.path)
+
+    pending = {start(command): i for i, command in enumerate(commands)}
+    statuses, n_lost, n_done = [1] * len(commands), [0] * len(commands), 0
+    try:
+        while pending:
+            (ref,), _ = library.wait(list(pending), num_returns=1)
+            i = pending.pop(ref)
+            try:
+                statuses[i] = library.get(ref)
+            except library.exceptions.RayTaskError:
+                raise
+            except library.exceptions.RayError as error:
+                n_lost[i] += 1
+                if n_lost[i] <= MAX_LOST:
+                    print(f"lost  {command_launchers.label(commands[i])}  "
+                          f"({type(error).__name__}); it goes on elsewhere", file=sys.stderr)
+                    pending[start(commands[i] + WAIT)] = i
+                    continue
+            n_done += 1
+            command_launchers.report(commands[i], statuses[i], n_done, len(commands))
+    except BaseException:
+        for ref in pending:
+            library.cancel(ref, force=True)
+        raise
+    return statuses
