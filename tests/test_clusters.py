@@ -154,16 +154,22 @@ def test_a_ray_sweep_that_loses_a_node_ends_in_the_same_bits(ray, tmp_path, monk
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = ["--algorithms", "ERM", "--steps", "100"]
+    flags = ["--algorithms", "ERM", "--steps", "150"]
     cluster = Cluster(initialize_head=True, head_node_args={
         "num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
     try:
-        node = cluster.add_node(num_cpus=1, num_gpus=0)
         runs = tmp_path / "lost" / "sweep"
         lost = start(tmp_path / "lost", *flags, "--command_launcher", "ray", "--ray_address",
                      cluster.address)
-        # Both nodes have a job once two have begun.
-        wait_for(lambda: len(list(runs.glob("*/results.jsonl"))) >= 2 or lost.poll() is not None)
+
+        def begun():
+            return len(list(runs.glob("*/results.jsonl"))) if lost.poll() is None else 9
+
+        # The launcher belongs to the only node that is there when it starts.
+        wait_for(lambda: begun() >= 1)
+        node = cluster.add_node(num_cpus=1, num_gpus=0)
+        wait_for(lambda: len(chaos.jobs_at_work(tmp_path / "lost")) >= 2 or begun() == 9)
+        wait_for(lambda: begun() >= 2)
         cluster.remove_node(node, allow_graceful=False)
         status, log = lost.wait(), (tmp_path / "lost" / "launcher.log").read_text()
     finally:
