@@ -301,13 +301,13 @@ JSON_VALUES = [0, -1, 1, 3, 0.1, 1e308, 10**30, None, True, "", "x", [], [1], {}
 
 
 def flags_of(command):
-    """The long flags of a command's parser but for steps, which would take long."""
+    """The long flags of a command's parser but for those that would take long."""
     import importlib
 
     module = importlib.import_module(f"domainbed_kd.scripts.{command}")
     return sorted(flag for action in module.build_parser()._actions
                   for flag in action.option_strings if flag.startswith("--") and
-                  flag not in ("--steps", "--help", "--n_hparams", "--n_trials"))
+                  flag not in ("--steps", "--help", "--watch", "--n_hparams", "--n_trials"))
 
 
 def random_argv(r):
