@@ -1,9 +1,11 @@
 """Whatever a user types, or whatever has happened to a file: one line, exit 2, nothing lost."""
 
+import errno
 import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import GOLDENS
@@ -254,6 +256,23 @@ def test_the_only_record_of_a_killed_run_is_written_again_and_more_are_set_aside
         assert said(RESUMED, capsys)[0] == 0
         assert [path.name for path in run.glob("*.old")] == aside
         shutil.rmtree(run)
+
+
+def test_a_folder_that_has_become_read_only_is_named_and_keeps_its_records(
+        tmp_path, monkeypatch, capsys):
+    train_until(3, monkeypatch, capsys)
+    run, real = tmp_path / "run", Path.open
+    before = contents(run)
+
+    def read_only(path, mode="r", *args, **kwargs):  # root may write anywhere, so no chmod
+        if set(mode) & set("wax+") and path.parent.name == "run":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    refused(RESUMED, "Read-only file system. Choose a folder in which you may write.", capsys)
+    monkeypatch.undo()
+    assert contents(run) == before
 
 
 def test_records_are_appended_after_the_last_whole_line(tmp_path):
