@@ -268,6 +268,7 @@ def load_image(path: str):
     """The image as RGB; a truncated file gives what there is of it, as in DomainBed.
 
     Raises:
+        FileNotFoundError: if the file has been taken away since the folder was listed.
         ValueError: if the file is not an image.
     """
     from PIL import Image, ImageFile
@@ -276,6 +277,9 @@ def load_image(path: str):
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there any more. Put the images back: the same "
+                                "command goes on from the run's last state.") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an image. Replace it.") from error
 

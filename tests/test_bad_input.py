@@ -21,6 +21,7 @@ SWEEP = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--
          "--output_dir", "sweep", "--skip_confirmation"]
 LAUNCH, STATUS, DELETE, PLAN = (["sweep", command, *SWEEP]
                                 for command in ("launch", "status", "delete_incomplete", "plan"))
+REPORT = ["report", "--input_dir", "results"]
 COLLECT = ["collect_results", "--input_dir", "results"]
 LIST = ["list_top_hparams", "--input_dir", "results", "--dataset", "VLCS", "--algorithm", "ERM",
         "--test_env", "0"]
@@ -96,6 +97,18 @@ def contents(folder):
     (PLAN, ["--hours_per_run", "1e999"], "--hours_per_run is inf"),
     (PLAN, ["--algorithms", "SCDM"], "Did you mean SCMD?"),
     (STATUS, ["--watch", "-1"], "--watch is -1"),
+    (LAUNCH, ["--retry", "-1"], "--retry is -1"),
+    (LAUNCH, ["--command_launcher", "slurm", "--slurm_cpus", "0"], "--slurm_cpus is 0"),
+    (LAUNCH, ["--command_launcher", "slurm", "--slurm_parallel", "-1"], "--slurm_parallel is -1"),
+    (LAUNCH, ["--command_launcher", "ray", "--ray_cpus", "nan"], "--ray_cpus is nan"),
+    (LAUNCH, ["--ray_gpus", "0.5"], "does not take --ray_gpus"),
+    (LAUNCH, ["--slurm_cluster", "lsf"], "invalid choice"),
+    (LAUNCH, ["--teacher_cache", "views"], '{"canonical_view": true}'),
+    (TRAIN, ["--teacher_cache", "views"], '{"canonical_view": true}'),
+    (TRAIN, ["--compile"], "--fast"),
+    (COLLECT, ["--compare", "ERN"], "ERN"),
+    (REPORT, ["--input_dir", "absent"], "there is no such folder"),
+    (REPORT, ["--output", "/proc/nowhere/report.html"], "/proc/nowhere"),
     (TRAIN, ["--wait", "nan"], "--wait is nan"),
     (STATUS, ["--n_trials", "-1"], "--n_trials is -1"),
     (LIST, ["--test_env", "one"], "invalid int value"),
@@ -153,7 +166,7 @@ def test_bad_input_is_one_line_and_changes_nothing(command, flags, message, tmp_
 
 
 def test_reports_commands_are_all_tested_here():
-    tested = {command[0] for command in (TRAIN, LAUNCH, COLLECT, LIST, DOWNLOAD)}
+    tested = {command[0] for command in (TRAIN, LAUNCH, COLLECT, LIST, DOWNLOAD, REPORT)}
     assert tested <= set(cli.COMMANDS)
 
 
@@ -181,6 +194,29 @@ def images(tmp_path):
 def test_a_corrupt_image_is_named_also_by_a_loader_process(processes, images, capsys):
     refused([*images, "--loader_processes", processes],
             ".png cannot be read as an image. Replace it.\n", capsys)
+
+
+def test_a_data_folder_that_is_deleted_ends_the_run_which_goes_on_when_it_is_back(
+        images, tmp_path, monkeypatch, capsys):
+    folder, results = tmp_path / "mine", tmp_path / "run" / "results.jsonl"
+    for i in range(8):
+        shutil.copy(folder / "a" / "dog" / f"{i}.png", folder / "b" / "dog")
+    command = [*images, "--steps", "4", "--checkpoint_freq", "2"]
+    append = training.append_record
+
+    def append_and_delete(*args):
+        append(*args)
+        folder.rename(tmp_path / "deleted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "append_record", append_and_delete)
+        refused(command, "is not there any more. Put the images back", capsys)
+    first = results.read_text()
+    assert first.count("\n") == 1
+    (tmp_path / "deleted").rename(folder)
+    assert said(command, capsys)[0] == 0
+    lines = results.read_text().splitlines()
+    assert lines[0] == first.strip() and [json.loads(line)["step"] for line in lines] == [0, 2, 3]
 
 
 def test_a_loader_process_that_is_killed_is_said(images, monkeypatch, capsys):
