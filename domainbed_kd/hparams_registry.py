@@ -127,8 +127,9 @@ def override(hparams: dict, text: str | None) -> dict:
             warnings.warn(f"--hparams: nothing here reads {name!r}.{hint}", stacklevel=2)
         default = hparams.get(name)
         if default is not None and not _replaces(value, default):
+            kind = "an int" if type(default) is int else f"a {type(default).__name__}"
             raise ValueError(f"--hparams: {name} is {json.dumps(value)}, a "
-                             f"{type(value).__name__}; it takes a {type(default).__name__}.")
+                             f"{type(value).__name__}; it takes {kind}.")
     if not 0 < changes.get("batch_size", 1):
         raise ValueError(f"--hparams: batch_size is {changes['batch_size']}; it takes at least 1.")
     return hparams | changes

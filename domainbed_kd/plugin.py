@@ -124,7 +124,12 @@ def doctor() -> int:
     from domainbed_kd import forks
 
     print(f"Fork:     {next(iter(spec.submodule_search_locations))}")
-    module = importlib.import_module("domainbed.algorithms")
+    try:
+        module = importlib.import_module("domainbed.algorithms")
+    except ImportError as error:
+        print(f"Its domainbed.algorithms does not import: {error}\nNext:     install or mend that, "
+              "and see that `python -c \"import domainbed.algorithms\"` works.")
+        return 1
     dialect = forks.dialect_of(module)
     form = "update(x, y, **kwargs)" if dialect.takes_xy else "update(minibatches, ...)"
     print(f"Dialect:  {dialect.name}: {form}; predict returns "

@@ -228,6 +228,16 @@ def test_the_doctor_names_the_dialect_the_methods_and_one_next_command(dialect, 
     assert process.stdout.splitlines()[-1].startswith("Next:     python -m domainbed_kd.plugin --")
 
 
+def test_the_doctor_says_why_a_fork_does_not_import(tmp_path):
+    (tmp_path / "domainbed").mkdir()
+    (tmp_path / "domainbed" / "__init__.py").touch()
+    (tmp_path / "domainbed" / "algorithms.py").write_text("import no_such_package\n")
+    process = subprocess.run([sys.executable, "-m", "domainbed_kd.plugin", "doctor"], cwd=tmp_path,
+                             capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr == ""
+    assert "does not import: No module named 'no_such_package'" in process.stdout
+
+
 def test_the_doctor_says_so_where_there_is_no_fork(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert plugin.main(["doctor"]) == 1
