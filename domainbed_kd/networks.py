@@ -148,11 +148,11 @@ class _Staged(nn.Module):
 
     def stages(self) -> list[Callable[[Tensor], Tensor]]:
         """Functions from (B, c, h, w) to (B, c', h', w'), to be applied in turn."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement stages().")
 
     def pool(self, x: Tensor) -> Tensor:
         """Features (B, n_outputs) of what the last stage returns."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement pool().")
 
     def forward(self, x):
         """Features (B, n_outputs) of images (B, C, H, W)."""
