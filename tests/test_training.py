@@ -189,7 +189,7 @@ def test_resume_never_appends_as_domainbed_does(tmp_path):
     (["--dataset", "PACS", "--data_dir", "absent"], "absent"),
     (["--hparams", "{"], "not JSON"),
     (["--hparams", "[1]"], "takes a JSON object"),
-    (["--hparams", '{"batch_size": "8"}'], "batch_size is \"8\", a str; it takes a int"),
+    (["--hparams", '{"batch_size": "8"}'], "batch_size is \"8\", a str; it takes an int"),
     (["--hparams", '{"batch_size": 0}'], "at least 1"),
     (["--hparams", "{}"], "batch"),  # 64 images a step from 13: DomainBed hangs for ever
 ])
