@@ -85,18 +85,21 @@ def _figure(height: float) -> Figure:
 
 
 def _panels(n: int, height: float, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with n panels of this height in two columns."""
-    rows = -(-n // 2)
+    """A figure with n panels of this height in two columns, or one for a single panel."""
+    columns = min(n, 2)
+    rows = -(-n // columns)
     figure = _figure(rows * height)
-    axes = figure.subplots(rows, 2, sharey=share_y, squeeze=False).flatten()
+    axes = figure.subplots(rows, columns, sharey=share_y, squeeze=False).flatten()
     for axis in axes[n:]:
         axis.remove()
     return figure, list(axes[:n])
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    """One legend under all panels, which makes room for it."""
-    handles, labels = axis.get_legend_handles_labels()
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """One legend under all panels of what these draw, which makes room for it."""
+    drawn = {label: handle for axis in axes
+             for handle, label in zip(*axis.get_legend_handles_labels())}
+    labels, handles = list(drawn), list(drawn.values())
     n_rows = -(-len(labels) // 4)
     figure.set_figheight(figure.get_figheight() + 0.2 * n_rows + 0.1)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)),
@@ -205,7 +208,7 @@ def curves(dataset: str, points, looks: Looks) -> Plot:
             axis.set_title(title, loc="left")
             axis.set_ylabel("accuracy, %")
         axes[1].set_xlabel("step")
-        _legend(figure, axes[0])
+        _legend(figure, axes)
         _settle(figure)
     last = points.sort_values("step").groupby("args.algorithm")["test_acc"].last()
     ends = {tables.display_name(name): 100 * last[name] for name in looks.ordered(last.index)}
@@ -235,7 +238,7 @@ def costs(dataset: str, seconds: dict[str, float], table: tables.Table, looks: L
             axis.set_xlim(0, 1.08 * longest / per)
         axis.set_xlabel(f"updates of one run, {unit}")
         axis.set_ylabel("average accuracy, %")
-        _legend(figure, axis)
+        _legend(figure, [axis])
         _settle(figure)
     spoken = _spoken({tables.display_name(name): seconds[name] / per for name in known},
                      f" {unit}")
@@ -298,7 +301,7 @@ def teachers(dataset: str, pairs, columns: list[str], looks: Looks) -> Plot:
         axis.set_ylim(y - 0.6, -0.8)
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("accuracy on the held-out domain, %")
-        _legend(figure, axis)
+        _legend(figure, [axis])
         _settle(figure)
     gains = (pairs["student"] - pairs["teacher"]).groupby(pairs["algorithm"]).mean()
     spoken = _spoken({tables.display_name(name): 100 * gains[name] for name in names}, " points")
@@ -316,10 +319,11 @@ def diagnostics(dataset: str, points, looks: Looks) -> Plot:
         for axis, label in zip(axes, shown):
             for algorithm in looks.ordered(points["args.algorithm"]):
                 of = points[(points["args.algorithm"] == algorithm) & points[label].notna()]
-                axis.plot(of["step"], of[label], **looks.line(algorithm))
+                if len(of):
+                    axis.plot(of["step"], of[label], **looks.line(algorithm))
             axis.set_title(textwrap.fill(label, 26), loc="left")
             axis.set_xlabel("step")
-        _legend(figure, axes[0])
+        _legend(figure, axes)
         _settle(figure)
     return Plot(f"{_slug(dataset)}_diagnostics", dataset,
                 f"Curves over steps on {dataset} of: {'; '.join(shown)}.", figure)

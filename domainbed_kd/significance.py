@@ -35,6 +35,11 @@ class Difference(NamedTuple):
         """Whether the corrected p value is below 0.05."""
         return self.p_corrected < LEVEL
 
+    @property
+    def least_p(self) -> float:
+        """The least that p can be: that of one of the 2^n equally likely signs of n pairs."""
+        return min(1.0, 2.0 ** (1 - self.n_pairs))
+
 
 class Ranking(NamedTuple):
     """Methods by their mean rank over blocks, the best first."""

@@ -255,7 +255,16 @@ def test_an_algorithm_is_compared_with_every_other_for_each_selection_method(two
     assert [row[:6] for row in rows] == ["ERM 8 -10.0 -10.0 to -10.0".split()] * 3
     assert all(row[6:] == ["0.008", "0.008", "*"] for row in rows)
     assert out.count("Ranks need three algorithms") == 3
+    assert "cannot be below" not in out  # 0.008 is below 0.05
     assert set(without.splitlines()) < set(out.splitlines())
+
+
+def test_a_comparison_of_few_pairs_says_what_it_cannot_show(two, capsys):
+    for path in list(two.rglob("results.jsonl")):
+        if json.loads(path.read_text().splitlines()[0])["args"]["trial_seed"]:
+            shutil.rmtree(path.parent)
+    out, _ = run(capsys, two, "--compare", "4Ds")
+    assert out.count("With 4 pairs p cannot be below 0.125.") == 3
 
 
 @pytest.mark.parametrize("style, line", [

@@ -124,6 +124,21 @@ def test_the_page_compares_with_erm_or_with_what_is_asked_for(page, tmp_path):
     assert compared(tmp_path / "a.html") == [["ERM", "8", "-5.0"], ["KDDG", "8", "-4.0"]]
 
 
+def test_a_single_trial_has_no_standard_error(tmp_path):
+    for run in made_up(tmp_path / "sweep").iterdir():
+        if run.name[-2] == "1":
+            shutil.rmtree(run)
+    report.main(["--input_dir", str(tmp_path / "sweep")])
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert 'class="best">' in page and 'class="se"' not in page
+
+
+def test_an_unknown_reference_is_refused_even_where_there_is_nothing_to_compare(tmp_path):
+    sweep = made_up(tmp_path / "sweep", algorithms=["ERM"])
+    with pytest.raises(ValueError, match="--compare EMR: there are no results of it, but of ERM"):
+        report.main(["--input_dir", str(sweep), "--compare", "EMR"])
+
+
 def test_a_report_among_the_runs_is_taken_for_none(tmp_path, capsys):
     shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
     for _ in range(2):

@@ -78,6 +78,14 @@ def test_little_or_no_evidence_is_no_evidence(gain, n_envs, p):
     assert found.mean == pytest.approx(gain)
 
 
+@pytest.mark.parametrize("n_envs", range(1, 9))
+def test_the_least_p_is_that_of_a_method_which_is_better_everywhere(n_envs):
+    outcomes = {("Set", name, env): Outcome({0: .5 + (name == "B") * .01 * (env + 1)}, WHOLE)
+                for name, env in itertools.product("AB", range(n_envs))}
+    found, = significance.differences(significance.by_pair(outcomes), "A")
+    assert found.least_p == pytest.approx(found.p)
+
+
 def test_an_unknown_reference_is_an_error_that_names_the_known():
     with pytest.raises(ValueError, match="--compare X: there are no results of it, but of A, B."):
         significance.differences(significance.by_pair(made_up(names="AB")), "X")

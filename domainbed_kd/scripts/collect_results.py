@@ -155,9 +155,10 @@ def compare(records: list[dict], grid: sweeps.Grid, methods: Iterable[type], ref
         scores = significance.by_pair(model_selection.outcomes(cells, grid, method))
         scores = {name: scores[name] for name in tables.row_order(scores)}
         title = f"Differences to {tables.display_name(reference)}, model selection method: "
-        rows = difference_rows(significance.differences(scores, reference))
-        found[method] = [tables.grid(style, title + method.name, rows,
-                                     describe_ranking(significance.ranking(scores)))]
+        differences = significance.differences(scores, reference)
+        found[method] = [tables.grid(
+            style, title + method.name, difference_rows(differences),
+            describe_comparison(differences, significance.ranking(scores)))]
     return found
 
 
@@ -170,13 +171,17 @@ def difference_rows(differences: list[significance.Difference]) -> list[list[str
               for d in differences)]
 
 
-def describe_ranking(ranking: significance.Ranking | None) -> str:
-    """Mean ranks and their test in a sentence."""
+def describe_comparison(differences: list[significance.Difference],
+                        ranking: significance.Ranking | None) -> str:
+    """What the pairs are too few to show, if anything, and mean ranks with their test."""
+    few = {d.n_pairs: d.least_p for d in differences if d.least_p >= significance.LEVEL}
+    limits = "".join(f"With {n} pair{'' if n == 1 else 's'} p cannot be below {p:.3f}. "
+                     for n, p in sorted(few.items()))
     if ranking is None:
-        return "Ranks need three algorithms on two common domains."
+        return f"{limits}Ranks need three algorithms on two common domains."
     ranks = ", ".join(f"{tables.display_name(name)} {rank:.2f}"
                       for name, rank in zip(ranking.algorithms, ranking.ranks))
-    return (f"Mean ranks over {ranking.n_blocks} domains: {ranks}. Friedman's test: "
+    return (f"{limits}Mean ranks over {ranking.n_blocks} domains: {ranks}. Friedman's test: "
             f"p = {ranking.p:.3f}. Critical difference (Nemenyi, 0.05): "
             f"{ranking.critical_difference:.2f}.")
 

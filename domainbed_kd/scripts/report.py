@@ -135,7 +135,10 @@ def compare(records: list[dict], grid: sweeps.Grid, reference: str | None, rows:
     if not reference:
         reference = next((name for name in ("ERM", *scores) if name in scores), None)
     reference = {tables.display_name(name): name for name in scores}.get(reference, reference)
-    if reference is None or len(scores) < 2:
+    if reference is None:
+        return
+    differences = significance.differences(scores, reference)
+    if not differences:
         return
     ranking = significance.ranking(scores)
     drawn = [plots.critical_difference(ranking, plots.Looks(rows))] if ranking else []
@@ -146,8 +149,8 @@ def compare(records: list[dict], grid: sweeps.Grid, reference: str | None, rows:
         "have, its 95 % bootstrap interval, Wilcoxon's signed-rank test, and its p value after "
         "Holm's correction; * is below 0.05. Trials of one domain share images, so few domains "
         "prove little, however many trials there are.", drawn,
-        collect_results.difference_rows(significance.differences(scores, reference)),
-        collect_results.describe_ranking(ranking))
+        collect_results.difference_rows(differences),
+        collect_results.describe_comparison(differences, ranking))
 
 
 def make_sections(input_dir: str, records: list[dict], made: list[tables.Table]
