@@ -281,7 +281,8 @@ def clip(hparams: dict, input_shape: Sequence[int]) -> CLIP:
     if absent or not isinstance(model, nn.Module):
         raise ValueError("hparams['clip_model'] takes a torch module with encode_image, "
                          "encode_text, logit_scale and tokenizer; found a "
-                         f"{type(model).__name__} without {', '.join(absent) or 'being a module'}.")
+                         f"{type(model).__name__} without {', '.join(absent) or 'being a module'}. "
+                         "A name goes into clip_backbone.")
     return CLIP(model, model.tokenizer, getattr(model, "image_size", input_shape[-1]),
                 getattr(model, "image_mean", (0.0,) * 3), getattr(model, "image_std", (1.0,) * 3),
                 weights_loaded=None, **options)
