@@ -10,8 +10,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -24,6 +26,10 @@ MAX_LOST = 5
 # Of submitit; each time-out is progress, as the run goes on where it was.
 MAX_TIMEOUTS = 1000
 POLL_S = 1
+# How long the head of a Ray cluster may take to answer; Ray itself waits for two minutes.
+CONNECT_S = 3
+START_RAY = ("Start the cluster's head with `ray start --head`, or leave the flag out for a "
+             "cluster on this machine.")
 STOPPED = 143  # the exit status of a train that was told to stop, and has saved its state
 
 
@@ -34,7 +40,7 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
     """Runs the commands as a Slurm job array through submitit; returns exit statuses.
 
     Args:
-        commands: of the jobs.
+        commands: of the jobs; without any, the other arguments are checked and nothing is left.
         slurm_partition: None for the cluster's default.
         slurm_gpus: of a job.
         slurm_cpus: of a job.
@@ -52,22 +58,24 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
     except ImportError:
         raise ValueError("The launcher slurm needs submitit: pip install 'domainbed_kd[slurm]'."
                          ) from None
-    if slurm_cluster == "slurm" and not shutil.which("sbatch"):
-        raise ValueError("The launcher slurm finds no sbatch on this machine. Launch on a node "
-                         "that submits jobs, or try it with --slurm_cluster local.")
-    if not commands:
-        return []
-    executor = submitit.AutoExecutor(
-        slurm_logs, cluster=slurm_cluster,
-        **{f"{slurm_cluster}_max_num_timeout": MAX_TIMEOUTS})
+    for program in ("sbatch", "srun") if slurm_cluster == "slurm" else ():
+        if not shutil.which(program):
+            raise ValueError(f"The launcher slurm finds no {program} on this machine. Launch on a "
+                             "node that submits jobs, or try it with --slurm_cluster local.")
+    with tempfile.TemporaryDirectory() as nowhere:  # submitit makes its folder at once
+        executor = submitit.AutoExecutor(
+            slurm_logs if commands else nowhere, cluster=slurm_cluster,
+            **{f"{slurm_cluster}_max_num_timeout": MAX_TIMEOUTS})
     parameters = {"name": "domainbed_kd", "timeout_min": slurm_time, "cpus_per_task": slurm_cpus,
                   "gpus_per_node": slurm_gpus, "slurm_array_parallelism": slurm_parallel}
     if slurm_partition:
         parameters["slurm_partition"] = slurm_partition
     try:
-        executor.update_parameters(**parameters | _parsed(slurm_extra))
+        executor.update_parameters(**parameters | parse_extra(slurm_extra))
     except (NameError, TypeError, AssertionError) as error:
         raise ValueError(f"--slurm_extra: {error}") from error
+    if not commands:
+        return []
 
     # Slurm knows how many may run at a time; submitit's local executor starts all it gets.
     size = len(commands) if slurm_cluster == "slurm" else slurm_parallel
@@ -77,13 +85,21 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
     return statuses
 
 
-def _parsed(extra: str | None) -> dict:
+def parse_extra(extra: str | None) -> dict:
+    """The further submitit parameters of a JSON object; none for None.
+
+    Raises:
+        ValueError: if the text is no JSON object.
+    """
+    if extra is None:
+        return {}
     try:
-        found = json.loads(extra or "{}")
-    except ValueError as error:
-        raise ValueError(f"--slurm_extra is not JSON: {error}.") from error
+        found = json.loads(extra)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--slurm_extra is not JSON ({error}): {extra[:200]}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"--slurm_extra takes a JSON object, not {extra}.")
+        raise ValueError('--slurm_extra takes a JSON object such as {"slurm_account": "me"}; '
+                         f"found {extra[:200]}")
     return found
 
 
@@ -159,7 +175,7 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
     """Runs the commands as tasks of a Ray cluster; returns exit statuses.
 
     Args:
-        commands: of the jobs.
+        commands: of the jobs; without any, it is checked that the cluster can be there.
         ray_address: of a cluster, such as "auto"; None starts one on this machine.
         ray_gpus: share of a GPU that a job takes; None for 1 where the cluster has any, else 0.
         ray_cpus: CPUs that a job takes.
@@ -174,13 +190,16 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
         raise ValueError("The launcher ray needs Ray: pip install 'domainbed_kd[ray]'.") from None
     from domainbed_kd import command_launchers
 
+    if ray_address:
+        _check_address(ray_address)
     if not commands:
         return []
     try:
         library.init(address=ray_address, include_dashboard=None if ray_address else False,
                      log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"--ray_address {ray_address}: {error}") from error
+    except (ConnectionError, RuntimeError, SystemExit) as error:  # it exits if nobody answers
+        raise ValueError(f"--ray_address {ray_address}: no Ray cluster answers there ({error}). "
+                         f"{START_RAY}") from error
     try:
         there = library.cluster_resources()
         if ray_gpus is None:
@@ -194,6 +213,25 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
             return _tasks(library, task, commands)
     finally:
         library.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuses an address that is none, or where nobody answers.
+
+    Raises:
+        ValueError: saying so, after CONNECT_S seconds at most.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"--ray_address {address} is no address; it takes auto, or HOST:PORT of "
+                         "the cluster's head, such as 10.0.0.1:6379.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--ray_address {address}: nobody answers there ({error}). {START_RAY}"
+                         ) from error
 
 
 def _run_here(command: str, folder: str, path: list[str]) -> int:

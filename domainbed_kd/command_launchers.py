@@ -7,7 +7,6 @@ and its crash harms no other. `slurm` and `ray` are in clusters.py. No shell rea
 """
 
 import contextlib
-import difflib
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from domainbed_kd import clusters
+from domainbed_kd.user_input import did_you_mean
 
 # What the fork server imports, and the command that gains from it.
 WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.training"]
@@ -77,10 +77,9 @@ def get_launcher(name: str) -> Callable:
         return REGISTRY[name]
     module, colon, function = name.partition(":")
     if not colon:
-        near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise NotImplementedError(f"Launcher not found: {name}.{hint} Known: "
-                                  f"{', '.join(REGISTRY)}, package.module:function.")
+        raise NotImplementedError(
+            f"Launcher not found: {name}.{did_you_mean(name, REGISTRY)} Known: "
+            f"{', '.join(REGISTRY)}, package.module:function.")
     try:
         launcher = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -7,8 +7,10 @@ torch is imported when a data set is built, not with this module.
 """
 
 import copy
-import difflib
+from collections.abc import Collection
 from pathlib import Path
+
+from domainbed_kd.user_input import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,8 +28,10 @@ def register(cls: type) -> type:
     return cls
 
 
-def get_dataset_class(name: str) -> type:
+def get_dataset_class(name: str, data_dir: str | Path | None = None) -> type:
     """The class of that name; for "Folder:NAME", one that reads `<data_dir>/NAME`.
+
+    The message for an unknown name depends on what is in `data_dir`.
 
     Raises:
         NotImplementedError: if there is none; the message names the nearest known.
@@ -40,10 +44,12 @@ def get_dataset_class(name: str) -> type:
                              "directory, without a path.")
         return type(name, (ImageFolders,), {"FOLDER": folder, "__doc__": f"Images in {folder}."})
     if name not in _CLASSES:
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, DATASETS)
+        if data_dir and name and Path(data_dir, name).is_dir():
+            hint = f" To read the images in {Path(data_dir, name)}, say Folder:{name}."
         raise NotImplementedError(
-            f"Dataset not found: {name}.{hint} Known: {', '.join(DATASETS)}, Folder:NAME.")
+            f"Dataset not found: {name}.{hint} Known: {', '.join(DATASETS)}, and Folder:NAME for "
+            "images of your own in DATA_DIR/NAME.")
     return _CLASSES[name]
 
 
@@ -60,6 +66,19 @@ def environments(name: str, data_dir: str | Path | None = None) -> list[str]:
 def num_environments(name: str, data_dir: str | Path | None = None) -> int:
     """How many domains a data set has; "Folder:NAME" needs `data_dir`."""
     return len(environments(name, data_dir))
+
+
+def check_test_envs(name: str, n_envs: int, test_envs: Collection[int]) -> None:
+    """Refuses domains to hold out that a data set of so many has not, or all that it has.
+
+    Raises:
+        ValueError: naming them.
+    """
+    asked = f"--test_envs {' '.join(map(str, test_envs))}"
+    if not set(test_envs) <= set(range(n_envs)):
+        raise ValueError(f"{asked}: {name} has environments 0 to {n_envs - 1}.")
+    if len(set(test_envs)) == n_envs:
+        raise ValueError(f"{asked} holds out all of {name}: no environment is left to train on.")
 
 
 def class_names(name: str, data_dir: str | Path | None = None) -> list[str]:

@@ -4,9 +4,7 @@ Every random value has its own stream, seeded by (seed, name), as in DomainBed: 
 or reordering entries moves no other draw. Values are plain Python, so they survive JSON.
 """
 
-import difflib
 import json
-import math
 import warnings
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from domainbed_kd import algorithms
 from domainbed_kd.algorithms.base import SMALL_IMAGES, fixed
 from domainbed_kd.seeds import seed_hash
+from domainbed_kd.user_input import did_you_mean, parse_hparams
 
 # Hparams that change behaviour when given with --hparams and are in no draw: {name: meaning}.
 OPTIONAL = {
@@ -84,26 +83,6 @@ def random_hparams(algorithm: str, dataset: str, seed: int) -> dict:
             for name, (_, draw_value) in search_space(algorithm, dataset).items()}
 
 
-def parse(text: str) -> dict:
-    """The hparams of a JSON object, such as '{"lr": 0.001}'.
-
-    Raises:
-        ValueError: if the text is no JSON object, or holds a number that is not finite.
-    """
-    def finite(number):
-        if not math.isfinite(float(number)):
-            raise ValueError(f"--hparams: {number} is no finite number: {text}")
-        return float(number)
-
-    try:
-        changes = json.loads(text, parse_float=finite, parse_constant=finite)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--hparams is not JSON ({error}): {text[:200]}") from None
-    if not isinstance(changes, dict):
-        raise ValueError(f'--hparams takes a JSON object such as {{"lr": 0.001}}; found {text}')
-    return changes
-
-
 def _brought(algorithm: str):
     """The function of (dataset, seed) with which a fork's algorithm brings its fork's hparams."""
     return getattr(algorithms.get_algorithm_class(algorithm), "all_hparams", None)
@@ -119,12 +98,11 @@ def override(hparams: dict, text: str | None) -> dict:
     """
     if text is None:
         return hparams
-    changes = parse(text)
+    changes = parse_hparams(text)
     for name, value in changes.items():
         if name not in hparams and name not in OPTIONAL:
-            near = difflib.get_close_matches(name, [*hparams, *OPTIONAL], n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            warnings.warn(f"--hparams: nothing here reads {name!r}.{hint}", stacklevel=2)
+            warnings.warn(f"--hparams: nothing here reads {name!r}."
+                          f"{did_you_mean(name, [*hparams, *OPTIONAL])}", stacklevel=2)
         default = hparams.get(name)
         if default is not None and not _replaces(value, default):
             kind = "an int" if type(default) is int else f"a {type(default).__name__}"

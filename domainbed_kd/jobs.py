@@ -292,8 +292,9 @@ class Job:
         Returns the jobs that failed, which is empty if the launcher returns no exit statuses.
         One that another launcher has finished, or is at, has not failed.
         Folders that are still empty when the launcher gives up are removed, so that their jobs
-        count as not launched.
+        count as not launched; so is the sweep's if it is new and empty.
         """
+        new = {sweep for job in jobs if not os.path.isdir(sweep := os.path.dirname(job.output_dir))}
         print("Launching...")
         print("Making job directories:")
         for job in jobs:
@@ -302,9 +303,9 @@ class Job:
         try:
             statuses = launcher_fn([job.command_str for job in jobs])
         except BaseException:
-            for job in jobs:
-                if not os.listdir(job.output_dir):
-                    os.rmdir(job.output_dir)
+            for folder in [*(job.output_dir for job in jobs), *new]:
+                if not os.listdir(folder):
+                    os.rmdir(folder)
             raise
         print(f"Launched {len(jobs)} jobs!")
         if not isinstance(statuses, list):

@@ -229,14 +229,8 @@ def make_splits(dataset, args: dict) -> loaders.Splits:
     Raises:
         ValueError: if a test env does not exist, none is left for training, or a split is empty.
     """
-    n_envs, test_envs = len(dataset), args["test_envs"]
-    if not set(test_envs) <= set(range(n_envs)):
-        raise ValueError(f"--test_envs {' '.join(map(str, test_envs))}: {args['dataset']} has "
-                         f"environments 0 to {n_envs - 1}.")
-    if len(set(test_envs)) == n_envs:
-        raise ValueError(f"--test_envs {' '.join(map(str, test_envs))} holds out all of "
-                         f"{args['dataset']}: no environment is left to train on.")
-    splits = loaders.make_splits(dataset, test_envs, args["trial_seed"],
+    datasets.check_test_envs(args["dataset"], len(dataset), args["test_envs"])
+    splits = loaders.make_splits(dataset, args["test_envs"], args["trial_seed"],
                                  args["holdout_fraction"], args["uda_holdout_fraction"])
     if args["task"] == "domain_adaptation" and not any(splits.uda):
         raise ValueError("Not enough unlabeled samples for domain adaptation. "

@@ -11,15 +11,17 @@ import domainbed_kd
 
 PACKAGE = Path(domainbed_kd.__file__).parent
 ALLOWED = {
-    "seeds": set(), "losses": set(), "networks": set(), "digits": set(), "datasets": {"digits"},
-    "command_launchers": {"progress", "clusters"}, "progress": {"datasets"},
+    "seeds": set(), "losses": set(), "networks": set(), "digits": set(), "user_input": set(),
+    "datasets": {"digits", "user_input"},
+    "command_launchers": {"progress", "clusters", "user_input"}, "progress": {"datasets"},
     "record_cache": set(), "records": {"record_cache"},
     "checkpoints": set(), "fast": set(),
     "averaging": {"networks"},
     "teachers": {"networks", "averaging", "checkpoints", "algorithms", "datasets"},
     "loaders": {"seeds", "datasets"}, "image_cache": {"checkpoints", "datasets"},
-    "algorithms": {"algorithms", "networks", "teachers", "averaging", "losses", "datasets"},
-    "hparams_registry": {"algorithms", "seeds"},
+    "algorithms": {"algorithms", "networks", "teachers", "averaging", "losses", "datasets",
+                   "user_input"},
+    "hparams_registry": {"algorithms", "seeds", "user_input"},
     "extensions": {"algorithms", "datasets", "command_launchers", "forks"},
     "forks": {"algorithms", "checkpoints", "datasets", "hparams_registry", "networks"},
     "hook": {"plugin"},

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,9 @@ COLLECT = ["collect_results", "--input_dir", "results"]
 LIST = ["list_top_hparams", "--input_dir", "results", "--dataset", "VLCS", "--algorithm", "ERM",
         "--test_env", "0"]
 DOWNLOAD = ["download", "--data_dir", "data"]
+SLURM = ["--command_launcher", "slurm", "--slurm_cluster", "local"]
+RAY = ["--command_launcher", "ray"]
+SWEEPS = Path(__file__).parents[1] / "sweeps"
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +64,22 @@ def contents(folder):
 @pytest.mark.parametrize("command, flags, message", [
     # Unknown names, with the nearest known.
     (TRAIN, ["--algorithm", "MosaikKD"], "Did you mean MosaicKD?"),
+    (TRAIN, ["--algorithm", "mosaickd"], "Did you mean MosaicKD?"),
     (TRAIN, ["--dataset", "DigitDG"], "Did you mean DigitsDG?"),
-    (TRAIN, ["--task", "generalization"], "invalid choice"),
+    (TRAIN, ["--dataset", "results", "--data_dir", "."], "say Folder:results"),
+    (TRAIN, ["--task", "generalization"], "Did you mean domain_generalization?"),
     (TRAIN, ["--resum", "sometimes"], "invalid choice"),
+    (TRAIN, ["--hparam_seed", "1"], "Did you mean --hparams_seed?"),
+    (TRAIN, ["--testenv=1"], "unrecognized arguments: --testenv=1. Did you mean --test_envs?"),
+    (TRAIN, ["1"], "unrecognized arguments: 1."),
     (TRAIN, ["--plugin", "no_such_plugin"], "no_such_plugin"),
     (TRAIN, ["--plugin", "../.."], "takes a .py file or a module's dotted name, the other"),
     (TRAIN, ["--plugin", "absent.py"], "there is no such file"),
+    (LAUNCH, ["--algorithms", "erm", "rise"], "Did you mean ERM?"),
     (LAUNCH, ["--algorithms", "ERM", "RISSE"], "Did you mean RISE?"),
+    (LAUNCH, ["--datasets", "results", "--data_dir", "."], "say Folder:results"),
+    (LAUNCH, ["--comand_launcher", "local"], "Did you mean --command_launcher?"),
+    (COLLECT, ["--latx"], "Did you mean --latex?"),
     (LAUNCH, ["--datasets", "OficeHome"], "Did you mean OfficeHome?"),
     (LAUNCH, ["--command_launcher", "multigpu"], "Did you mean multi_gpu?"),
     (STATUS, ["--algorithms", "SCDM"], "Did you mean SCMD?"),
@@ -73,8 +87,10 @@ def contents(folder):
     (LIST, ["--algorithm", "ERN"], "it has"),
     (LIST, ["--dataset", "VLC"], "it has VLCS"),
     (DOWNLOAD, ["--datasets", "PASC"], "Did you mean PACS?"),
-    (["sweep", "lunch", *SWEEP], [], "lunch"),
-    (["collect_result"], [], "collect_result"),
+    (DOWNLOAD, ["--list", "--datasets", "PACSS"], "Did you mean PACS?"),
+    (DOWNLOAD, ["--datasets", "pacs"], "Did you mean PACS?"),
+    (["sweep", "lunch", *SWEEP], [], "Did you mean launch?"),
+    (["collect_result"], [], "Did you mean collect_results?"),
     # Wrong types, and numbers that are negative, absurd or not numbers.
     (TRAIN, ["--steps", "ten"], "invalid int value: 'ten'"),
     (TRAIN, ["--steps", "1.5"], "invalid int value"),
@@ -101,7 +117,25 @@ def contents(folder):
     (LAUNCH, ["--command_launcher", "slurm", "--slurm_cpus", "0"], "--slurm_cpus is 0"),
     (LAUNCH, ["--command_launcher", "slurm", "--slurm_parallel", "-1"], "--slurm_parallel is -1"),
     (LAUNCH, ["--command_launcher", "ray", "--ray_cpus", "nan"], "--ray_cpus is nan"),
-    (LAUNCH, ["--ray_gpus", "0.5"], "does not take --ray_gpus"),
+    (LAUNCH, ["--ray_gpus", "0.5"], "does not take --ray_gpus. It is for --command_launcher ray."),
+    (LAUNCH, ["--slurm_time", "9"], "does not take --slurm_time. It is for --command_launcher sl"),
+    (LAUNCH, [*RAY, "--slurm_gpus", "1"], "ray does not take --slurm_gpus"),
+    (LAUNCH, [*SLURM, "--ray_gpus", "1"], "slurm does not take --ray_gpus"),
+    (LAUNCH, [*SLURM, "--jobs_per_device", "2"], "slurm does not take --jobs_per_device"),
+    (LAUNCH, [*SLURM, "--slurm_gpus", "-1"], "--slurm_gpus is -1"),
+    (LAUNCH, [*SLURM, "--slurm_time", "-5"], "--slurm_time is -5"),
+    (LAUNCH, [*SLURM, "--slurm_time", "1.5"], "invalid int value"),
+    (LAUNCH, [*SLURM, "--slurm_extra", "{"], "--slurm_extra is not JSON"),
+    (LAUNCH, [*SLURM, "--slurm_extra", "[1]"], "--slurm_extra takes a JSON object"),
+    (LAUNCH, [*SLURM, "--slurm_extra", ""], "--slurm_extra is not JSON"),
+    (LAUNCH, [*SLURM, "--slurm_extra", '{"slurm_acount": "me"}'], "acount"),
+    (LAUNCH, [*SLURM, "--slurm_extra", '{"mem_gb": "a lot"}'], "mem_gb"),
+    (LAUNCH, [*SLURM[:2]], "finds no sbatch on this machine"),
+    (LAUNCH, [*RAY, "--ray_gpus", "-0.5"], "--ray_gpus is -0.5"),
+    (LAUNCH, [*RAY, "--ray_address", "head"], "takes auto, or HOST:PORT"),
+    (LAUNCH, [*RAY, "--ray_address", "head:port"], "takes auto, or HOST:PORT"),
+    (LAUNCH, [*RAY, "--ray_address", "127.0.0.1:99999"], "takes auto, or HOST:PORT"),
+    (LAUNCH, [*RAY, "--ray_address", "127.0.0.1:1"], "nobody answers there"),
     (LAUNCH, ["--slurm_cluster", "lsf"], "invalid choice"),
     (LAUNCH, ["--teacher_cache", "views"], '{"canonical_view": true}'),
     (TRAIN, ["--teacher_cache", "views"], '{"canonical_view": true}'),
@@ -145,7 +179,11 @@ def contents(folder):
     (TRAIN, ["--algorithm", "KDDG", "--teacher", "results"], "no finished run"),
     (LAUNCH, ["--output_dir", "file"], "is a file"),
     (LAUNCH, ["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
-    (LAUNCH, ["@absent.args"], "absent.args"),
+    (LAUNCH, ["@absent.args"], "@absent.args: No such file"),
+    (LAUNCH, [f"@{SWEEPS}/smok.args"], "smoke.args?"),
+    (LAUNCH, ["@results"], "@results: No such file"),
+    (STATUS, [], "--output_dir sweep: there is no such folder"),
+    (DELETE, [], "--output_dir sweep: there is no such folder"),
     (LAUNCH, ["--datasets", "PACS", "--data_dir", "absent"], "absent"),
     (DELETE, ["--output_dir", "file"], "is a file"),
     (COLLECT, ["--input_dir", "absent"], "there is no such folder"),
@@ -163,6 +201,45 @@ def test_bad_input_is_one_line_and_changes_nothing(command, flags, message, tmp_
     after = {path: content for path, content in contents(tmp_path).items()
              if path.parts[0] != "run"}  # a run's folder keeps what it said
     assert after == before
+
+
+@pytest.mark.parametrize("flags", [
+    ["--algorithm", "erm"], ["--dataset", "Pets"], ["--hparams", "{"], ["--test_envs", "3"],
+    ["--test_envs", "0", "1", "2"], ["--dataset", "PACS", "--data_dir", "absent"],
+    ["--dataset", "Folder:results", "--data_dir", "absent"], ["--plugin", "absent.py"],
+    ["--no_such_flag"]])
+def test_a_slip_in_a_runs_flags_makes_no_folder(flags, tmp_path, capsys):
+    status, out, _ = said([*TRAIN, *flags], capsys)
+    assert (status, out) == (2, "") and not (tmp_path / "run").exists()
+
+
+def test_a_runs_names_are_checked_before_torch_is_imported(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "domainbed_kd", *TRAIN, "--algorithm", "erm"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SWEEPS.parent)})
+    assert ran.returncode == 2 and ran.stderr.splitlines()[-1].startswith("error: Algorithm not")
+    assert "argparse" in ran.stderr and "| torch" not in ran.stderr
+
+
+def test_in_a_folder_that_is_there_it_is_noted_what_was_wrong(tmp_path, capsys):
+    (tmp_path / "run").mkdir()  # as a sweep makes it
+    refused([*TRAIN, "--plugin", "absent.py"], "there is no such file", capsys)
+    assert "there is no such file" in (tmp_path / "run" / "failed").read_text()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ray_cpus", "999"], "takes 999.0 CPUs"), (["--ray_address", "auto"], "no Ray cluster")])
+@pytest.mark.slow
+def test_what_a_ray_cluster_refuses_leaves_no_folder(flags, message, tmp_path, capsys):
+    pytest.importorskip("ray")
+    status, _, err = said([*LAUNCH, *RAY, *flags], capsys)
+    assert status == 2 and message in err and not (tmp_path / "sweep").exists()
+
+
+def test_a_line_of_flags_that_no_shell_could_read_is_shown(tmp_path, capsys):
+    (tmp_path / "my.args").write_text("--hparams '{\n")
+    refused([*LAUNCH, "@my.args"], "No closing quotation in a line of the @FILE: --hparams '{",
+            capsys)
 
 
 def test_reports_commands_are_all_tested_here():

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -188,10 +189,13 @@ def test_ray_starts_a_cluster_of_its_own_and_refuses_what_it_has_not(ray, tmp_pa
         clusters.ray([command], ray_cpus=999)
 
 
-def test_a_ray_cluster_that_is_not_there_is_named(ray, monkeypatch):
+@pytest.mark.parametrize("error", [ConnectionError("nobody there"), SystemExit(15)])
+def test_who_answers_but_is_no_ray_cluster_is_named(error, ray, monkeypatch):
     def refuse(**options):
-        raise ConnectionError("nobody there")
+        raise error
 
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(ValueError, match="--ray_address 1.2.3.4:6379: nobody there"):
-        clusters.ray(["x"], ray_address="1.2.3.4:6379")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"--ray_address {address}: no Ray cluster answers"):
+            clusters.ray(["x"], ray_address=address)

@@ -5,9 +5,10 @@ when it is first asked for.
 """
 
 import ast
-import difflib
 import importlib
 from pathlib import Path
+
+from domainbed_kd.user_input import did_you_mean
 
 # The order of DomainBed's published table; files not named here follow in alphabetical order.
 _PUBLISHED_ORDER = (
@@ -68,20 +69,28 @@ def learns_from_run(name: str) -> bool:
     return name in _TAUGHT
 
 
+def check_name(name: str) -> None:
+    """Refuses the name of no algorithm; needs no torch.
+
+    Raises:
+        NotImplementedError: naming the nearest known.
+    """
+    if canonical_name(name) not in ALGORITHMS:
+        raise NotImplementedError(
+            f"Algorithm not found: {name}.{did_you_mean(name, [*ALGORITHMS, *_ALIASES])} Known: "
+            f"{', '.join(ALGORITHMS)}.")
+
+
 def get_algorithm_class(name: str) -> type:
     """The class of that name.
 
     Raises:
         NotImplementedError: if there is none; the message names the nearest known.
     """
+    check_name(name)
     name = canonical_name(name)
     if name in _REGISTERED:
         return _REGISTERED[name]
-    if name not in _MODULES:
-        near = difflib.get_close_matches(name, [*ALGORITHMS, *_ALIASES], n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise NotImplementedError(
-            f"Algorithm not found: {name}.{hint} Known: {', '.join(ALGORITHMS)}.")
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from domainbed_kd.user_input import did_you_mean, parse_hparams
+
 # What a user can mend: a missing folder, an unknown name, a value out of range.
 USER_ERRORS = (ValueError, OSError, NotImplementedError)
 # What to do about an error of the system's.
@@ -19,6 +21,22 @@ HINTS = {
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage, which --help shows."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, and names the known flag that is nearest to one that is not."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word for word in unknown if word.startswith("--")), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}."
+                       + did_you_mean(flag.split("=")[0], self._option_string_actions))
+        return parsed
+
+    def _check_value(self, action, value):
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices))
+            raise
 
     def error(self, message: str):
         """Prints the message and exits with 2."""
@@ -44,9 +62,7 @@ def check_teacher_cache(folder: str | None, hparams: str | None) -> None:
     """
     if folder is None:
         return
-    from domainbed_kd import hparams_registry  # it imports NumPy
-
-    if hparams and hparams_registry.parse(hparams).get("canonical_view"):
+    if hparams and parse_hparams(hparams).get("canonical_view"):
         return
     raise ValueError("--teacher_cache keeps what teachers make of images without augmentation, "
                      "which moves results. Ask for that too: --hparams '{\"canonical_view\": "

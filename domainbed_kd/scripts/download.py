@@ -19,7 +19,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -53,7 +53,7 @@ PUBLISHED = {
 def build_parser() -> argparse.ArgumentParser:
     """DomainBed's flag, then ours."""
     parser = Parser(prog="python -m domainbed_kd.scripts.download", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog=listing())
+                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog=listing(SOURCES))
     parser.add_argument("--data_dir", type=Path, help="folder that holds the data sets; required")
     parser.add_argument("--datasets", nargs="+", default=[], metavar="NAME",
                         help="what to fetch or, with --verify, to verify (all that are there)")
@@ -67,20 +67,20 @@ def main(argv: list[str] | None = None) -> int:
     """0: everything is there and as published. 1: something is not, or a person has to get it."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    for name in args.datasets:
+        check_name(name)
     if args.list:
-        print(listing())
+        print(listing(args.datasets or SOURCES))
         return 0
     if args.data_dir is None:
         parser.error("--data_dir is required")
-    for name in args.datasets:
-        check_name(name)
     if args.verify:
         names = args.datasets or [n for n in PUBLISHED if folder_of(n, args.data_dir).is_dir()]
         if not names:
             raise ValueError(f"{args.data_dir} holds none of {', '.join(PUBLISHED)}.")
         return 0 if all([verify(name, args.data_dir) for name in names]) else 1
     if not args.datasets:
-        print(listing())
+        print(listing(SOURCES))
         raise ValueError("Nothing was fetched. Name what to fetch, for example --datasets PACS.")
     return 0 if all([install(name, args.data_dir) for name in args.datasets]) else 1
 
@@ -482,11 +482,12 @@ SOURCES = {
 }
 
 
-def listing() -> str:
-    """What can be fetched, from where and under what terms, as a table."""
+def listing(names: Iterable[str]) -> str:
+    """Where these data sets can be fetched from and under what terms, as a table."""
     rows = [("data set", "size", "fetched by", "licence", "page")]
-    rows += [(name, source.size, source.via, source.licence, source.page)
-             for name, source in SOURCES.items()]
+    for name in names:
+        source = SOURCES[name]
+        rows.append((name, source.size, source.via, source.licence, source.page))
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
     return "\n".join("".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()
                      for row in rows)

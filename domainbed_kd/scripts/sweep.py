@@ -10,6 +10,7 @@ comments; flags after it on the command line win.
 
 import argparse
 import functools
+import glob
 import inspect
 import math
 import os
@@ -21,11 +22,13 @@ from collections.abc import Callable
 
 from domainbed_kd import (
     algorithms,
+    clusters,
     command_launchers,
     costs,
     datasets,
     extensions,
     jobs,
+    user_input,
 )
 from domainbed_kd.jobs import Job
 from domainbed_kd.scripts import Parser, check_compile, check_teacher_cache, run_main
@@ -40,8 +43,19 @@ RECENT_S = 600
 class _Parser(Parser):
     """Reads the lines of an @FILE as a shell would."""
 
+    def _read_args_from_files(self, arg_strings):
+        for word in arg_strings:
+            if word.startswith("@") and not os.path.isfile(word[1:]):
+                there = glob.glob(os.path.join(glob.escape(os.path.dirname(word[1:])), "*.args"))
+                self.error(f"{word}: No such file. After the @ comes the path of one that holds "
+                           f"flags.{user_input.did_you_mean(word, [f'@{path}' for path in there])}")
+        return super()._read_args_from_files(arg_strings)
+
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"{error} in a line of the @FILE: {arg_line}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -196,9 +210,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--task domain_adaptation needs unlabeled images of the test domains. "
                          "Pass --uda_holdout_fraction, for example 0.5.")
     if args.hparams is not None:
-        from domainbed_kd import hparams_registry  # it imports NumPy
-
-        hparams_registry.parse(args.hparams)
+        user_input.parse_hparams(args.hparams)
+    clusters.parse_extra(args.slurm_extra)
     check_compile(args.compile, args.fast)
     check_teacher_cache(args.teacher_cache, args.hparams)
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
@@ -216,7 +229,7 @@ def resolve_names(args: argparse.Namespace) -> None:
         name if name in algorithms.ALGORITHMS else algorithms.get_algorithm_class(name).__name__
         for name in args.algorithms))
     args.datasets = list(dict.fromkeys(
-        datasets.get_dataset_class(name).__name__ for name in args.datasets))
+        datasets.get_dataset_class(name, args.data_dir).__name__ for name in args.datasets))
 
 
 def make_launcher(args: argparse.Namespace) -> Callable:
@@ -231,7 +244,10 @@ def make_launcher(args: argparse.Namespace) -> Callable:
     options = {name: getattr(args, name) for name in ("jobs_per_device", "threads_per_job", *names)
                if getattr(args, name) is not None}
     if unknown := sorted(options.keys() - inspect.signature(launcher).parameters.keys()):
-        raise ValueError(f"The launcher {args.command_launcher} does not take --{unknown[0]}.")
+        other = unknown[0].partition("_")[0]
+        hint = f" It is for --command_launcher {other}." if other in ("slurm", "ray") else ""
+        raise ValueError(
+            f"The launcher {args.command_launcher} does not take --{unknown[0]}.{hint}")
     return functools.partial(launcher, **options)
 
 
@@ -302,6 +318,8 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
         return 0
     if launcher.func in (command_launchers.local, command_launchers.multi_gpu):
         check_data(args)
+    if launcher.func in command_launchers.BLOCKING:
+        launcher([])  # it refuses what it cannot use, before a folder is made
     if not confirmed(args):
         return 0
     failed = run([job for job in new if not job.teacher], launcher, args.retry)
@@ -527,6 +545,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check(args)
     resolve_names(args)
+    if args.command in ("status", "delete_incomplete") and not os.path.isdir(args.output_dir):
+        raise FileNotFoundError(f"--output_dir {args.output_dir}: there is no such folder. `sweep "
+                                "launch` with the same flags makes it.")
     all_jobs = plan(args, list_args(args))
     if args.command == "status":
         return status(args, all_jobs)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from domainbed_kd import claims
+from domainbed_kd import claims, user_input
 from domainbed_kd.scripts import (
     USER_ERRORS,
     Parser,
@@ -121,6 +121,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--test_envs names an environment twice: {args.test_envs}.")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed is {args.seed}; it takes a number from 0 to {2**32 - 1}.")
+    if args.hparams is not None:
+        user_input.parse_hparams(args.hparams)
     check_compile(args.compile, args.fast)
     check_teacher_cache(args.teacher_cache, args.hparams)
 
@@ -205,11 +207,29 @@ def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
                               "traceback is in err.txt.") from error
 
 
+def check_names(args: argparse.Namespace) -> None:
+    """Loads plug-ins and refuses what is wrong with the names; without plug-ins it needs no torch.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError: naming what was found, and what to do.
+    """
+    from domainbed_kd import algorithms, datasets, extensions
+
+    extensions.load(args.plugin, [args.algorithm, args.dataset])
+    algorithms.check_name(args.algorithm)
+    cls = datasets.get_dataset_class(args.dataset, args.data_dir)
+    folders = cls.domain_folders(args.data_dir) if hasattr(cls, "domain_folders") else None
+    if names := cls.ENVIRONMENTS or folders:
+        datasets.check_test_envs(args.dataset, len(names), args.test_envs)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parses, tees the output to out.txt and err.txt, and trains."""
     args = build_parser().parse_args(argv)
     check(args)
     folder = Path(args.output_dir)
+    if not folder.exists():
+        check_names(args)  # so that a slip of the fingers makes no folder
     folder.mkdir(parents=True, exist_ok=True)
     ours = ("plugin", "resume", "loader_processes", "wait", "log_test_domains", "wandb",
             "image_cache", "teacher_cache")
@@ -218,9 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         if not on_record[name]:
             del on_record[name]
     with claims.held(folder, args.wait), output_kept_in(folder):
-        from domainbed_kd import extensions
-
-        extensions.load(args.plugin, [args.algorithm, args.dataset])
+        check_names(args)
         from domainbed_kd import training
 
         with hparams_blamed(args.algorithm, args.hparams):
