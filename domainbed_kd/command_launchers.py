@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from domainbed_kd import clusters
+from domainbed_kd import clusters, cores
 from domainbed_kd.user_input import did_you_mean
 
 # What the fork server imports, and the command that gains from it.
@@ -111,12 +111,6 @@ def _visible_gpus() -> list[str]:
     return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()][:count]
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class _Running(NamedTuple):
     """A job at work: its number, process, slot, start (s) and, if kept apart, its stderr.
 
@@ -145,7 +139,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
     argvs = [words(command) for command in commands]
     quiet = len(slots) > 1
     if threads is None and quiet and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, _cores() // len(slots))
+        threads = max(1, cores.available() // len(slots))
     variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
 
     waiting, free = deque(enumerate(argvs)), deque(enumerate(slots, 1))

@@ -7,9 +7,16 @@ streams, are DomainBed's whatever the number of real processes, and a loader's p
 saved and put back.
 """
 
+import math
+import multiprocessing
+import os
 import random
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
-    DataLoader,
     RandomSampler,
     TensorDataset,
     default_collate,
 )
 from torch.utils.data._utils.worker import _generate_state
 
+from domainbed_kd import cores
 from domainbed_kd.seeds import seed_hash
 
 
@@ -136,16 +143,16 @@ class InfiniteDataLoader:
         weights: None, or how often to draw each item: (N,), need not sum to 1.
         batch_size: items per batch.
         num_workers: the number of DomainBed's workers to simulate.
-        n_processes: real processes that read images ahead, rounded down to a divisor of
-            `num_workers`; 0 reads them here. Results do not depend on it.
+        readers: real processes that read images ahead; None reads them here. Results do not
+            depend on it.
         replacement: False visits all items before one returns (DomainBed's auto-lr loader).
 
     Raises:
         ValueError: if there are fewer items than a batch needs.
     """
 
-    def __init__(self, dataset, weights, batch_size: int, num_workers: int, n_processes: int = 0,
-                 replacement: bool = True):
+    def __init__(self, dataset, weights, batch_size: int, num_workers: int,
+                 readers: "Readers | None" = None, replacement: bool = True):
         if weights is not None:
             sampler = _WeightedBatches(weights, batch_size)
         elif len(dataset) < batch_size:
@@ -155,13 +162,13 @@ class InfiniteDataLoader:
                 f"--hparams '{{\"batch_size\": {max(len(dataset) // 2, 1)}}}'.")
         else:
             sampler = _Passes(len(dataset), batch_size, replacement, drop_last=True)
-        self._batches = _Batches(dataset, sampler, num_workers, n_processes)
+        self._batches = _Batches(dataset, sampler, num_workers, readers)
 
     def __iter__(self) -> Iterator:
         return self
 
     def __next__(self):
-        return next(self._batches)
+        return self._batches.take()
 
     @property
     def indices(self) -> list[int]:
@@ -189,16 +196,17 @@ class FastDataLoader:
         ValueError: if there are no items.
     """
 
-    def __init__(self, dataset, batch_size: int, num_workers: int, n_processes: int = 0):
+    def __init__(self, dataset, batch_size: int, num_workers: int,
+                 readers: "Readers | None" = None):
         if len(dataset) == 0:
             raise ValueError(f"{getattr(dataset, 'name', '') or 'The data set'} is empty.")
         self._length = -(-len(dataset) // batch_size)
         sampler = _Passes(len(dataset), batch_size, replacement=False, drop_last=False)
-        self._batches = _Batches(dataset, sampler, num_workers, n_processes)
+        self._batches = _Batches(dataset, sampler, num_workers, readers)
 
     def __iter__(self) -> Iterator:
-        for _ in range(self._length):
-            yield next(self._batches)
+        for i in range(self._length):
+            yield self._batches.take(self._length - i)
 
     @property
     def indices(self) -> list[int]:
@@ -293,57 +301,36 @@ class _Batches:
     per worker, and then for one more with every batch that it returns.
     """
 
-    def __init__(self, dataset, sampler, num_workers: int, n_processes: int):
-        if num_workers < 0 or n_processes < 0:
-            raise ValueError(f"A loader cannot have {num_workers} workers, {n_processes} of them "
-                             "real: give numbers of 0 or more.")
+    def __init__(self, dataset, sampler, num_workers: int, readers: "Readers | None"):
+        if num_workers < 0:
+            raise ValueError(f"A loader cannot have {num_workers} workers.")
         self._sampler = sampler
         self._workers = _Workers(dataset, num_workers, _draw_seed())
         self._n_returned = 0
         self._ahead = deque(next(sampler) for _ in range(2 * num_workers))
-        # A worker's stream must stay in one process: batch k, of worker k mod num_workers, is
-        # read in process k mod n_processes.
-        self._n_processes = max((p for p in range(1, min(n_processes, num_workers) + 1)
-                                 if num_workers % p == 0), default=0)
-        if not self._workers.draw:
-            self._n_processes = 0
-        self._real, self._unsent = None, None
+        self._readers = readers if readers and readers.n and self._workers.draw else None
+        self._number = self._readers.add(dataset) if self._readers else None
+        self._asked = deque()  # what readers are at: the first batches of those ahead
 
-    def __next__(self):
+    def take(self, n: float = math.inf):
+        """The next batch; `n`, it included, are known to be wanted."""
         self._ahead.append(next(self._sampler))
-        if self._n_processes:
-            batch = self._from_processes()
+        if self._readers:
+            batch = self._read_elsewhere(n)
         else:
             batch = self._workers.read_here(self._n_returned, self._ahead[0])
         self.indices = self._ahead.popleft()
         self._n_returned += 1
         return batch
 
-    def _from_processes(self):
-        if self._real is None:
-            self._unsent = deque((self._n_returned + i, indices)
-                                 for i, indices in enumerate(self._ahead))
-            # The processes prefetch two batches each, at most as many as are known: the deque
-            # never runs empty.
-            self._real = iter(DataLoader(
-                self._workers, batch_sampler=iter(self._unsent.popleft, None),
-                num_workers=self._n_processes, collate_fn=_as_it_is, prefetch_factor=2,
-                generator=torch.Generator()))  # its own: the global stream must not notice
-        else:
-            self._unsent.append((self._n_returned + len(self._ahead) - 1, self._ahead[-1]))
-        try:
-            batch, worker, state = next(self._real)
-        except (OSError, ValueError) as error:
-            # What a process sends is its traceback, whose last line is the error.
-            reason = str(error).strip().splitlines()[-1]
-            raise ValueError(reason.partition("Error: ")[2] or reason) from None
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise ChildProcessError(
-                f"A loader process ended early ({str(error).splitlines()[0]}). If memory ran out, "
-                "pass a smaller --loader_processes or batch_size.") from error
-        self._workers.states[worker] = state
+    def _read_elsewhere(self, n: float):
+        # At most one batch per worker: the next needs the worker's streams as this one left them.
+        while len(self._asked) < min(n, 2 * self._readers.n, self._workers.n):
+            i = len(self._asked)
+            self._asked.append(self._readers.read(
+                self._number, self._workers.turn(self._n_returned + i), self._ahead[i]))
+        batch, streams = _result(self._asked.popleft())
+        self._workers.put_back(self._n_returned, streams)
         return batch
 
     def state_dict(self) -> dict:
@@ -352,15 +339,33 @@ class _Batches:
             "ahead": list(self._ahead),
             "sampler": self._sampler.state_dict(),
             "worker_seed": self._workers.seed,
-            "workers": {k: _to_plain(state) for k, state in self._workers.states.items()}}
+            "workers": {k: _to_plain(streams) for k, streams in self._workers.streams.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        self._real, self._unsent = None, None  # ends the processes, which have read ahead
+        self._asked.clear()
         self._n_returned = state["n_returned"]
         self._ahead = deque(state["ahead"])
         self._sampler.load_state_dict(state["sampler"])
         self._workers.seed = state["worker_seed"]
-        self._workers.states = {k: _from_plain(plain) for k, plain in state["workers"].items()}
+        self._workers.streams = {k: _from_plain(plain) for k, plain in state["workers"].items()}
+
+
+class _Turn(NamedTuple):
+    """A worker's number, what all are seeded from, and its streams; None before its first batch."""
+
+    seed: int
+    worker: int
+    streams: tuple | None
+
+    def read(self, dataset, indices: list[int]) -> tuple:
+        """The items, collated, and the streams afterwards, which are this process's now."""
+        if self.streams is None:
+            random.seed(self.seed + self.worker)
+            torch.default_generator.manual_seed(self.seed + self.worker)  # the CPU's alone
+            np.random.seed(_generate_state(self.seed, self.worker))
+        else:
+            _set_streams(self.streams)
+        return _read(dataset, indices), _get_streams()
 
 
 class _Workers:
@@ -373,9 +378,17 @@ class _Workers:
         self.dataset = dataset
         self.n = n
         self.seed = seed
-        self.states = {}  # of those that have read a batch
+        self.streams = {}  # of those that have read a batch
         underlying = getattr(dataset, "underlying_dataset", dataset)
         self.draw = n > 0 and not _is_tensors(underlying)  # slices of tensors draw nothing
+
+    def turn(self, k: int) -> _Turn:
+        """What batch k's worker needs, if its batch before has been put back."""
+        return _Turn(self.seed, k % self.n, self.streams.get(k % self.n))
+
+    def put_back(self, k: int, streams: tuple) -> None:
+        """Takes the streams of batch k's worker as the batch left them."""
+        self.streams[k % self.n] = streams
 
     def read_here(self, k: int, indices: list[int]):
         """Batch k; outside, the streams never notice, unless there are no workers."""
@@ -383,29 +396,78 @@ class _Workers:
             return _read(self.dataset, indices)
         outside = _get_streams()
         try:
-            batch, worker, state = self.__getitems__((k, indices))
+            batch, streams = self.turn(k).read(self.dataset, indices)
         finally:
             _set_streams(outside)
-        self.states[worker] = state
+        self.put_back(k, streams)
         return batch
 
-    def __getitems__(self, request: tuple[int, list[int]]) -> tuple:
-        """Batch k, its worker, and that worker's streams afterwards; called by real processes."""
-        k, indices = request
-        worker = k % self.n
-        if worker in self.states:
-            _set_streams(self.states[worker])
-        else:
-            random.seed(self.seed + worker)
-            torch.default_generator.manual_seed(self.seed + worker)  # the CPU's alone
-            np.random.seed(_generate_state(self.seed, worker))
-        batch = _read(self.dataset, indices)
-        self.states[worker] = _get_streams()
-        return batch, worker, self.states[worker]
+
+# Processes that read.
 
 
-def _as_it_is(batch):
-    return batch
+class Readers:
+    """Processes that read batches for all loaders of a run, no more than there are cores.
+
+    They start together when a loader first asks for a batch, and end on leaving `with`.
+
+    Args:
+        n: how many are wanted; with 0, loaders read in their own process.
+    """
+
+    def __init__(self, n: int):
+        self.n = min(n, cores.available())
+        self._datasets: list = []
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Readers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def add(self, dataset) -> int:
+        """Makes a data set known, before the first batch is asked for; returns its number."""
+        self._datasets.append(dataset)
+        return len(self._datasets) - 1
+
+    def read(self, number: int, turn: _Turn, indices: list[int]) -> Future:
+        """What `turn` reads of a data set, as soon as a process is free."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self.n, initializer=_begin_to_read, initargs=(self._datasets,))
+        return self._pool.submit(_read_for_another, number, turn, indices)
+
+
+def _result(future: Future) -> tuple:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "A loader process ended early. If memory ran out, pass a smaller --loader_processes "
+            "or batch_size.") from error
+
+
+_datasets: list = []  # in a reading process: what can be asked for
+
+
+def _begin_to_read(datasets: list) -> None:
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the run saves its state first, and needs batches
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _datasets[:] = datasets
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _read_for_another(number: int, turn: _Turn, indices: list[int]) -> tuple:
+    return turn.read(_datasets[number], indices)
 
 
 # Random streams: (random's, NumPy's, torch's as an array, which crosses processes as plain bytes).

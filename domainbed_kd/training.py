@@ -53,7 +53,7 @@ from domainbed_kd.seeds import seed_hash
 INTERRUPTED = 143  # 128 + SIGTERM, as a shell would report it
 
 
-def train(args: dict, resume: str = "auto", loader_processes: int = 0,
+def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
           log_test_domains: bool = False, wandb: bool = False,
           cache_folder: str | None = None, teacher_cache: str | None = None) -> int:
     """Trains one algorithm and leaves results.jsonl, model.pkl, TensorBoard events and `done`.
@@ -62,7 +62,9 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
         args: the flags of scripts/train.py that go on record, by name.
         resume: "auto" continues an unfinished run of the same args; "never" starts afresh and
             appends to what is there, as DomainBed does.
-        loader_processes: worker processes per loader; results do not depend on it.
+        loader_processes: processes that read images, for all loaders together; results do not
+            depend on it. None: as many as the run has threads on a GPU, which would wait for
+            images; none on a CPU, which they would take from the updates.
         log_test_domains: show accuracies on the test domains in TensorBoard too.
         wandb: log to Weights & Biases too.
         cache_folder: where decoded images are kept; results do not depend on it.
@@ -77,6 +79,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
               "or pass --resume never to train again.", file=sys.stderr)
         return 0
 
+    keep_freed_memory()
     hparams = choose_hparams(args)
     print_settings("Environment", environment())
     print_settings("Args", dict(sorted(args.items())))
@@ -89,11 +92,13 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
         image_cache.attach(dataset, Path(cache_folder))
     is_fast = args.get("fast", False)
     if is_fast:
-        keep_freed_memory()
         augmentation.speed_up(dataset)
     training = [i for i in range(len(dataset)) if i not in args["test_envs"]]
     splits = make_splits(dataset, args)
-    load = make_loaders(dataset, splits, training, args, hparams, loader_processes)
+    if loader_processes is None:
+        loader_processes = torch.get_num_threads() if device.type == "cuda" else 0
+    readers = loaders.Readers(loader_processes)
+    load = make_loaders(dataset, splits, training, args, hparams, readers)
     n_steps = args["steps"] or dataset.N_STEPS
     checkpoint_freq = args["checkpoint_freq"] or dataset.CHECKPOINT_FREQ
     steps_per_epoch = min(len(split) / hparams["batch_size"] for split in splits.in_)
@@ -129,7 +134,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int = 0,
                 functools.partial(in_order, device=device), teacher_cache,
                 key=f"{device.type} {'fast' if is_fast else 'exact'}")
     header = None
-    with stop_signals() as stopped, loggers.watching(
+    with stop_signals() as stopped, readers, loggers.watching(
             folder, args, hparams, first_step, log_test_domains, wandb) as logger:
         for step in progress.bar(
                 range(first_step, n_steps), initial=first_step, total=n_steps, unit="step"):
@@ -251,7 +256,7 @@ class Loaders(NamedTuple):
 
 
 def make_loaders(dataset, splits: loaders.Splits, training: list[int], args: dict, hparams: dict,
-                 processes: int) -> Loaders:
+                 readers: loaders.Readers) -> Loaders:
     """The loaders, made in DomainBed's order, since each draws from the global stream."""
     uda = [split for split in splits.uda if split is not None]
     in_weights, uda_weights = [None] * len(dataset), [None] * len(uda)
@@ -265,10 +270,10 @@ def make_loaders(dataset, splits: loaders.Splits, training: list[int], args: dic
 
     def infinite(split, weights):
         return iter(loaders.InfiniteDataLoader(
-            split, weights, hparams["batch_size"], dataset.N_WORKERS, n_processes=processes))
+            split, weights, hparams["batch_size"], dataset.N_WORKERS, readers))
 
     def one_pass(split):
-        return loaders.FastDataLoader(split, 64, dataset.N_WORKERS, n_processes=processes)
+        return loaders.FastDataLoader(split, 64, dataset.N_WORKERS, readers)
 
     train = [infinite(splits.in_[i], in_weights[i]) for i in training]
     unlabeled = [infinite(split, weights) for split, weights in zip(uda, uda_weights)]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from domainbed_kd import command_launchers
+from domainbed_kd import command_launchers, cores
 from domainbed_kd.command_launchers import dummy, get_launcher, local, multi_gpu
 
 TRAIN = "python -m domainbed_kd.scripts.train"
@@ -86,7 +86,7 @@ def test_with_several_at_a_time_each_job_gets_one_line_and_its_last_error(capfd)
 
 def test_threads_are_shared_out_evenly_unless_given(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(command_launchers, "_cores", lambda: 9)
+    monkeypatch.setattr(cores, "available", lambda: 9)
     code = "import os, sys; open(sys.argv[1], 'w').write(os.environ.get('OMP_NUM_THREADS', '-'))"
 
     def threads(n, **options):

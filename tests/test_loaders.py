@@ -1,7 +1,11 @@
 import hashlib
 import io
 import itertools
+import multiprocessing
 import random
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ import torch
 from conftest import golden, seed_everything
 from torch.utils.data import TensorDataset
 
-from domainbed_kd import datasets, loaders
+from domainbed_kd import cores, datasets, loaders
 from domainbed_kd.seeds import seed_hash
 
 CASES = golden("loader_streams.json")["cases"]
@@ -322,40 +326,100 @@ def test_workers_draw_from_streams_of_their_own():
     assert global_streams()[:2] == (python, numpy)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("processes", [1, 2, 3, 8, 50])
-def test_batches_do_not_depend_on_the_number_of_real_processes(processes):
+@pytest.fixture
+def many_cores(monkeypatch):
+    monkeypatch.setattr(cores, "available", lambda: 64)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 10])
+def test_batches_do_not_depend_on_the_number_of_real_processes(processes, many_cores):
     results = []
-    for n_processes in (0, processes):
+    for n in (0, processes):
         seed_everything(5)
-        loader = loaders.InfiniteDataLoader(Noisy(10), None, 3, 8, n_processes)
-        results.append([next(loader) for _ in range(19)])
+        with loaders.Readers(n) as readers:
+            loader = loaders.InfiniteDataLoader(Noisy(10), None, 3, 8, readers)
+            results.append([next(loader) for _ in range(19)])
         left = global_streams()
         results.append([[torch.tensor(part) for part in left[1:]]])
     assert same(results[0], results[2]) and same(results[1], results[3])
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_one_pass_loaders_do_not_depend_on_real_processes_either(folder):
+def test_loaders_in_turn_share_processes_and_keep_their_own_streams(folder, many_cores):
     results = []
-    for n_processes in (0, 4):
+    for n in (0, 4):
         seed_everything(5)
-        loader = loaders.FastDataLoader(folder[0], 5, 8, n_processes)
-        results.append([batch for _ in range(5) for batch in loader])
-        results[-1].append([torch.get_rng_state()])
+        with loaders.Readers(n) as readers:
+            endless = [loaders.InfiniteDataLoader(domain, None, 3, 8, readers) for domain in folder]
+            passes = loaders.FastDataLoader(folder[0], 5, 8, readers)
+            found = []
+            for _ in range(3):
+                found += [next(loader) for _ in range(5) for loader in endless]
+                found += list(passes)
+        results.append([*found, [torch.get_rng_state()]])
     assert same(*results)
+
+
+def test_processes_are_no_more_than_the_cores_and_start_when_a_batch_is_asked_for(monkeypatch):
+    monkeypatch.setattr(cores, "available", lambda: 2)
+    before = set(multiprocessing.active_children())
+    with loaders.Readers(8) as readers:
+        made = [loaders.InfiniteDataLoader(Noisy(10), None, 3, 8, readers) for _ in range(5)]
+        assert set(multiprocessing.active_children()) == before
+        for loader in made:
+            next(loader)
+        assert len(set(multiprocessing.active_children()) - before) == 2
+    assert set(multiprocessing.active_children()) == before
+
+
+class Noted(Noisy):
+    """Items that leave a byte each in a file when they are read."""
+
+    def __init__(self, n, path):
+        super().__init__(n)
+        self.path = path
+
+    def __getitem__(self, i):
+        with self.path.open("ab") as file:
+            file.write(bytes([i]))
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_pass_reads_each_item_once_and_nothing_of_the_next_pass(processes, tmp_path, many_cores):
+    with loaders.Readers(processes) as readers:
+        loader = loaders.FastDataLoader(Noted(23, tmp_path / "read"), 4, 8, readers)
+        for n in (1, 2):
+            list(loader)
+            assert sorted((tmp_path / "read").read_bytes()) == sorted([*range(23)] * n)
+
+
+def test_processes_that_read_end_when_their_run_is_killed(tmp_path):
+    code = ("import os, signal, sys, torch\n"
+            "from domainbed_kd import cores, loaders\n"
+            "cores.available = lambda: 3\n"
+            "class Numbers:\n"
+            "    def __len__(self): return 9\n"
+            "    def __getitem__(self, i): return torch.tensor(os.getpid())\n"
+            "readers = loaders.Readers(3)\n"
+            "loader = loaders.InfiniteDataLoader(Numbers(), None, 2, 8, readers)\n"
+            "found = {n for _ in range(40) for n in next(loader).tolist()}\n"
+            "print(*found, flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGKILL)\n")
+    # The pipe closes when the last process has ended that inherited it.
+    killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=120)
+    assert killed.returncode == -signal.SIGKILL and killed.stdout.split()
 
 
 # Restarts.
 
 
-def make_loader(kind, data, n_processes=0, num_workers=8):
+def make_loader(kind, data, readers=None, num_workers=8):
     weights = torch.linspace(0, 1, len(data)) if kind == "weighted" else None
     if kind == "one pass":
-        loader = loaders.FastDataLoader(data, 4, num_workers, n_processes)
+        loader = loaders.FastDataLoader(data, 4, num_workers, readers)
         return loader, itertools.chain.from_iterable(itertools.repeat(loader))
     loader = loaders.InfiniteDataLoader(
-        data, weights, 4, num_workers, n_processes, replacement=kind != "without replacement")
+        data, weights, 4, num_workers, readers, replacement=kind != "without replacement")
     return loader, loader
 
 
@@ -366,23 +430,29 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("kind", ["uniform", "weighted", "without replacement", "one pass"])
 @pytest.mark.parametrize("before, after, num_workers, n", [
     (0, 0, 8, 0), (0, 0, 8, 6), (0, 0, 8, 21), (0, 0, 0, 6), (0, 0, 0, 0), (2, 0, 8, 7),
     (0, 4, 8, 7), (2, 2, 8, 0), (4, 2, 8, 9)])
-def test_a_restarted_loader_goes_on_with_the_same_batches(kind, before, after, num_workers, n):
+def test_a_restarted_loader_goes_on_with_the_same_batches(kind, before, after, num_workers, n,
+                                                          many_cores):
     data = Noisy(9)
     seed_everything(2)
-    loader, batches = make_loader(kind, data, before, num_workers)
-    for _ in range(n):
-        next(batches)
-    state, left = through_a_file(loader.state_dict()), [torch.get_rng_state(), random.getstate(),
-                                                        np.random.get_state()]
-    expected = [next(batches) for _ in range(20)]
+    with loaders.Readers(before) as readers:
+        loader, batches = make_loader(kind, data, readers, num_workers)
+        for _ in range(n):
+            next(batches)
+        state, left = through_a_file(loader.state_dict()), [
+            torch.get_rng_state(), random.getstate(), np.random.get_state()]
+        expected = [next(batches) for _ in range(20)]
+    with loaders.Readers(after) as readers:
+        assert same(continued(kind, data, readers, num_workers, state, left), expected)
 
+
+def continued(kind, data, readers, num_workers, state, left):
+    """20 batches of a loader that goes on from a state, with the global streams `left`."""
     seed_everything(77)
-    loader, batches = make_loader(kind, data, after, num_workers)
+    loader, batches = make_loader(kind, data, readers, num_workers)
     next(batches)
     loader.load_state_dict(state)
     if kind == "one pass":  # the rest of the pass that was cut short is the first of the new one
@@ -390,4 +460,4 @@ def test_a_restarted_loader_goes_on_with_the_same_batches(kind, before, after, n
     torch.set_rng_state(left[0])
     random.setstate(left[1])
     np.random.set_state(left[2])
-    assert same([next(batches) for _ in range(20)], expected)
+    return [next(batches) for _ in range(20)]

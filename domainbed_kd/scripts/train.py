@@ -95,8 +95,10 @@ def build_parser() -> argparse.ArgumentParser:
                       help="auto continues an unfinished run; never starts again and appends")
     ours.add_argument("--wait", type=float, default=claims.WAIT_S, metavar="SECONDS",
                       help="how long to wait for another process that trains in the folder")
-    ours.add_argument("--loader_processes", type=int, default=0, metavar="N",
-                      help="worker processes per loader; results do not depend on it")
+    ours.add_argument("--loader_processes", type=int, metavar="N",
+                      help="processes that read images, no more than there are cores; default: "
+                           "on a GPU as many as the run has threads, else 0; results do not "
+                           "depend on it")
     return parser
 
 
