@@ -5,6 +5,8 @@ rounding, which Pillow does after each operation. One thing is drawn for fewer i
 the order of a colour jitter's four operations is the same for a whole batch.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,13 +33,35 @@ class Geometry:
     def __call__(self, image) -> Tensor:
         """A Pillow image or its pixels, uint8 (h, w, 3), cropped and resized."""
         x = torch.from_numpy(image if isinstance(image, np.ndarray) else np.array(image))
-        x = x.permute(2, 0, 1)
+        x = x[None].permute(0, 3, 1, 2)  # channels last, which is resized in half the time
         for step in self.steps:
             if isinstance(step, T.RandomResizedCrop):
-                top, left, height, width = step.get_params(x, step.scale, step.ratio)
-                x = x[:, top:top + height, left:left + width]
-            x = F.interpolate(x[None], step.size, mode="bilinear", antialias=True)[0]
-        return x
+                top, left, height, width = window(*x.shape[2:], step.scale, step.ratio)
+                x = x[..., top:top + height, left:left + width]
+            x = F.interpolate(x, step.size, mode="bilinear", antialias=True)
+        return x[0]
+
+
+def window(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+           ) -> tuple[int, int, int, int]:
+    """Top, left, height and width as RandomResizedCrop.get_params draws them, at a fifth of it.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image.
+        scale: least and most share of the image's area.
+        ratio: least and most width per height, uniform in its logarithm.
+    """
+    low, high = map(math.log, ratio)
+    for share, shape, down, right in torch.rand(10, 4).tolist():
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
+        aspect = math.exp(low + (high - low) * shape)
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    h, w = min(height, round(width / aspect)), min(width, round(height * aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def speed_up(dataset) -> None:
@@ -68,76 +92,153 @@ def distorted(x: Tensor) -> Tensor:
     flips, grays = (torch.rand(n) < 0.5).tolist(), (torch.rand(n) < 0.1).tolist()
     orders = torch.rand(n, 4).argsort(dim=1).tolist()
     factors = torch.empty(n, 4).uniform_(0.7, 1.3) - torch.tensor([0, 0, 0, 1])
-    if x.device.type == "cpu":  # an image at a time stays in the cache between operations
-        planes = torch.empty(1, 4, *x.shape[2:])
-        for i, values in enumerate(factors.tolist()):
-            part = slice(i, i + 1)
-            _distort(x[part], out[part], flips[part], grays[part], orders[i], values, planes)
-    else:
-        planes = torch.empty(n, 4, *x.shape[2:], device=x.device)
-        values = factors.to(x.device).T.reshape(4, n, 1, 1, 1)
-        _distort(x, out, flips, grays, orders[0], values, planes)
+    with torch.inference_mode():  # less work for each of some sixty small operations
+        if x.device.type == "cpu":  # an image at a time stays in the cache between operations
+            jitter = Jitter(x[:1])
+            for i, values in enumerate(factors.tolist()):
+                part = slice(i, i + 1)
+                _distort(jitter, x[part], out[part], flips[part], grays[part], orders[i], values)
+        else:
+            *values, shifts = factors.T.reshape(4, n, 1, 1, 1)
+            values = [*(v.to(x.device) for v in values), shifts]  # which are read here
+            _distort(Jitter(x), x, out, flips, grays, orders[0], values)
     return out
 
 
-def _distort(x: Tensor, out: Tensor, flips: list[bool], grays: list[bool], order: list[int],
-             factors: list[float] | Tensor, planes: Tensor) -> None:
-    out.copy_(x)
-    for i, flip in enumerate(flips):
-        if flip:
-            out[i].copy_(x[i].flip(-1))
+def _distort(jitter: "Jitter", x: Tensor, out: Tensor, flips: list[bool], grays: list[bool],
+             order: list[int], factors: list[float] | list[Tensor]) -> None:
+    jitter.load(x, flips)
     for i in order:
-        (brighten, contrast, saturate, shift_hue)[i](out, factors[i], planes)
-    for i, gray in enumerate(grays):
-        if gray:
-            out[i] = _luma(out[i:i + 1], planes[:1, :1])[0]
-    for channel, mean, std in zip(out.unbind(1), datasets.IMAGENET_MEAN, datasets.IMAGENET_STD):
-        channel.mul_(1 / (255 * std)).sub_(mean / std)
+        (jitter.brighten, jitter.contrast, jitter.saturate, jitter.shift_hue)[i](factors[i])
+    jitter.normalize(grays, out)
 
 
-# Colours, in place, of x (B, 3, H, W) in [0, 255], by a factor, a float or (B, 1, 1, 1), with
-# planes (B, 4, H, W) as room; each is torchvision's operation of that name on Pillow images.
+class Jitter:
+    """Images and torchvision's colour operations on them, as they are on Pillow images.
 
+    Colours, in [0, 255], are scale * x + offset. To brighten and to contrast changes these two
+    only, and an operation on the channels of a pixel is the same on x as on colours. So one
+    passes over all pixels only to mix their channels, or to clip.
 
-def _luma(x: Tensor, out: Tensor) -> Tensor:
-    """The gray (B, 1, H, W) of colours (B, 3, H, W), written to `out`."""
-    red, green, blue = x.split(1, dim=1)
-    return torch.mul(red, _LUMA[0], out=out).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+    A factor is a tensor (B, 1, 1, 1) or, for a single image, a float.
 
-
-def brighten(x: Tensor, factor: Tensor | float, planes: Tensor) -> None:
-    """Mixes with black: factor 0 is black, 1 the image."""
-    x.mul_(factor).clamp_(0, 255)
-
-
-def contrast(x: Tensor, factor: Tensor | float, planes: Tensor) -> None:
-    """Mixes with the mean of the image's gray: factor 0 is that, 1 the image."""
-    gray = _luma(x.mean((2, 3), keepdim=True), planes[:, :1, :1, :1]).round_()
-    x.mul_(factor).add_(gray * (1 - factor)).clamp_(0, 255)
-
-
-def saturate(x: Tensor, factor: Tensor | float, planes: Tensor) -> None:
-    """Mixes each pixel with its gray: factor 0 is that, 1 the image."""
-    torch.lerp(_luma(x, planes[:, :1]), x, factor, out=x).clamp_(0, 255)
-
-
-def shift_hue(x: Tensor, factor: Tensor | float, planes: Tensor) -> None:
-    """Turns hues by a share of the circle, in [-0.5, 0.5]; value and saturation stay.
-
-    With M, m and C the pixel's maximum, minimum and their difference, and the hue h in sixths
-    of the circle, a channel is m + C t, where red's t is |h - 3| - 1, clipped to [0, 1], and
-    green's and blue's are the same with h - 2 and h + 2. Thus |h - 3| = 2 + (r - g - b + m) / C,
-    and h is above 3 where blue exceeds green.
+    Args:
+        like: uint8 (B, 3, H, W), the form of the images to come.
     """
-    red, green, blue = x.split(1, dim=1)
-    span, low, hue, room = planes.split(1, dim=1)
-    torch.minimum(torch.minimum(red, green, out=low), blue, out=low)
-    torch.maximum(torch.maximum(red, green, out=span), blue, out=span).sub_(low)
-    torch.sub(red, green, out=hue).sub_(blue).add_(low).add_(span, alpha=2)
-    hue.div_(torch.clamp(span, min=1e-3, out=room))  # grays have no hue; any will do
-    hue.copysign_(torch.sub(blue, green, out=room)).add_(factor * 6)
-    hue.sub_(torch.mul(hue, 1 / 6, out=room).round_(), alpha=6)  # h - 3, in [-3, 3]
-    torch.abs(hue, out=red).sub_(1)
-    for channel, center in ((green, 1), (blue, -1)):
-        torch.sub(2, torch.add(hue, center, out=channel).abs_(), out=channel)
-    x.clamp_(0, 1).mul_(span).add_(low)
+
+    def __init__(self, like: Tensor):
+        self.x = like.float()
+        self._channels = self.x.split(1, dim=1)
+        self._gray = torch.empty_like(self._channels[0])
+        self._luma = torch.tensor(_LUMA, device=like.device)
+        self._mean, self._std = (
+            255 * torch.tensor(values, device=like.device).view(3, 1, 1)
+            for values in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
+        room = torch.empty(len(like), 12, *like.shape[2:], dtype=torch.int16, device=like.device)
+        self._three, self._sums = room[:, :3], room[:, 5:8]
+        self._planes = (*self._three.split(1, dim=1), *room[:, 8:].split(1, dim=1))
+        self._each = [_Room(x, *own.split([5, 3, 1, 1, 1, 1])) for x, own in zip(self.x, room)]
+
+    def load(self, x: Tensor, flips: list[bool]) -> None:
+        """Takes images, uint8 (B, 3, H, W), as they are or mirrored."""
+        self.scale, self.offset, self._is_whole = 1.0, 0.0, True
+        for own, image, flip in zip(self._each, x, flips):
+            own.x.copy_(image.flip(-1) if flip else image)
+
+    def colours(self) -> Tensor:
+        """The images, float32 (B, 3, H, W)."""
+        return self.x * self.scale + self.offset
+
+    def normalize(self, grays: list[bool], out: Tensor) -> None:
+        """Writes the images, some of them as grays, less ImageNet's mean, over its deviation."""
+        if any(grays):
+            gray = self._find_gray()
+            for i in (i for i, is_gray in enumerate(grays) if is_gray):
+                self.x[i] = gray[i]
+        self.x.mul_(self.scale / self._std)
+        torch.add(self.x, (self.offset - self._mean) / self._std, out=out)
+
+    def brighten(self, factor: Tensor | float) -> None:
+        """Mixes with black: factor 0 is black, 1 the image."""
+        self._rescale(factor, 0)
+
+    def contrast(self, factor: Tensor | float) -> None:
+        """Mixes with the mean of the image's gray: factor 0 is that, 1 the image."""
+        gray = (self.x.mean((2, 3)) * self._luma).sum(1)
+        gray = gray.view_as(factor) if isinstance(factor, Tensor) else gray.item()
+        self._rescale(factor, (1 - factor) * (self.scale * gray + self.offset))
+
+    def saturate(self, factor: Tensor | float) -> None:
+        """Mixes each pixel with its gray: factor 0 is that, 1 the image."""
+        torch.lerp(self._find_gray(), self.x, factor, out=self.x)
+        self._is_whole = False
+        self._clip(factor)
+
+    def _find_gray(self) -> Tensor:
+        red, green, blue = self._channels
+        torch.mul(red, _LUMA[0], out=self._gray)
+        return self._gray.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+
+    def _rescale(self, factor: Tensor | float, offset: Tensor | float) -> None:
+        self.scale, self.offset = self.scale * factor, self.offset * factor + offset
+        self._clip(factor)
+
+    def _clip(self, factor: Tensor | float) -> None:
+        if isinstance(factor, Tensor) or factor > 1:  # others lead nowhere out of [0, 255]
+            self.x.clamp_(-self.offset / self.scale, (255 - self.offset) / self.scale)
+            self._is_whole = False
+
+    def shift_hue(self, factor: Tensor | float) -> None:
+        """Turns hues by a share of the circle, in [-0.5, 0.5]; value and saturation stay.
+
+        A turn by two sixths permutes the channels. By one, it makes each m + M - x of another
+        channel x, where m and M are the pixel's least and most. What is left of a turn is a part
+        f of a sixth, at most half. That moves the middle channel c by w = f (M - m) and, where
+        it meets M or m, the channel there by the rest. So red becomes 2 red - c + d, clipped to
+        [m, M], where d is blue - green, clipped to [-w, w], and less than 0 if f is; likewise
+        the others. Colours are whole here, as Pillow's are; 64 f is too.
+        """
+        is_one = not isinstance(factor, Tensor)
+        turns = [6 * f for f in ([factor] if is_one else factor.flatten().tolist())]
+        wholes = [round(turn) for turn in turns]
+        parts = [round(64 * (turn - whole)) for turn, whole in zip(turns, wholes)]
+        if not self._is_whole:
+            self.x.round_()
+        red, green, blue, low, middle, high, room = self._planes
+        for own, whole in zip(self._each, wholes):
+            for channels, x in own.turned[whole % 3]:
+                channels.copy_(x)
+        torch.minimum(red, green, out=low)
+        torch.maximum(red, green, out=high)
+        torch.minimum(high, blue, out=room)
+        torch.maximum(high, blue, out=high)
+        torch.maximum(low, room, out=middle)
+        torch.minimum(low, room, out=low)
+        for own, whole, part in zip(self._each, wholes, parts):
+            if whole % 2:
+                torch.add(own.low, own.high, out=own.room)
+                torch.sub(own.room, own.three, out=own.three)
+                torch.sub(own.room, own.middle, out=own.middle)
+            own.again.copy_(own.front)
+            torch.sub(*(own.next if part > 0 else own.next[::-1]), out=own.sums)
+        width = abs(parts[0]) if is_one else torch.tensor(
+            parts, dtype=torch.int16, device=self.x.device).abs_().view_as(factor)
+        torch.sub(high, low, out=room).mul_(width).bitwise_right_shift_(6)
+        torch.minimum(self._sums, room, out=self._sums)
+        torch.maximum(self._sums, room.neg_(), out=self._sums)
+        self._sums.add_(self._three, alpha=2).sub_(middle)
+        self.x.copy_(torch.clamp(self._sums, low, high, out=self._sums))
+
+
+class _Room:
+    """An image (3, H, W), and room for a turn of its hues: its channels and then the first two."""
+
+    def __init__(self, x: Tensor, five: Tensor, sums: Tensor, low: Tensor, middle: Tensor,
+                 high: Tensor, room: Tensor):
+        self.x, self.sums = x, sums
+        self.low, self.middle, self.high, self.room = low, middle, high, room
+        self.three, self.front, self.again = five[:3], five[:2], five[3:]
+        self.next = five[2:], five[1:4]  # of each channel, the next but one, and the next
+        # What is copied where, if the first channel is to be red, green or blue.
+        self.turned = ([(five[:3], x)], [(five[:2], x[1:]), (five[2:3], x[:1])],
+                       [(five[:1], x[2:]), (five[1:3], x[:2])])

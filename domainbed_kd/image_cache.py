@@ -47,20 +47,24 @@ class ImageCache:
 
     def __init__(self, path: Path, root: Path):
         self._path, self._root = path, root
-        self._pixels = np.memmap(path, np.uint8, "c")  # so that torch takes it
+        # "c", so that torch takes it; an array, as slices of a memmap take longer.
+        self._pixels = np.asarray(np.memmap(path, np.uint8, "c"))
         end = len(self._pixels) - 8
         start = end - int.from_bytes(self._pixels[max(end, 0):].tobytes(), "little")
         index = json.loads(self._pixels[max(start, 0):max(end, 0)].tobytes())
         if not isinstance(index, dict) or index.get("Pillow") != PIL.__version__:
             raise ValueError(f"{path} was not decoded by Pillow {PIL.__version__}.")
         self._entries = {name: _Entry(*entry) for name, entry in index["images"].items()}
+        self._found = {}  # entries by path
 
     def __reduce__(self):
         return ImageCache, (self._path, self._root)
 
     def array(self, path: str) -> np.ndarray:
         """An image's pixels: uint8 (H, W, 3); what is written to them does not reach the file."""
-        _, _, offset, height, width = self._entries[os.path.relpath(path, self._root)]
+        if path not in self._found:
+            self._found[path] = self._entries[os.path.relpath(path, self._root)]
+        _, _, offset, height, width = self._found[path]
         return self._pixels[offset:offset + 3 * height * width].reshape(height, width, 3)
 
     def __call__(self, path: str) -> Image.Image:
