@@ -26,9 +26,11 @@ parity: $(VENV)/tests-installed
 bench: $(VENV)/installed
 	$(PY) tools/bench.py $(if $(PEER),--peer $(PEER)) $(if $(DATA),--data_dir $(DATA))
 
-# A sweep of 32 jobs, killed 25 times, against a quiet one.
-chaos: $(VENV)/installed
-	$(PY) tools/chaos.py --n_hparams 2 --kills 25
+# A sweep of 32 jobs, harmed 25 times by each launcher's troubles, against a quiet one.
+LAUNCHERS ?= local ray slurm
+chaos: $(VENV)/tests-installed
+	for launcher in $(LAUNCHERS); do $(PY) tools/chaos.py --n_hparams 2 --kills 25 \
+		--launcher $$launcher --folder chaos/$$launcher || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo chaos train_output bench.json bench.md

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import GOLDENS, golden
 
-from domainbed_kd import jobs
+from domainbed_kd import claims, jobs
 from domainbed_kd.scripts import collect_results, sweep
 
 
@@ -41,6 +41,17 @@ def edit(folder, **changes):
     found = [json.loads(text) for text in path.read_text().splitlines()]
     path.write_text("".join(
         json.dumps(r | {"args": r["args"] | changes}, sort_keys=True) + "\n" for r in found))
+
+
+def test_a_sweep_at_work_says_what_is_in_training_and_what_waits(vlcs, capsys):
+    first, *_ = folders(vlcs)
+    (first / "done").unlink()
+    assert "at work" not in run(capsys, vlcs).err
+    for name in ("waits", "waits too"):
+        (vlcs / name).mkdir()
+    with claims.held(first):
+        err = run(capsys, vlcs).err
+    assert "The sweep is at work: 1 of its runs are in training and 2 more wait" in err
 
 
 # What DomainBed prints.

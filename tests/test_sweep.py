@@ -469,6 +469,26 @@ def test_a_job_that_is_at_work_is_launched_by_nobody_else(tmp_path, launched, ca
     assert sweep.main(args) == 0 and len(launched) == 7
 
 
+def test_it_is_said_how_many_wait_for_their_teachers_and_who_need_not_wait_does_not(
+        tmp_path, monkeypatch, capsys):
+    waves = []
+
+    def finish(commands):
+        waves.append(sorted(command_of(command)["algorithm"][0] for command in commands))
+        for command in commands:
+            (Path(command_of(command)["output_dir"][0]) / "done").write_text("done")
+
+    monkeypatch.setitem(command_launchers.REGISTRY, "finish", finish)
+    args = flags("launch", tmp_path, "--command_launcher", "finish", "--single_test_envs",
+                 "--algorithms", "KDDG", "--n_hparams")
+    sweep.main([*args, "1"])
+    assert waves == [["ERM"] * 3, ["KDDG"] * 3]
+    assert "3 of them wait for their teachers and are counted after these." in (
+        capsys.readouterr().err)
+    sweep.main([*args, "2"])
+    assert waves[2:] == [["KDDG"] * 3] and "wait for their teachers" not in capsys.readouterr().err
+
+
 def test_what_another_launcher_took_first_has_not_failed(tmp_path, monkeypatch, capsys):
     def beaten(commands):
         for command in commands:
@@ -496,14 +516,20 @@ def test_two_launchers_on_one_folder_run_each_job_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_again_and_again_ends_in_the_same_bits(tmp_path):
+@pytest.mark.parametrize("launcher, library, kills, algorithms", [
+    ("local", "torch", 4, ["ERM", "SWAD"]), ("ray", "ray", 2, ["KDDG"]),
+    ("slurm", "submitit", 2, ["KDDG"])])
+def test_a_sweep_that_is_killed_again_and_again_ends_in_the_same_bits(
+        launcher, library, kills, algorithms, tmp_path):
+    pytest.importorskip(library)
     tool = Path(__file__).parents[1] / "tools" / "chaos.py"
     ran = subprocess.run(
         [sys.executable, str(tool), "--folder", str(tmp_path / "chaos"), "--dataset", "Debug28",
-         "--algorithms", "ERM", "SWAD", "--steps", "21", "--kills", "4", "--within_s", "4"],
+         "--algorithms", *algorithms, "--steps", "21", "--kills", str(kills), "--within_s", "4",
+         "--launcher", launcher],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tool.parents[1])})
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "0 differences" in ran.stdout
+    assert ran.stdout.startswith("6 jobs, quiet") and "0 differences" in ran.stdout
 
 
 def test_status_shows_the_most_memory_that_a_job_of_each_algorithm_held(tmp_path, capsys):

@@ -1,9 +1,12 @@
 """Kills a sweep's jobs and launchers at random moments, and compares what is left with a quiet one.
 
+With Ray, nodes are lost too: all that runs on one is killed at once, and another takes its place.
+With submitit's local executor, jobs are told that their time is up, as Slurm does.
+
 Exits with 0 if the sweep that was killed ends in the same tables, in byte-identical models and in
-records that differ in times and memory alone; if each job ran to its end once; and if neither a
-process nor a stray file is left. Times are of this machine; the seed fixes the kills' order, not
-what they meet.
+records that differ in times and memory alone, whatever launched it; if each job ran to its end
+once; and if neither a process nor a stray file is left. Times are of this machine; the seed fixes
+the kills' order, not what they meet.
 """
 
 import argparse
@@ -22,6 +25,17 @@ HPARAMS = {"batch_size": 8, "wrn_depth": 10, "wrn_widen": 1, "mosaic_kd_steps": 
 NOT_COMPARED = ("step_time", "mem_gb")
 # What a finished run may hold; TensorBoard's events have a number per attempt.
 FILES = {"done", "err.txt", "memory.json", "model.pkl", "out.txt", "results.jsonl"}
+# Two jobs at a time by each launcher, and the shares of what happens to it.
+FLAGS = {
+    "local": ["--jobs_per_device", "2"],
+    "ray": ["--command_launcher", "ray"],
+    "slurm": ["--command_launcher", "slurm", "--slurm_cluster", "local", "--slurm_gpus", "0",
+              # submitit takes a signal in a job's last ten minutes for a time-out: here, any.
+              "--slurm_time", "5", "--slurm_parallel", "2"]}
+KILLS = {
+    "local": {"job": 7, "launcher": 3},
+    "ray": {"node": 6, "job": 2, "launcher": 2},
+    "slurm": {"time-out": 6, "job": 2, "launcher": 2}}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("chaos"),
                         help="where the two sweeps go; it must not exist (default: chaos)")
+    parser.add_argument("--launcher", choices=FLAGS, default="local",
+                        help="ray: on a cluster of two nodes on this machine; slurm: submitit's "
+                             "local executor (default: local)")
     parser.add_argument("--dataset", default="DigitsDG", help="default: DigitsDG")
     parser.add_argument("--algorithms", nargs="+", default=["ERM", "SWAD", "RISE", "MosaicKD"])
     parser.add_argument("--n_trials", type=int, default=1, help="default: 1")
@@ -41,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def launch(args: argparse.Namespace, folder: Path) -> subprocess.Popen:
+def launch(args: argparse.Namespace, folder: Path, flags: list[str]) -> subprocess.Popen:
     """Starts the launcher in a folder of its own; the sweep's paths are the same in each."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "launcher.log").open("ab") as log:
@@ -50,8 +67,7 @@ def launch(args: argparse.Namespace, folder: Path) -> subprocess.Popen:
              args.dataset, "--algorithms", *args.algorithms, "--n_trials", str(args.n_trials),
              "--n_hparams", str(args.n_hparams), "--steps", str(args.steps),
              "--checkpoint_freq", "10", "--hparams", json.dumps(HPARAMS), "--output_dir", "sweep",
-             "--jobs_per_device", "2", "--single_test_envs", "--skip_confirmation",
-             "--allow_bad_teacher"],
+             "--single_test_envs", "--skip_confirmation", "--allow_bad_teacher", *flags],
             cwd=folder, stdout=log, stderr=log, start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"})
 
@@ -81,43 +97,137 @@ def jobs_at_work(folder: Path) -> list[int]:
     return found
 
 
-def until_done(args: argparse.Namespace, folder: Path, kills: int) -> None:
+class RayCluster:
+    """Ray's head and a node, with a CPU each."""
+
+    def __init__(self):
+        from ray.cluster_utils import Cluster
+
+        # Workers inherit these; the rest comes with each job's task.
+        os.environ |= {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.cluster = Cluster(initialize_head=True, head_node_args={
+            **self.size, "include_dashboard": False})
+        self.node = self.cluster.add_node(**self.size)
+
+    size = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100 * 2**20}  # bytes
+
+    @property
+    def flags(self) -> list[str]:
+        """By which a launcher finds it."""
+        return ["--ray_address", self.cluster.address]
+
+    def lose_node(self) -> None:
+        """Kills all that runs on the node at once, as if its power failed, and adds another."""
+        raylet = self.node.all_processes["raylet"][0].process.pid
+        for pid in [raylet, *descendants(raylet)]:
+            kill(pid)
+        self.cluster.remove_node(self.node, allow_graceful=False)
+        self.node = self.cluster.add_node(**self.size)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that they did."""
+    children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*")
+                for child in (task / "children").read_text().split()]
+    return children + [pid for child in children for pid in descendants(child)]
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> bool:
+    """Whether the process was still there."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def submissions(folder: Path) -> list[int]:
+    """The processes in which submitit has a job."""
+    found = []
+    for pid in processes(folder):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"submitit.core._submit" in command:
+            found.append(pid)
+    return found
+
+
+def strike(kind: str, r: random.Random, folder: Path, launcher: subprocess.Popen,
+           cluster: RayCluster | None) -> bool:
+    """Does the sweep a harm of that kind; False if there was nothing to harm."""
+    if kind == "node":
+        cluster.lose_node()
+        return True
+    if kind == "launcher":
+        return launcher.poll() is None and kill(launcher.pid)
+    victims = submissions(folder) if kind == "time-out" else jobs_at_work(folder)
+    number = signal.SIGUSR2 if kind == "time-out" else signal.SIGKILL
+    return bool(victims) and kill(r.choice(victims), number)
+
+
+class Watched:
+    """A sweep whose jobs' ends are watched.
+
+    Args:
+        folder: that holds the folder `sweep`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.ends: dict[str, set[int]] = {}
+
+    def look(self) -> None:
+        """Notes when each job's `done` was written, as of now."""
+        for path in self.folder.glob("sweep/*/done"):
+            self.ends.setdefault(path.parent.name, set()).add(path.stat().st_mtime_ns)
+
+    def wait(self, seconds: float) -> None:
+        """Watches for so long."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.look()
+            time.sleep(0.05)
+
+    def wait_for(self, launcher: subprocess.Popen) -> int:
+        """Watches until the launcher ends; returns its exit status."""
+        while launcher.poll() is None:
+            self.wait(0.1)
+        self.look()
+        return launcher.returncode
+
+
+def until_done(args: argparse.Namespace, folder: Path, cluster: RayCluster | None) -> Watched:
     """Launches again and again until the launcher is satisfied, with that many kills before.
 
     Raises:
         SystemExit: if the sweep does not get done although nobody kills any more.
     """
-    r, launcher, left, launches = random.Random(args.seed), None, kills, 0
-    killed = Counter()
-    while left:
+    r, launcher, launches, sweep = random.Random(args.seed), None, 0, Watched(folder)
+    flags = FLAGS[args.launcher] + (cluster.flags if cluster else [])
+    killed, kinds = Counter(), KILLS[args.launcher]
+    while killed.total() < args.kills:
         if launcher is None or launcher.poll() is not None:
             if launcher is not None and launcher.returncode == 0:
                 break
-            launcher = launch(args, folder)
+            launcher = launch(args, folder, flags)
             launches += 1
-        at_once = r.random() < 0.1  # in nine of ten cases after a job has begun
-        while not at_once and launcher.poll() is None and not jobs_at_work(folder):
-            time.sleep(0.05)
-        time.sleep(r.uniform(0, args.within_s))
-        victims = jobs_at_work(folder)
-        if r.random() < 0.3 or not victims:
-            victims = [launcher.pid] if launcher.poll() is None else []
-        for pid in r.sample(victims, min(1, len(victims))):
-            try:
-                os.kill(pid, signal.SIGKILL)
-                left -= 1
-                killed[pid == launcher.pid] += 1
-            except ProcessLookupError:
-                continue
+        if r.random() >= 0.1:  # in nine of ten cases after a job has begun
+            while launcher.poll() is None and not jobs_at_work(folder):
+                sweep.wait(0.1)
+        sweep.wait(r.uniform(0, args.within_s))
+        kind, = r.choices(list(kinds), list(kinds.values()))
+        killed[kind] += strike(kind, r, folder, launcher, cluster)
     if launcher is not None:
-        launcher.wait()
-    print(f"{killed[False]} jobs and {killed[True]} launchers killed, {launches} launches",
+        sweep.wait_for(launcher)
+    print(", ".join(f"{n} x {kind}" for kind, n in killed.items()) + f"; {launches} launches",
           flush=True)
     for _ in range(5):
         while jobs_at_work(folder):  # saving, as their launcher is gone
-            time.sleep(0.2)
-        if launch(args, folder).wait() == 0:
-            return
+            sweep.wait(0.2)
+        if sweep.wait_for(launch(args, folder, flags)) == 0:
+            return sweep
     sys.exit(f"{folder} does not get done; see {folder / 'launcher.log'}.")
 
 
@@ -157,11 +267,6 @@ def differences(quiet: Path, killed: Path) -> list[str]:
             found.append(f"{name}: other records")
     if tables(quiet) != tables(killed):
         found.append("other tables")
-    log = (killed / "launcher.log").read_text(encoding="utf-8", errors="replace")
-    done = [line.split("  (")[0].split("] ", 1)[1] for line in log.splitlines()
-            if "] done  " in line]
-    if twice := {label for label in done if done.count(label) > 1}:
-        found.append(f"run to the end twice: {twice}")
     return found
 
 
@@ -174,14 +279,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     quiet, killed = args.folder.resolve() / "quiet", args.folder.resolve() / "killed"
     start = time.monotonic()
-    if launch(args, quiet).wait() != 0:
+    if launch(args, quiet, FLAGS["local"]).wait() != 0:
         print(f"error: the quiet sweep failed; see {quiet / 'launcher.log'}.", file=sys.stderr)
         return 2
     n_jobs = len(list((quiet / "sweep").glob("*/done")))
     print(f"{n_jobs} jobs, quiet: {time.monotonic() - start:.0f} s", flush=True)
     start = time.monotonic()
-    until_done(args, killed, args.kills)
+    cluster = RayCluster() if args.launcher == "ray" else None
+    try:
+        sweep = until_done(args, killed, cluster)
+    finally:
+        if cluster:
+            cluster.cluster.shutdown()
     found = differences(quiet, killed)
+    found += [f"{name}: run to the end twice" for name, ends in sweep.ends.items()
+              if len(ends) > 1]
     deadline = time.monotonic() + 15  # a fork server ends a moment after its last child
     while (orphans := processes(killed)) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import shlex
 import sys
 from collections import Counter, defaultdict
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from domainbed_kd import (
+    claims,
     datasets,
     model_selection,
     protocols,
@@ -74,7 +76,22 @@ def main(argv: list[str] | None = None) -> int:
         path.write_text(output, encoding="utf-8")
     except OSError as error:
         print(f"Not written to {path}: {error.strerror}.", file=sys.stderr)
+    if remark := at_work(folder):
+        print(remark, file=sys.stderr)
     return 0
+
+
+def at_work(folder: sweeps.Folder) -> str:
+    """That runs are being trained in a sweep's folder right now; empty if none are."""
+    paths = (f"{folder.path}/{name}" for name in folder.stamps)
+    unfinished = [path for path in paths
+                  if not os.path.exists(f"{path}/done") and os.path.isdir(path)]
+    n_running = sum(claims.holder(path) is not None for path in unfinished)
+    if not n_running:
+        return ""
+    n_waiting = sum(not os.listdir(path) for path in unfinished)
+    return (f"The sweep is at work: {n_running} of its runs are in training and {n_waiting} more "
+            "wait for their turn. What is absent may come by itself; `sweep status` tells.")
 
 
 def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[str]:

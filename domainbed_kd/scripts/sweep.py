@@ -322,8 +322,12 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
         launcher([])  # it refuses what it cannot use, before a folder is made
     if not confirmed(args):
         return 0
-    failed = run([job for job in new if not job.teacher], launcher, args.retry)
-    taught = [job for job in new if job.teacher]
+    taught = [job for job in new if job.teacher and not job.teacher.is_done()]
+    if taught:
+        print(f"{len(taught)} of them wait for their teachers and are counted after these.",
+              file=sys.stderr)
+    waiting = {id(job) for job in taught}
+    failed = run([job for job in new if id(job) not in waiting], launcher, args.retry)
     ready = [job for job in taught if job.teacher.is_done()]
     if ready:
         failed += run(ready, launcher, args.retry)
