@@ -23,6 +23,9 @@ STALE_S = 120
 WAIT_S = 2
 # Two that take over the same stale heartbeat both believe that they have it for less than this.
 SETTLE_S = 2
+# The exit status of a train that was told to stop, and has saved its state: 128 + SIGTERM, as a
+# shell would report it.
+STOPPED = 143
 # What a file system answers that has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 from domainbed_kd import claims
+from domainbed_kd.claims import STOPPED
 
 # How long a job that goes on elsewhere waits until its first process has lost the folder.
 WAIT = f" --wait {claims.STALE_S + 60}"
@@ -28,9 +29,11 @@ MAX_TIMEOUTS = 1000
 POLL_S = 1
 # How long the head of a Ray cluster may take to answer; Ray itself waits for two minutes.
 CONNECT_S = 3
+# How often it is asked whether it is there, and how long it may be away; after a minute Ray would
+# end this process.
+ASK_S, AWAY_S = 5, 30
 START_RAY = ("Start the cluster's head with `ray start --head`, or leave the flag out for a "
              "cluster on this machine.")
-STOPPED = 143  # the exit status of a train that was told to stop, and has saved its state
 
 
 def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus: int = 1,
@@ -223,15 +226,21 @@ def _check_address(address: str) -> None:
     """
     if address in ("auto", "local"):
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"--ray_address {address} is no address; it takes auto, or HOST:PORT of "
                          "the cluster's head, such as 10.0.0.1:6379.")
+    if problem := _unreachable(host, port):
+        raise ValueError(f"--ray_address {address}: nobody answers there ({problem}). {START_RAY}")
+
+
+def _unreachable(host: str, port: str) -> Exception | None:
+    """Why nobody answers there; None if somebody does."""
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"--ray_address {address}: nobody answers there ({error}). {START_RAY}"
-                         ) from error
+        return error
+    return None
 
 
 def _run_here(command: str, folder: str, path: list[str]) -> int:
@@ -243,23 +252,51 @@ def _run_here(command: str, folder: str, path: list[str]) -> int:
     return command_launchers.local([command])[0]
 
 
+def _why_lost(library) -> str:
+    """Why nothing of this process can run on the cluster; empty if it can."""
+    host, _, port = library.get_runtime_context().gcs_address.rpartition(":")
+    if problem := _unreachable(host, port):
+        return f"nobody answers at {host}:{port} ({problem})"
+    own = library.get_runtime_context().get_node_id()
+    is_alive = any(node["Alive"] for node in library.nodes() if node["NodeID"] == own)
+    return "" if is_alive else "its node on this machine is dead"
+
+
 def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
-    """Starts all tasks, again where a machine is lost, and waits for them."""
+    """Starts all tasks, again where a machine is lost, and waits for them.
+
+    If the cluster itself is lost, what has not ended counts as stopped.
+    """
     from domainbed_kd import command_launchers
+
 
     def start(command):
         return task.remote(command, os.getcwd(), sys.path)
 
     pending = {start(command): i for i, command in enumerate(commands)}
-    statuses, n_lost, n_done = [1] * len(commands), [0] * len(commands), 0
+    statuses, n_lost, n_done = [STOPPED] * len(commands), [0] * len(commands), 0
+    there = time.monotonic()
     try:
         while pending:
-            (ref,), _ = library.wait(list(pending), num_returns=1)
+            ended, _ = library.wait(list(pending), num_returns=1, timeout=ASK_S)
+            if not ended:
+                why = _why_lost(library)
+                if not why:
+                    there = time.monotonic()
+                elif time.monotonic() - there > AWAY_S:
+                    print(f"The Ray cluster is lost: {why}.", file=sys.stderr)
+                    return statuses
+                continue
+            (ref,) = ended
             i = pending.pop(ref)
             try:
                 statuses[i] = library.get(ref)
             except library.exceptions.RayTaskError:
                 raise
+            except library.exceptions.LocalRayletDiedError:
+                print("The Ray cluster is lost: its node on this machine is dead.",
+                      file=sys.stderr)
+                return statuses
             except library.exceptions.RayError as error:
                 n_lost[i] += 1
                 if n_lost[i] <= MAX_LOST:
@@ -267,6 +304,7 @@ def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
                           f"({type(error).__name__}); it goes on elsewhere", file=sys.stderr)
                     pending[start(commands[i] + WAIT)] = i
                     continue
+                statuses[i] = 1
             n_done += 1
             command_launchers.report(commands[i], statuses[i], n_done, len(commands))
     except BaseException:

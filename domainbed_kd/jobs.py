@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 from domainbed_kd import claims, datasets
+from domainbed_kd.claims import STOPPED
 from domainbed_kd.seeds import seed_hash
 
 # Arguments that make a run what it is, with what DomainBed's records mean where they are absent.
@@ -25,9 +26,6 @@ _IDENTITY = {
     "seed": 0, "task": "domain_generalization", "steps": None, "hparams": None,
     "holdout_fraction": 0.2, "uda_holdout_fraction": 0, "checkpoint_freq": None,
     "skip_model_save": False, "fast": False, "compile": False}
-
-# The exit status of a train that was told to stop, and has saved its state.
-STOPPED = 143
 
 _encode = json.JSONEncoder(sort_keys=True).encode
 
@@ -268,6 +266,8 @@ class Job:
             return "killed by SIGKILL, as a system does that runs out of memory"
         if self.exit_status < 0:
             return f"killed by {signal.Signals(-self.exit_status).name}"
+        if self.was_stopped:
+            return "stopped before its end"
         return self.last_error() or f"exit status {self.exit_status}, no message"
 
     def _reason_kept(self) -> str:
@@ -278,9 +278,14 @@ class Job:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().strip()
 
+    @property
+    def was_stopped(self) -> bool:
+        """Whether somebody stopped it, so that it has not failed and can go on."""
+        return self.exit_status == STOPPED
+
     def keep_reason(self) -> None:
         """Leaves in the file `failed` why it ended, unless it did so itself or was stopped."""
-        if self.state_now() != self.FAILED and self.exit_status != STOPPED:
+        if self.state_now() != self.FAILED and not self.was_stopped:
             with contextlib.suppress(OSError):  # the job's own error is the one to report
                 with open(os.path.join(self.output_dir, "failed"), "w", encoding="utf-8") as file:
                     file.write(self.why_failed() + "\n")
@@ -289,7 +294,7 @@ class Job:
     def launch(jobs: list["Job"], launcher_fn: Callable) -> list["Job"]:
         """Makes the jobs' folders and hands their commands to a launcher.
 
-        Returns the jobs that failed, which is empty if the launcher returns no exit statuses.
+        Returns the jobs that failed or were stopped; none if the launcher returns no exit statuses.
         One that another launcher has finished, or is at, has not failed.
         Folders that are still empty when the launcher gives up are removed, so that their jobs
         count as not launched; so is the sweep's if it is new and empty.

@@ -48,9 +48,8 @@ from domainbed_kd import (
     teachers,
 )
 from domainbed_kd.algorithms.base import forked_rng
+from domainbed_kd.claims import STOPPED
 from domainbed_kd.seeds import seed_hash
-
-INTERRUPTED = 143  # 128 + SIGTERM, as a shell would report it
 
 
 def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
@@ -71,7 +70,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
         teacher_cache: folder that keeps what teachers make of images without augmentation.
 
     Returns:
-        0 if the run is finished, 143 if a signal stopped it (its state is saved).
+        0 if the run is finished, `claims.STOPPED` if a signal stopped it (its state is saved).
     """
     began, folder = time.monotonic(), Path(args["output_dir"])
     if resume == "auto" and _already_finished(folder, args):
@@ -188,7 +187,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                 save_state(folder, args, algorithm, load, pending, step + 1, measures)
             if stopped() and not last:
                 print(f"Stopped after step {step}. The same command continues.", file=sys.stderr)
-                return INTERRUPTED
+                return STOPPED
         logger.finish()
     if not args["skip_model_save"]:
         save_model(folder / "model.pkl", args, hparams, dataset, algorithm)

@@ -39,8 +39,8 @@ ALLOWED = {
     "canonical_view": {"checkpoints", "datasets", "networks", "progress"},
     "augmentation": {"datasets", "image_cache"},
     "training": {"algorithms", "augmentation", "averaging", "canonical_view", "checkpoints",
-                 "datasets", "diagnostics", "fast", "hparams_registry", "image_cache", "loaders",
-                 "loggers", "progress", "results", "seeds", "teachers"},
+                 "claims", "datasets", "diagnostics", "fast", "hparams_registry", "image_cache",
+                 "loaders", "loggers", "progress", "results", "seeds", "teachers"},
 }
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "scripts" not in p.parts
                  and p.stem not in ("__main__", "plugin") and p != PACKAGE / "__init__.py")

@@ -165,6 +165,31 @@ def test_failed_jobs_are_launched_again_as_often_as_asked(tmp_path, monkeypatch,
     assert "1 of 6 jobs failed:" in err and "exit status 1, no message" in err
 
 
+def test_what_was_stopped_has_not_failed_and_nothing_more_is_launched(
+        tmp_path, monkeypatch, capsys):
+    attempts = []
+
+    def lost(commands):
+        attempts.append(len(commands))
+        for command, done in zip(commands, (True, False, False)):
+            folder = Path(command_of(command)["output_dir"][0])
+            (folder / "out.txt").touch()
+            if done:
+                (folder / "done").touch()
+        return [0, 1, claims.STOPPED]
+
+    monkeypatch.setitem(command_launchers.REGISTRY, "lost", lost)
+    args = flags("launch", tmp_path, "--command_launcher", "lost", "--retry", "2",
+                 "--algorithms", "ERM", "KDDG", "--single_test_envs")
+    assert sweep.main(args) == 1 and attempts == [3]
+    err = capsys.readouterr().err
+    assert "1 jobs were stopped. The same command goes on with them." in err
+    assert "1 of 6 jobs failed:" in err
+    sweep.main(["status", *args[1:]])
+    assert ["ERM", "1", "0", "1", "1", "0"] in [
+        line.split() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_running_jobs_are_not_deleted(tmp_path, launched, capsys):
     sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend"))
     for command in launched[:2]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDENS, golden
 
-from domainbed_kd import datasets, training
+from domainbed_kd import claims, datasets, training
 from domainbed_kd.scripts import train
 
 COMMANDS = dict(line.split(": ", 1) for line in golden("train/COMMANDS.txt").splitlines())
@@ -149,7 +149,7 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == training.INTERRUPTED
+    assert process.returncode == claims.STOPPED
     assert "The same command continues." in errors
     subprocess.run([*command, str(folder)], check=True, capture_output=True)
     assert comparable(records_in(folder)) == comparable(records_in(tmp_path / "quiet"))

@@ -329,27 +329,34 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
     waiting = {id(job) for job in taught}
     failed = run([job for job in new if id(job) not in waiting], launcher, args.retry)
     ready = [job for job in taught if job.teacher.is_done()]
-    if ready:
+    if ready and not any(job.was_stopped for job in failed):
         failed += run(ready, launcher, args.retry)
     if len(ready) < len(taught):
         print(f"{len(taught) - len(ready)} jobs are not launched, as their teachers have not "
               "finished. The same command launches them once these have.", file=sys.stderr)
-    if failed:
-        print(f"{len(failed)} of {len(new)} jobs failed:", file=sys.stderr)
-        for job in failed:
+    stopped = [job for job in failed if job.was_stopped]
+    if stopped:
+        print(f"{len(stopped)} jobs were stopped. The same command goes on with them.",
+              file=sys.stderr)
+    if errors := [job for job in failed if not job.was_stopped]:
+        print(f"{len(errors)} of {len(new)} jobs failed:", file=sys.stderr)
+        for job in errors:
             print(f"  {job.output_dir}: {job.why_failed()}", file=sys.stderr)
     return 1 if failed or len(ready) < len(taught) else 0
 
 
 def run(some: list[Job], launcher: Callable, retry: int) -> list[Job]:
-    """Launches the jobs, those that fail up to `retry` times more; returns what still failed."""
-    failed = Job.launch(some, launcher)
+    """Launches the jobs, those that fail up to `retry` times more; returns what did not end well.
+
+    Once somebody has stopped jobs, nothing is launched again.
+    """
+    ended = Job.launch(some, launcher)
     for _ in range(retry):
-        if not failed:
+        if not ended or any(job.was_stopped for job in ended):
             break
-        print(f"{len(failed)} jobs failed and are launched again.", file=sys.stderr)
-        failed = Job.launch(failed, launcher)
-    return failed
+        print(f"{len(ended)} jobs failed and are launched again.", file=sys.stderr)
+        ended = Job.launch(ended, launcher)
+    return ended
 
 
 def delete_incomplete(args: argparse.Namespace, all_jobs: list[Job]) -> int:
