@@ -7,17 +7,20 @@ much more a process holds at most during updates than before the first.
 sweep: a Debug28 sweep of 12 jobs of 3 steps, against the same jobs in processes of their own.
 collect: collect_results on a made-up sweep, the first time and again.
 crops: how many training images of PACS a loader gives per CPU second, on one thread.
-pacs: 30 steps of ResNet-18 on PACS at 224 pixels, and 2 evaluations, on all cores. Memory is the
-training process's. Like crops, it needs --data_dir.
+pacs: 30 steps of ResNet-18 on PACS at 224 pixels, 8 images per domain, and 2 evaluations, on all
+cores, against the plain loop of tools/plain_loop.py. Processes and memory (on Linux) are peaks of a
+run of 3 steps that is not timed. The cache of decoded images is built before. Like crops, it needs
+--data_dir.
 
 With --peer DIR, a DomainBed checkout does the work of sweep and collect too, in turn with us.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import json
-import multiprocessing
+import multiprocessing.pool
 import os
 import random
 import shlex
@@ -342,26 +345,78 @@ def crops(args, batch_size: int = 32) -> list[dict]:
             for name, rate in medians.items()]
 
 
+def footprint(argv: list[str], threads: int) -> dict:
+    """The most processes that a command is at a time, and the most MB that they hold together.
+
+    A page that several hold counts once, and so does shared memory that none of them has mapped.
+    """
+    def shared_memory():
+        used = os.statvfs("/dev/shm")
+        return (used.f_blocks - used.f_bfree) * used.f_frsize / 1024**2
+
+    most, before = {"processes": 0, "MB of all": 0.0}, shared_memory()
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        ended = pool.apply_async(run, (argv, ROOT, threads))
+        while not ended.ready():
+            held = [mb for mb in map(own_memory, descendants(os.getpid())) if mb]
+            mb = sum(held) + shared_memory() - before
+            most = {"processes": max(most["processes"], len(held)),
+                    "MB of all": max(most["MB of all"], mb)}
+            ended.wait(1)
+        ended.get()
+    return most
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that these did."""
+    children = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = list(children.get(pid, []))
+    for child in found:
+        found += children.get(child, [])
+    return found
+
+
+def own_memory(pid: int) -> float:
+    """MB that a process holds, of shared pages its share, without shared memory; 0 if it ended."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        fields = dict(line.split(":") for line in
+                      Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+        return sum(int(fields[name].split()[0]) for name in ("Pss_Anon", "Pss_File")) / 1024
+    return 0.0
+
+
 def pacs(args) -> list[dict]:
     """Whole short runs: the plain loop, exact mode with what it may use, and fast mode."""
+    hparams = json.dumps({"resnet18": True, "resnet50_augmix": False, "weights": "none",
+                          "batch_size": 8})
+    data_dir, threads = str(args.data_dir.resolve()), os.cpu_count()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def train(*flags):
+        def plain(steps):
+            return python(str(ROOT / "tools" / "plain_loop.py"), data_dir, hparams, str(steps))
+
+        def train(*flags, steps):
             shutil.rmtree(folder / "run", ignore_errors=True)
-            return run(python(
+            return python(
                 "-m", "domainbed_kd.scripts.train", "--dataset", "PACS", "--test_envs", "3",
-                "--data_dir", str(args.data_dir.resolve()), "--steps", str(args.pacs_steps),
-                "--checkpoint_freq", str(args.pacs_steps), "--skip_model_save", "--hparams",
-                '{"resnet18": true, "weights": "none", "batch_size": 8}',
-                "--output_dir", str(folder / "run"), *flags), threads=os.cpu_count())
+                "--data_dir", data_dir, "--steps", str(steps), "--checkpoint_freq", str(steps),
+                "--skip_model_save", "--hparams", hparams, "--output_dir", str(folder / "run"),
+                *flags)
 
         cache = ["--image_cache", str(folder / "cache")]
-        rows = compare({
-            "plain loop, 8 workers per loader": lambda: train("--loader_processes", "8"),
-            "exact, image cache": lambda: train(*cache),
-            "fast, image cache": lambda: train(*cache, "--fast")}, args.process_repeats)
-    return [{**row, "times as fast": 1 / row["of first"]} for row in rows]
+        commands = {"plain loop, 8 workers per loader": plain,
+                    "exact, image cache": functools.partial(train, *cache),
+                    "fast, image cache": functools.partial(train, *cache, "--fast")}
+        held = {name: footprint(command(steps=3), threads) for name, command in commands.items()}
+        rows = compare({name: lambda command=command: run(command(steps=args.pacs_steps),
+                                                          threads=threads)
+                        for name, command in commands.items()}, args.process_repeats)
+    return [{**row, "times as fast": 1 / row["of first"], **held[row["what"]]} for row in rows]
 
 
 SECTIONS = {"start": start, "updates": updates, "sweep": sweep, "collect": collect,
