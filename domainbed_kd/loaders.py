@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -436,8 +437,10 @@ class Readers:
     def read(self, number: int, turn: _Turn, indices: list[int]) -> Future:
         """What `turn` reads of a data set, as soon as a process is free."""
         if self._pool is None:
+            # In a sweep's warm worker the default is a server of its own, which imports torch anew.
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
             self._pool = ProcessPoolExecutor(
-                self.n, initializer=_begin_to_read, initargs=(self._datasets,))
+                self.n, context, initializer=_begin_to_read, initargs=(self._datasets,))
         return self._pool.submit(_read_for_another, number, turn, indices)
 
 

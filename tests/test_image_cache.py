@@ -3,13 +3,14 @@ import json
 import multiprocessing
 import os
 import pickle
+from collections import Counter
 
 import numpy as np
 import PIL
 import pytest
 from PIL import Image
 
-from domainbed_kd import datasets, image_cache
+from domainbed_kd import cores, datasets, image_cache, training
 from domainbed_kd.scripts import sweep, train
 
 FLAGS = ["--dataset", "Folder:shapes", "--test_envs", "1", "--steps", "3", "--checkpoint_freq", "2",
@@ -146,15 +147,26 @@ def test_data_sets_without_files_need_no_cache(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def run(folder, root, *more):
-    assert train.main([*FLAGS, "--data_dir", str(root), "--output_dir", str(folder), *more]) == 0
+def records_in(folder):
+    """What a run recorded, without times and places."""
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     for record in records:
         del record["step_time"], record["args"]["output_dir"]
     return records
 
 
-def test_a_run_is_the_same_to_the_bit_with_1_2_or_8_workers_and_with_a_cache(root, tmp_path):
+def run(folder, root, *more):
+    assert train.main([*FLAGS, "--data_dir", str(root), "--output_dir", str(folder), *more]) == 0
+    return records_in(folder)
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    monkeypatch.setattr(cores, "available", lambda: 8)
+
+
+def test_a_run_is_the_same_to_the_bit_with_1_2_or_8_workers_and_with_a_cache(
+        root, tmp_path, eight_cores):
     cache = ["--image_cache", str(tmp_path / "cache")]
     without = run(tmp_path / "without", root)
     assert len(without) == 2
@@ -163,11 +175,64 @@ def test_a_run_is_the_same_to_the_bit_with_1_2_or_8_workers_and_with_a_cache(roo
     assert run(tmp_path / "warm", root, *cache, "--loader_processes", "2") == without
 
 
-def test_a_sweep_passes_the_folder_on_and_names_no_run_by_it(tmp_path, capsys):
+@pytest.mark.slow
+def test_a_sweep_is_the_same_to_the_bit_with_1_2_or_8_jobs_at_once_and_with_a_cache(
+        root, tmp_path):
+    cache = ["--image_cache", str(tmp_path / "cache")]
+    cores_here = str(cores.available())
+
+    def launched(name, n_jobs, *more):
+        assert sweep.main([
+            "launch", "--datasets", "Folder:shapes", "--algorithms", "ERM", "CORAL",
+            "--single_test_envs", "--n_trials", "2", "--n_hparams", "1", "--data_dir", str(root),
+            "--steps", "3", "--checkpoint_freq", "2", "--skip_model_save", "--skip_confirmation",
+            "--hparams", json.dumps({"batch_size": 4, "image_size": 32, "wrn_depth": 10,
+                                     "wrn_widen": 1}),
+            "--command_launcher", "local", "--threads_per_job", "1", "--jobs_per_device", n_jobs,
+            "--output_dir", str(tmp_path / name), *more]) == 0
+        return {path.parent.name: records_in(path.parent)
+                for path in (tmp_path / name).glob("*/results.jsonl")}
+
+    plain = launched("plain", "1", "--loader_processes", "0")
+    assert len({repr([r["loss"] for r in records]) for records in plain.values()}) == 8
+    assert launched("cold", "8", *cache, "--loader_processes", cores_here) == plain
+    assert launched("warm", "2", *cache, "--loader_processes", "1") == plain
+
+
+def test_an_evaluation_reads_every_image_once_whatever_its_split(root, tmp_path, monkeypatch):
+    load, accuracy = datasets.load_image, training.accuracy
+    read, evaluations, at_it = Counter(), [], []
+
+    def counted(path):
+        read[path] += bool(at_it)
+        return load(path)
+
+    def noted(*args):
+        at_it.append(True)
+        try:
+            return accuracy(*args)
+        finally:
+            at_it.clear()
+
+    monkeypatch.setattr(datasets, "load_image", counted)
+    monkeypatch.setattr(training, "accuracy", noted)
+    monkeypatch.setattr(training, "append_record", lambda *args: (
+        evaluations.append(dict(read)), read.clear()))
+    train.main([*FLAGS, "--data_dir", str(root), "--output_dir", str(tmp_path / "run")])
+    everything = {path for domain in datasets.get_dataset_class("Folder:shapes")(root, [], {
+        "data_augmentation": False, "image_size": 32}) for path, _ in domain.samples}
+    assert len(evaluations) == 2
+    for evaluation in evaluations:
+        assert {path for path, n in evaluation.items() if n} == everything
+        assert max(evaluation.values()) == 1
+
+
+def test_a_sweep_passes_the_flags_on_and_names_no_run_by_them(tmp_path, capsys):
     flags = ["launch", "--datasets", "Debug28", "--algorithms", "ERM", "--n_trials", "1",
              "--n_hparams", "1", "--command_launcher", "dummy", "--output_dir", str(tmp_path)]
     sweep.main(flags)
     without = [c for c in capsys.readouterr().out.splitlines() if c.startswith("Dummy")]
-    sweep.main([*flags, "--image_cache", "a folder"])
+    sweep.main([*flags, "--image_cache", "a folder", "--loader_processes", "3"])
     with_ = [c for c in capsys.readouterr().out.splitlines() if c.startswith("Dummy")]
-    assert with_ == [f"{c} --image_cache 'a folder'" for c in without] and without
+    assert without and with_ == [
+        f"{c} --loader_processes 3 --image_cache 'a folder'" for c in without]

@@ -324,6 +324,7 @@ def test_defaults_are_domainbeds():
     (["--watch", "nan"], "--watch is nan"),
     (["--jobs_per_device", "0"], "--jobs_per_device is 0"),
     (["--threads_per_job", "0"], "--threads_per_job is 0"),
+    (["--loader_processes", "-1"], "--loader_processes is -1"),
     (["--plugin", "no_such_module"], "--plugin no_such_module"),
     (["--output_dir", __file__], "is a file"),
     (["--output_dir", f"{__file__}/x"], "Not a directory"),

@@ -134,6 +134,10 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--image_cache", metavar="DIR",
                       help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
                            "results do not depend on it; see docs/speed.md")
+    ours.add_argument("--loader_processes", type=int, metavar="N",
+                      help="processes that read each run's images, no more than there are cores; "
+                           "default: on a GPU as many as the run has threads, else 0; results do "
+                           "not depend on it")
     ours.add_argument("--retry", type=int, default=0, metavar="N",
                       help="launch: start jobs that fail up to N times more; default: 0")
     ours.add_argument("--watch", type=float, nargs="?", const=5.0, metavar="SECONDS",
@@ -185,7 +189,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: naming the flag, what was found and what it takes.
     """
     lowest = {"n_trials": 1, "n_hparams_from": 0, "steps": 0, "checkpoint_freq": 0,
-              "jobs_per_device": 1, "threads_per_job": 1, "retry": 0,
+              "jobs_per_device": 1, "threads_per_job": 1, "loader_processes": 0, "retry": 0,
               "slurm_gpus": 0, "slurm_cpus": 1, "slurm_time": 1, "slurm_parallel": 1,
               "ray_gpus": 0, "ray_cpus": 0}
     for name, low in lowest.items():
@@ -532,6 +536,8 @@ def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
     """
     runs = jobs.Runs(args.output_dir)
     flags = [f"--{name}" for name in ("log_test_domains", "wandb") if getattr(args, name)]
+    if args.loader_processes is not None:
+        flags += ["--loader_processes", str(args.loader_processes)]
     flags += ["--image_cache", args.image_cache] if args.image_cache else []
     flags += ["--teacher_cache", args.teacher_cache] if args.teacher_cache else []
     listed = {repr(train_args): Job(train_args, args.output_dir, runs, args.plugin, flags=flags)
