@@ -62,8 +62,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
         resume: "auto" continues an unfinished run of the same args; "never" starts afresh and
             appends to what is there, as DomainBed does.
         loader_processes: processes that read images, for all loaders together; results do not
-            depend on it. None: as many as the run has threads on a GPU, which would wait for
-            images; none on a CPU, which they would take from the updates.
+            depend on it. None: none on a CPU, which they would take from the updates; on a GPU,
+            which would wait for images, as many as the run has threads, up to DomainBed's 8.
         log_test_domains: show accuracies on the test domains in TensorBoard too.
         wandb: log to Weights & Biases too.
         cache_folder: where decoded images are kept; results do not depend on it.
@@ -95,7 +95,8 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
     training = [i for i in range(len(dataset)) if i not in args["test_envs"]]
     splits = make_splits(dataset, args)
     if loader_processes is None:
-        loader_processes = torch.get_num_threads() if device.type == "cuda" else 0
+        loader_processes = (min(torch.get_num_threads(), dataset.N_WORKERS)
+                            if device.type == "cuda" else 0)
     readers = loaders.Readers(loader_processes)
     load = make_loaders(dataset, splits, training, args, hparams, readers)
     n_steps = args["steps"] or dataset.N_STEPS

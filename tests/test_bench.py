@@ -9,10 +9,16 @@ from PIL import Image
 
 from domainbed_kd import datasets, records
 
-SPEC = importlib.util.spec_from_file_location(
-    "bench", Path(__file__).parents[1] / "tools" / "bench.py")
-bench = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(bench)
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+bench = load_tool("bench")
 
 
 @pytest.fixture
@@ -93,6 +99,30 @@ def test_a_checkout_launches_the_same_sweep(peer, tmp_path):
     assert "--skip_confirmation" in flags
 
 
+def test_the_footprint_counts_every_process_and_what_they_hold_together():
+    code = ("import multiprocessing, time\n"
+            "def hold():\n"
+            "    held = bytearray(b'x' * 60_000_000)\n"
+            "    time.sleep(4)\n"
+            "multiprocessing.get_context('fork').Process(target=hold).start()\n"
+            "hold()")
+    found = bench.footprint([sys.executable, "-c", code], threads=1)
+    assert found["processes"] == 2 and found["MB of all"] > 110
+
+
+@pytest.mark.slow
+def test_the_plain_loop_trains_on_images_as_pacs_has_them(tmp_path, monkeypatch):
+    small_pacs(tmp_path)
+    plain_loop = load_tool("plain_loop")
+    monkeypatch.setattr(plain_loop, "N_WORKERS", 0)
+    evaluated, accuracy = [], plain_loop.accuracy
+    monkeypatch.setattr(plain_loop, "accuracy", lambda *args: (
+        evaluated.append(args[2]), accuracy(*args)))
+    hparams = {"resnet18": True, "resnet50_augmix": False, "weights": "none", "batch_size": 2}
+    plain_loop.main(str(tmp_path), hparams, 2)
+    assert evaluated == [1] * 2 * 8  # a batch for each of both splits of the four domains
+
+
 def test_sections_that_need_images_ask_for_them_and_are_left_out_without(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="crops and pacs need images. Pass --data_dir"):
         bench.main(["--only", "pacs"])
@@ -108,13 +138,18 @@ def test_sections_that_need_images_ask_for_them_and_are_left_out_without(tmp_pat
     assert ran == [*without, "crops", "pacs"]
 
 
-def test_crops_of_each_way_are_counted(tmp_path):
+def small_pacs(folder):
+    """Two images for each class and domain, in PACS's layout."""
     for domain in datasets.PACS.ENVIRONMENTS:
         for name in datasets.PACS.CLASSES:
             for k in range(2):
-                path = tmp_path / "PACS" / domain / name / f"{k}.png"
+                path = folder / "PACS" / domain / name / f"{k}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (40, 30), (9 * k, 0, 0)).save(path)
+
+
+def test_crops_of_each_way_are_counted(tmp_path):
+    small_pacs(tmp_path)
     rows = bench.crops(argparse.Namespace(data_dir=tmp_path, process_repeats=1), batch_size=2)
     assert [row["what"] for row in rows] == [
         "files", "image cache", "files, fast", "image cache, fast"]

@@ -359,7 +359,7 @@ def footprint(argv: list[str], threads: int) -> dict:
         ended = pool.apply_async(run, (argv, ROOT, threads))
         while not ended.ready():
             held = [mb for mb in map(own_memory, descendants(os.getpid())) if mb]
-            mb = sum(held) + shared_memory() - before
+            mb = sum(held) + max(shared_memory() - before, 0)
             most = {"processes": max(most["processes"], len(held)),
                     "MB of all": max(most["MB of all"], mb)}
             ended.wait(1)

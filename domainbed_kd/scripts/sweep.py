@@ -136,8 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
                            "results do not depend on it; see docs/speed.md")
     ours.add_argument("--loader_processes", type=int, metavar="N",
                       help="processes that read each run's images, no more than there are cores; "
-                           "default: on a GPU as many as the run has threads, else 0; results do "
-                           "not depend on it")
+                           "default: 0, but on a GPU as many as the run has threads, up to 8; "
+                           "results do not depend on it")
     ours.add_argument("--retry", type=int, default=0, metavar="N",
                       help="launch: start jobs that fail up to N times more; default: 0")
     ours.add_argument("--watch", type=float, nargs="?", const=5.0, metavar="SECONDS",

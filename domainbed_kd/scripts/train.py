@@ -96,9 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     ours.add_argument("--wait", type=float, default=claims.WAIT_S, metavar="SECONDS",
                       help="how long to wait for another process that trains in the folder")
     ours.add_argument("--loader_processes", type=int, metavar="N",
-                      help="processes that read images, no more than there are cores; default: "
-                           "on a GPU as many as the run has threads, else 0; results do not "
-                           "depend on it")
+                      help="processes that read images, no more than there are cores; "
+                           "default: 0, but on a GPU as many as the run has threads, up to 8; "
+                           "results do not depend on it")
     return parser
 
 
