@@ -36,10 +36,8 @@ class SelectionMethod:
 
         Of equals, the larger hparams_seed comes first; NaN comes last.
         """
-        runs = defaultdict(list)
-        for record in records:
-            runs[record["args"]["hparams_seed"]].append(record)
-        accs = [(cls.run_acc(runs[seed]), runs[seed]) for seed in sorted(runs)]
+        cell = records if isinstance(records, sweeps.Cell) else sweeps.Cell(records)
+        accs = [(cls.run_acc(run), run) for run in cell.by_seed.values()]
         accs = [(acc, run) for acc, run in accs if acc is not None]
 
         def val_acc(item):
@@ -63,8 +61,12 @@ def _validation_keys(names: tuple[str, ...]) -> list[str]:
     return keys
 
 
-def _n_envs(record: dict) -> int:
-    return len(_validation_keys(tuple(record)))
+@functools.cache
+def _others(names: tuple[str, ...], env: int) -> tuple[list[int], list[str]]:
+    """The environments but one, and the names of their out-splits' accuracies."""
+    keys = _validation_keys(names)
+    others = [i for i in range(len(keys)) if i != env]
+    return others, [keys[i] for i in others]
 
 
 def _mean(values: list[float]) -> float:
@@ -79,10 +81,12 @@ def _mean(values: list[float]) -> float:
 
 def _holding_out(n: int, run_records: list[dict]) -> list[dict]:
     """The records that hold out n domains and have their accuracies, as a second stage's do not."""
-    found = []
+    found, args = [], None
     for record in run_records:
-        envs = record["args"]["test_envs"]
-        if len(envs) == n and f"env{envs[0]}_in_acc" in record:
+        if record["args"] is not args:  # they are shared by all records of a run
+            args = record["args"]
+            wanted = f"env{args['test_envs'][0]}_in_acc" if len(args["test_envs"]) == n else None
+        if wanted in record:
             found.append(record)
     return found
 
@@ -113,19 +117,19 @@ class IIDAccuracySelectionMethod(SelectionMethod):
     @classmethod
     def run_acc(cls, run_records):
         """See `SelectionMethod.run_acc`."""
-        candidates = [record for record in _holding_out(1, run_records)
-                      if cls.test_key.format(record["args"]["test_envs"][0]) in record]
+        candidates = _holding_out(1, run_records)
+        if candidates:
+            test_env, = candidates[0]["args"]["test_envs"]
+            test_key = cls.test_key.format(test_env)
+            candidates = [record for record in candidates if test_key in record]
         if _only_last_counts(candidates):
             candidates = sorted(candidates, key=_step)[-1:]
-        return max(map(cls._record_acc, candidates), key=_val_acc, default=None)
-
-    @classmethod
-    def _record_acc(cls, record):
-        test_env, = record["args"]["test_envs"]
-        validation = [record[key] for i, key in enumerate(_validation_keys(tuple(record)))
-                      if i != test_env]
-        return {"val_acc": _mean(validation),
-                "test_acc": record[cls.test_key.format(test_env)]}
+        accs = []
+        for record in candidates:
+            _, keys = _others(tuple(record), test_env)
+            accs.append({"val_acc": _mean([record[key] for key in keys]),
+                         "test_acc": record[test_key]})
+        return max(accs, key=_val_acc, default=None)
 
 
 class LeaveOneOutSelectionMethod(SelectionMethod):
@@ -143,12 +147,10 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
         """See `SelectionMethod.run_acc`."""
         if all(len(record["args"]["test_envs"]) == 1 for record in run_records):
             return None
-        steps = {}  # {step: (records that hold out the test env, those that hold out a pair)}
-        for record in run_records:
-            alone, pairs = steps.setdefault(record["step"], ([], []))
-            envs = record["args"]["test_envs"]
-            if len(envs) <= 2 and f"env{envs[0]}_in_acc" in record:
-                (alone if len(envs) == 1 else pairs).append(record)
+        steps = {record["step"]: ([], []) for record in run_records}
+        for n in (1, 2):  # records that hold out the test env, and those that hold out a pair
+            for record in _holding_out(n, run_records):
+                steps[record["step"]][n - 1].append(record)
         candidates = sorted(steps)
         if _only_last_counts(run_records):
             candidates = candidates[-1:]
@@ -165,8 +167,8 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
             first, second = record["args"]["test_envs"]
             other = second if first == test_env else first
             validation[other] = record[f"env{other}_in_acc"]
-        others = [i for i in range(_n_envs(alone[0])) if i != test_env]
-        if not others or not validation.keys() >= set(others):
+        others, _ = _others(tuple(alone[0]), test_env)
+        if not others or not all(i in validation for i in others):
             return None
         return {"val_acc": _mean([validation[i] for i in others]),
                 "test_acc": alone[0][f"env{test_env}_in_acc"]}

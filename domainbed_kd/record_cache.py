@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import operator
 import os
 import sys
 import threading
@@ -79,15 +80,16 @@ def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[dict]]]) -> Non
         if not records:
             continue
         first, args, hparams = records[0], records[0]["args"], records[0]["hparams"]
-        if not all(r.keys() == first.keys() and r["args"] is args and r["hparams"] is hparams
-                   and r.get("selection") == first.get("selection") for r in records):
+        keys, selection = tuple(first), first.get("selection")
+        if not all(tuple(r) == keys and r["args"] is args and r["hparams"] is hparams
+                   and r.get("selection") == selection for r in records):
             continue
-        names, accuracies = _accuracies(tuple(first))
+        names, accuracies = _accuracies(keys)
         of_run = list(itertools.chain.from_iterable(map(accuracies, records)))
         if set(map(type, of_run)) != {float} or any(
                 value != value for value in (*args.values(), *hparams.values())):  # NaN
             continue
-        shape = shapes.setdefault((names, first.get("selection")), len(shapes))
+        shape = shapes.setdefault((names, selection), len(shapes))
         index.append((name, *stamp, len(records), shape, args, hparams))
         steps += [record["step"] for record in records]
         values += of_run
@@ -102,7 +104,8 @@ def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[dict]]]) -> Non
 def _accuracies(names: tuple[str, ...]) -> tuple[tuple[str, ...], Callable]:
     """The accuracies among a record's names, and what takes them out of it."""
     wanted = tuple(n for n in names if n.endswith("_acc"))
-    return wanted, lambda record: [record[name] for name in wanted]
+    pick = operator.itemgetter(*wanted)
+    return wanted, pick if len(wanted) > 1 else lambda record: [pick(record)]
 
 
 def fingerprint(stamps: dict[str, tuple[int, int] | None]) -> str:

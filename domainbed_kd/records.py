@@ -5,6 +5,7 @@ import functools
 import gc
 import itertools
 import json
+import operator
 import os
 import sys
 from collections import Counter, defaultdict
@@ -22,6 +23,7 @@ PROTOCOL = ("steps", "hparams", "task", "fast")
 # What collect_results and report leave beside the runs.
 _OURS = ("results.txt", "results.tex", "results.csv", "results.md", "report.html", "report")
 _MOST_WARNINGS = 10
+_STEP = operator.itemgetter("step")
 # Arguments by which runs are compared or named.
 _ONE_VALUE = (*PROTOCOL, "data_dir", "output_dir", "holdout_fraction", "uda_holdout_fraction",
               "checkpoint_freq", "skip_model_save")
@@ -96,14 +98,14 @@ class Folder:
 
     @staticmethod
     def _parse(path: str) -> tuple[list[dict], str]:
-        if not os.path.isdir(path):
-            return [], f"{path}: not the folder of a run"
         try:
-            return _read(os.path.join(path, "results.jsonl"))
-        except FileNotFoundError:
-            return [], f"{path}: no results.jsonl yet"
+            return _read(f"{path}/results.jsonl")
         except OSError as error:
-            return [], f"{os.path.join(path, 'results.jsonl')}: {error.strerror}"
+            if not os.path.isdir(path):
+                return [], f"{path}: not the folder of a run"
+            if isinstance(error, FileNotFoundError):
+                return [], f"{path}: no results.jsonl yet"
+            return [], f"{path}/results.jsonl: {error.strerror}"
 
     def answer(self, *question: str, make: Callable[[], list[str]]) -> list[str]:
         """What `make` returns, kept beside a large sweep for as long as nothing changes.
@@ -157,22 +159,26 @@ def _decode_line(line: bytes):
 def _read(path: str) -> tuple[list[dict], str]:
     """A file's records, and what is wrong with it ("" if nothing)."""
     records, broken = [], []
-    args = hparams = names = None
+    args = hparams = names = types = pick = None
     with open(path, "rb") as file:
         lines = file.readlines()
     for number, record in enumerate(_decode(lines), 1):
-        if not (type(record) is dict and tuple(record) == names and record["args"] == args
-                and record["hparams"] == hparams and _has_numbers(record)):
+        # Most records are as the last one but for their numbers, and need no closer look.
+        if not (type(record) is dict and tuple(record) == names
+                and [*map(type, values := pick(record))] == types
+                and record["args"] == args and record["hparams"] == hparams):
             if not _is_record(record):
                 broken.append(number)
                 continue
             names = tuple(record)
+            kept_names, pick = _kept(names)
+            types = [*map(type, values := pick(record))]
             # One object for all of a run's records: they are most of its memory.
             if record["args"] != args:
                 args = record["args"]
             if record["hparams"] != hparams:
                 hparams = record["hparams"]
-        kept = {name: record[name] for name in _kept_names(names)}
+        kept = dict(zip(kept_names, values))
         kept["args"], kept["hparams"] = args, hparams
         records.append(kept)
     if not broken:
@@ -182,14 +188,10 @@ def _read(path: str) -> tuple[list[dict], str]:
 
 
 @functools.cache
-def _kept_names(names: tuple[str, ...]) -> list[str]:
-    return [n for n in names if n in ("step", "selection") or n.endswith("_acc")]
-
-
-def _has_numbers(record: dict) -> bool:
-    """Whether a record is one, if all else of it is as in the last."""
-    accuracies = {type(value) for name, value in record.items() if name.endswith("_acc")}
-    return accuracies == {float} and type(record["step"]) is int
+def _kept(names: tuple[str, ...]) -> tuple[list[str], Callable]:
+    """Which of a record's values are kept, and what takes them out of it."""
+    kept = [n for n in names if n in ("step", "selection") or n.endswith("_acc")]
+    return kept, operator.itemgetter(*kept)  # at least the step and an accuracy
 
 
 def _is_record(record) -> bool:
@@ -231,12 +233,24 @@ def _accuracies(names: tuple[str, ...], test_envs: tuple[int, ...],
     return [name for name in names if name.endswith("_acc")]
 
 
-def by_cell(records: Iterable[dict]) -> dict[tuple[int, str, str, int], list[dict]]:
+class Cell(list):
+    """The records of one trial, dataset, algorithm and test env."""
+
+    @functools.cached_property
+    def by_seed(self) -> dict[int, list[dict]]:
+        """The records of each draw of hparams, in the order of hparams_seed."""
+        found = defaultdict(list)
+        for record in self:
+            found[record["args"]["hparams_seed"]].append(record)
+        return dict(sorted(found.items()))
+
+
+def by_cell(records: Iterable[dict]) -> dict[tuple[int, str, str, int], Cell]:
     """Records by (trial_seed, dataset, algorithm, test env), in the order of these keys.
 
     A run with two test envs belongs to two cells.
     """
-    cells = defaultdict(list)
+    cells = defaultdict(Cell)
     for record in records:
         args = record["args"]
         for env in args["test_envs"]:
@@ -289,7 +303,7 @@ class Grid:
             self.n_envs[run.dataset] = max(self.n_envs[run.dataset], _n_envs(tuple(group[0])))
             self.args[run], self.hparams[run] = args, group[0]["hparams"]
             protocol, steps = tuple(str(args.get(name)) for name in PROTOCOL), args.get("steps")
-            step = max(record["step"] for record in group)
+            step = max(map(_STEP, group))
             self.n_steps[run.dataset] = max(self.n_steps[run.dataset], step + 1)
             key = run, protocol, steps
             last_step[key] = max(last_step[key], step)
@@ -319,11 +333,23 @@ class Grid:
 
     def coverage(self, dataset: str, algorithm: str, env: int, pairs: bool) -> Coverage:
         """Of the runs that hold out `env` alone and, with `pairs`, together with another."""
-        runs = [run for run in self.runs(dataset, algorithm)
-                if env in run.test_envs and (pairs or len(run.test_envs) == 1)]
-        protocols = [self.protocols[run] for run in runs if run in self.protocols]
-        return Coverage(sum(run in self.finished for run in runs), len(runs),
-                        frozenset().union(*protocols))
+        sets = [envs for envs in self.test_env_sets(dataset)
+                if env in envs and (pairs or len(envs) == 1)]
+        n_finished, protocols = 0, set()
+        for envs in sets:
+            found = self._found.get((dataset, algorithm, envs), [])
+            n_finished += sum(run in self.finished for run in found)
+            protocols.update(*(self.protocols[run] for run in found))
+        return Coverage(n_finished, len(sets) * len(self.trial_seeds) * len(self.hparams_seeds),
+                        frozenset(protocols))
+
+    @functools.cached_property
+    def _found(self) -> dict[tuple[str, str, tuple[int, ...]], list[Run]]:
+        """The runs that are there, by (dataset, algorithm, test envs)."""
+        found = defaultdict(list)
+        for run in self.protocols:
+            found[run[:3]].append(run)
+        return found
 
     def absent(self) -> list[Run]:
         """The runs that are not there or have not finished."""
