@@ -120,8 +120,11 @@ def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int
             while pending:
                 time.sleep(POLL_S)
                 for i, job in [(i, job) for i, job in pending.items() if job.done()]:
-                    with contextlib.suppress(submitit.core.utils.UncompletedJobError):
-                        statuses[i] = job.result()  # else Slurm or submitit ended it: 1
+                    try:
+                        statuses[i] = job.result()
+                    except submitit.core.utils.UncompletedJobError:
+                        print(f"Slurm ended job {job.job_id}; {job.paths.stderr} may say why.",
+                              file=sys.stderr)
                     del pending[i]
                     n_done = n_before + len(jobs) - len(pending)
                     command_launchers.report(commands[i], statuses[i], n_done, n_all)

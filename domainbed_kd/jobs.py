@@ -271,12 +271,12 @@ class Job:
         return self.last_error() or f"exit status {self.exit_status}, no message"
 
     def _reason_kept(self) -> str:
-        """What it or its launcher left in the file `failed`; empty if there is none."""
+        """What it or its launcher left in the file `failed`; empty if there is no such file."""
         path = os.path.join(self.output_dir, "failed")
         if not os.path.exists(path):
             return ""
         with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
+            return file.read().strip() or "no space was left on the disk to say why"
 
     @property
     def was_stopped(self) -> bool:
@@ -286,9 +286,10 @@ class Job:
     def keep_reason(self) -> None:
         """Leaves in the file `failed` why it ended, unless it did so itself or was stopped."""
         if self.state_now() != self.FAILED and not self.was_stopped:
+            reason = self.why_failed()
             with contextlib.suppress(OSError):  # the job's own error is the one to report
                 with open(os.path.join(self.output_dir, "failed"), "w", encoding="utf-8") as file:
-                    file.write(self.why_failed() + "\n")
+                    file.write(reason + "\n")
 
     @staticmethod
     def launch(jobs: list["Job"], launcher_fn: Callable) -> list["Job"]:

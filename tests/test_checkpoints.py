@@ -104,3 +104,39 @@ def test_a_full_disk_is_said_in_a_line_and_the_earlier_records_stay_whole(tmp_pa
         range(len(records)))
     if (kept / "resume.pt").exists():
         assert checkpoints.load(kept / "resume.pt")["next_step"] <= len(records)
+
+
+# A folder that nobody may write to, root included.
+READ_ONLY = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c",
+             'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"']
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_in_a_read_only_folder_nothing_is_lost_and_a_line_says_why(tmp_path):
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    if subprocess.run([*READ_ONLY, str(sweep), "true"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    flags = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--steps", "2",
+             "--single_test_envs", "--skip_confirmation", "--hparams", '{"batch_size": 4}',
+             "--output_dir", str(sweep)]
+    python = [sys.executable, "-m", "domainbed_kd"]
+    subprocess.run([*python, "sweep", "launch", *flags, "--n_trials", "1"], check=True,
+                   capture_output=True)
+    killed = sorted(sweep.iterdir())[0]
+    (killed / "done").unlink()
+    before = contents(sweep)
+    for command, status, message in (
+            (["sweep", "launch", *flags, "--n_trials", "2"], 2, "Read-only file system"),
+            (["train", *TRAIN, "--output_dir", str(killed)], 2, "Read-only file system"),
+            (["collect_results", "--input_dir", str(sweep)], 0, "Read-only file system"),
+            (["sweep", "status", *flags, "--n_trials", "2"], 0, "")):
+        ran = subprocess.run([*READ_ONLY, str(sweep), *python, *command], capture_output=True,
+                             text=True)
+        assert ran.returncode == status and "Traceback" not in ran.stderr, ran.stderr
+        assert message in (ran.stderr.splitlines() or [""])[-1] and contents(sweep) == before

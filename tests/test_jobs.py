@@ -183,6 +183,15 @@ def test_the_last_error_is_the_last_line_with_something_in_it(tmp_path):
     assert job.last_error() == "error: no such thing"
 
 
+def test_a_job_that_found_no_space_to_say_why_says_that(tmp_path):
+    job = make(CASES[1], tmp_path)[0]
+    os.makedirs(job.output_dir)
+    (Path(job.output_dir) / "out.txt").touch()
+    (Path(job.output_dir) / "failed").touch()
+    assert job.state_now() == "Failed"
+    assert job.why_failed() == "no space was left on the disk to say why"
+
+
 @pytest.mark.parametrize("status, reason", [
     (-9, "killed by SIGKILL, as a system does that runs out of memory"),
     (-15, "killed by SIGTERM"), (2, "error: no such thing"), (3, "exit status 3, no message")])

@@ -16,6 +16,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -275,6 +276,21 @@ def check_data(args: argparse.Namespace) -> None:
                                     "`domainbed-kd download`.")
 
 
+def check_writable(folder: str) -> None:
+    """Refuses a folder in which no file can be made.
+
+    Raises:
+        OSError: saying why; none if there is no folder yet.
+    """
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        error.filename = folder
+        raise
+
+
 def confirmed(args: argparse.Namespace) -> bool:
     """Whether the user agrees.
 
@@ -322,6 +338,7 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
         return 0
     if launcher.func in (command_launchers.local, command_launchers.multi_gpu):
         check_data(args)
+    check_writable(args.output_dir)
     if launcher.func in command_launchers.BLOCKING:
         launcher([])  # it refuses what it cannot use, before a folder is made
     if not confirmed(args):
