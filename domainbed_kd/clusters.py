@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from domainbed_kd import claims
+from domainbed_kd import claims, workers
 from domainbed_kd.claims import STOPPED
 
 # How long a job that goes on elsewhere waits until its first process has lost the folder.
@@ -110,12 +110,10 @@ def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int
     """Submits an array of commands and waits for them."""
     import submitit
 
-    from domainbed_kd import command_launchers
-
     with executor.batch():
         jobs = [executor.submit(Task(command)) for command in commands]
     pending, statuses = dict(enumerate(jobs)), [1] * len(jobs)
-    with command_launchers.interruptible():
+    with workers.interruptible():
         try:
             while pending:
                 time.sleep(POLL_S)
@@ -127,7 +125,7 @@ def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int
                               file=sys.stderr)
                     del pending[i]
                     n_done = n_before + len(jobs) - len(pending)
-                    command_launchers.report(commands[i], statuses[i], n_done, n_all)
+                    workers.report(commands[i], statuses[i], n_done, n_all)
         except BaseException:
             print(f"Cancelling {len(pending)} jobs.", file=sys.stderr)
             for job in pending.values():
@@ -152,11 +150,9 @@ class Task:
         A run that somebody else told to stop is about to be preempted: as long as this process
         lives, Slurm queues it again, so the run is started again until both are killed.
         """
-        from domainbed_kd import command_launchers
-
         status = STOPPED
         while status == STOPPED:
-            self.process = subprocess.Popen(command_launchers.words(self.command))
+            self.process = subprocess.Popen(workers.words(self.command))
             try:
                 while (status := self.process.poll()) is None:
                     time.sleep(0.1)
@@ -194,8 +190,6 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
         import ray as library
     except ImportError:
         raise ValueError("The launcher ray needs Ray: pip install 'domainbed_kd[ray]'.") from None
-    from domainbed_kd import command_launchers
-
     if ray_address:
         _check_address(ray_address)
     if not commands:
@@ -215,7 +209,7 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
                 raise ValueError(f"A job takes {wanted} {name}s, and the Ray cluster has "
                                  f"{there.get(name, 0):g}. Lower --ray_{name.lower()}s.")
         task = library.remote(num_cpus=ray_cpus, num_gpus=ray_gpus, max_retries=0)(_run_here)
-        with command_launchers.interruptible():
+        with workers.interruptible():
             return _tasks(library, task, commands)
     finally:
         library.shutdown()
@@ -248,11 +242,9 @@ def _unreachable(host: str, port: str) -> Exception | None:
 
 def _run_here(command: str, folder: str, path: list[str]) -> int:
     """Runs a command in a worker of Ray's; a run ends with the worker that started it."""
-    from domainbed_kd import command_launchers
-
     os.chdir(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
-    return command_launchers.local([command])[0]
+    return workers.local([command])[0]
 
 
 def _why_lost(library) -> str:
@@ -270,8 +262,6 @@ def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
 
     If the cluster itself is lost, what has not ended counts as stopped.
     """
-    from domainbed_kd import command_launchers
-
 
     def start(command):
         return task.remote(command, os.getcwd(), sys.path)
@@ -303,13 +293,13 @@ def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
             except library.exceptions.RayError as error:
                 n_lost[i] += 1
                 if n_lost[i] <= MAX_LOST:
-                    print(f"lost  {command_launchers.label(commands[i])}  "
+                    print(f"lost  {workers.label(commands[i])}  "
                           f"({type(error).__name__}); it goes on elsewhere", file=sys.stderr)
                     pending[start(commands[i] + WAIT)] = i
                     continue
                 statuses[i] = 1
             n_done += 1
-            command_launchers.report(commands[i], statuses[i], n_done, len(commands))
+            workers.report(commands[i], statuses[i], n_done, len(commands))
     except BaseException:
         for ref in pending:
             library.cancel(ref, force=True)

@@ -13,7 +13,7 @@ PACKAGE = Path(domainbed_kd.__file__).parent
 ALLOWED = {
     "seeds": set(), "losses": set(), "networks": set(), "digits": set(), "user_input": set(),
     "datasets": {"digits", "user_input"},
-    "command_launchers": {"progress", "clusters", "cores", "user_input"},
+    "command_launchers": {"clusters", "user_input", "workers"}, "workers": {"progress", "cores"},
     "progress": {"datasets"},
     "record_cache": set(), "records": {"record_cache"},
     "checkpoints": set(), "cores": set(), "fast": set(),
@@ -26,7 +26,7 @@ ALLOWED = {
     "extensions": {"algorithms", "datasets", "command_launchers", "forks"},
     "forks": {"algorithms", "checkpoints", "datasets", "hparams_registry", "networks"},
     "hook": {"plugin"},
-    "claims": set(), "clusters": {"claims", "command_launchers"}, "costs": set(),
+    "claims": set(), "clusters": {"claims", "workers"}, "costs": set(),
     "jobs": {"claims", "seeds", "datasets", "hparams_registry"},
     "model_selection": {"records"},
     "tables": {"model_selection", "datasets", "algorithms"},

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from domainbed_kd import command_launchers, cores
+from domainbed_kd import cores, workers
 from domainbed_kd.command_launchers import dummy, get_launcher, local, multi_gpu
 
 TRAIN = "python -m domainbed_kd.scripts.train"
@@ -124,7 +124,7 @@ def test_multi_gpu_packs_several_jobs_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     seen = []
-    monkeypatch.setattr(command_launchers, "_run_all",
+    monkeypatch.setattr(workers, "_run_all",
                         lambda commands, slots, threads: seen.extend(slots))
     multi_gpu(["x"] * 9, jobs_per_device=2)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in seen] == ["0", "1", "0", "1"]
@@ -199,5 +199,5 @@ def test_an_interrupted_sweep_leaves_no_process(number, to_group, tmp_path):
 def test_a_label_says_what_is_trained():
     command = (f"{TRAIN} --algorithm RISE --dataset PACS --hparams '{{\"lr\": 1}}' "
                "--hparams_seed 3 --test_envs 0 2 --trial_seed 1")
-    label = command_launchers.label(command)
+    label = workers.label(command)
     assert label == "RISE PACS test env 0 2, trial 1, hparams 3"

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 
@@ -85,7 +86,7 @@ def test_jobs_side_by_side_have_a_line_each(tmp_path, monkeypatch):
     for i in range(2):
         (tmp_path / str(i)).mkdir()
         words = [*TRAIN, "--trial_seed", str(i), "--output_dir", str(tmp_path / str(i))]
-        commands.append(command_launchers.shlex.join(["python", *words[1:]]))
+        commands.append(shlex.join(["python", *words[1:]]))
     assert command_launchers.local(commands, jobs_per_device=2) == [0, 0]
     shown = terminal.getvalue()
     for i in range(2):

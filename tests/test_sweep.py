@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS
 
-from domainbed_kd import algorithms, claims, command_launchers, datasets
+from domainbed_kd import algorithms, claims, command_launchers, datasets, workers
 from domainbed_kd.jobs import Job
 from domainbed_kd.scripts import run_main, sweep
 
@@ -45,7 +45,7 @@ def launched(monkeypatch):
 def command_of(command):
     """{flag: values} of a command line."""
     found = {}
-    for word in command_launchers.words(command)[3:]:
+    for word in workers.words(command)[3:]:
         if word.startswith("--"):
             values = found.setdefault(word[2:], [])
         else:
@@ -402,7 +402,7 @@ def test_real_jobs_train_side_by_side_and_a_second_launch_runs_nothing(tmp_path)
     parsed = sweep.build_parser().parse_args([*args, "--data_dir", "here"])
     args_list = args_list_of(parsed)
     warm, alone = (Job(args_list[0], str(place)) for place in (folder, tmp_path / "alone"))
-    subprocess.run(command_launchers.words(alone.command_str), cwd=tmp_path, check=True,
+    subprocess.run(workers.words(alone.command_str), cwd=tmp_path, check=True,
                    capture_output=True)
     assert records_of(warm) == records_of(alone)
 

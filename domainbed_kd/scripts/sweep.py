@@ -30,6 +30,7 @@ from domainbed_kd import (
     extensions,
     jobs,
     user_input,
+    workers,
 )
 from domainbed_kd.jobs import Job
 from domainbed_kd.scripts import Parser, check_compile, check_teacher_cache, run_main
@@ -460,7 +461,7 @@ def slots(args: argparse.Namespace, launcher: str) -> int:
     """
     per_device = args.jobs_per_device or 1
     if launcher == "multi_gpu":
-        return command_launchers.n_gpus() * per_device
+        return workers.n_gpus() * per_device
     if launcher == "slurm":
         return args.slurm_parallel or 256
     if launcher == "ray" and not args.ray_address:

@@ -1,0 +1,303 @@
+"""The launchers that run jobs on this machine, and how a sweep's command lines are read.
+
+`local` and `multi_gpu` run `train` in warm workers: a fork server imports torch once and forks a
+child per job, so that a job starts at once and its crash harms no other. No shell reads the
+commands.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import runpy
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from domainbed_kd import cores
+
+# What the fork server imports, and the command that gains from it.
+WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.training"]
+# How long a job may take to save its state when the sweep is interrupted.
+GRACE_S = 10
+
+
+def local(commands: list[str], *, jobs_per_device: int = 1,
+          threads_per_job: int | None = None) -> list[int]:
+    """Runs the commands on this machine, `jobs_per_device` at a time; returns exit statuses.
+
+    With several at a time, their output stays in out.txt and err.txt of each job's folder. A job
+    gets `threads_per_job` threads, or an even share of the cores; one job at a time has torch's
+    own default.
+    """
+    return _run_all(commands, [{}] * jobs_per_device, threads_per_job)
+
+
+def multi_gpu(commands: list[str], *, jobs_per_device: int = 1,
+              threads_per_job: int | None = None) -> list[int]:
+    """Runs `jobs_per_device` commands at a time on each visible GPU; returns exit statuses.
+
+    Raises:
+        ValueError: if no GPU is visible.
+    """
+    slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _visible_gpus()] * jobs_per_device
+    return _run_all(commands, slots, threads_per_job)
+
+
+def n_gpus() -> int:
+    """How many GPUs `multi_gpu` uses.
+
+    Raises:
+        ValueError: if no GPU is visible.
+    """
+    return len(_visible_gpus())
+
+
+def _visible_gpus() -> list[str]:
+    import torch
+
+    count, chosen = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count == 0:
+        raise ValueError(
+            f"multi_gpu: torch {torch.__version__} sees no GPU (CUDA_VISIBLE_DEVICES is "
+            f"{'not set' if chosen is None else repr(chosen)}). Use --command_launcher local.")
+    if chosen is None:
+        return [str(i) for i in range(count)]
+    return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()][:count]
+
+
+class _Running(NamedTuple):
+    """A job at work: its number, process, slot, start (s) and, if kept apart, its stderr.
+
+    A slot is its number, from 1, and its environment variables.
+    """
+
+    index: int
+    process: multiprocessing.Process
+    slot: tuple[int, dict]
+    start: float
+    errors: object
+
+
+def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> list[int]:
+    """Runs each command in the next free slot, a set of environment variables.
+
+    Returns the exit statuses; a negative one is the signal that killed the command.
+    """
+    from domainbed_kd import progress
+
+    if not slots:
+        raise ValueError("jobs_per_device takes a number from 1 up.")
+    if not commands:
+        return []
+    slots = slots[:len(commands)]
+    argvs = [words(command) for command in commands]
+    quiet = len(slots) > 1
+    if threads is None and quiet and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, cores.available() // len(slots))
+    variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+
+    waiting, free = deque(enumerate(argvs)), deque(enumerate(slots, 1))
+    running: dict[int, _Running] = {}
+    lines = {}  # {sentinel: progress.JobLine}
+    statuses: list[int] = [0] * len(argvs)
+    sys.stdout.flush()
+    with interruptible(), _stopping(running), _fork_server(argvs) as context, (
+            progress.bar(total=len(argvs), unit="job") if quiet
+            else contextlib.nullcontext()) as bar:
+        while waiting or running:
+            while waiting and free:
+                index, argv = waiting.popleft()
+                slot = free.popleft()
+                errors = tempfile.NamedTemporaryFile() if quiet else None
+                process = context.Process(target=_work, args=(
+                    argv, {**os.environ, **variables, **slot[1]}, threads,
+                    errors.name if errors else None))
+                process.start()
+                running[process.sentinel] = _Running(
+                    index, process, slot, time.monotonic(), errors)
+                if quiet and sys.stderr.isatty() and _is_warm(argv):
+                    lines[process.sentinel] = progress.JobLine(
+                        _label_of(argv), _flags(argv), position=slot[0])
+            # Lines are looked up every second, where there are any.
+            ended = multiprocessing.connection.wait(list(running), 1 if lines else None)
+            for line in lines.values():
+                line.refresh()
+            for sentinel in ended:
+                job = running.pop(sentinel)
+                if sentinel in lines:
+                    lines.pop(sentinel).close()
+                job.process.join()
+                free.append(job.slot)
+                statuses[job.index] = job.process.exitcode
+                if bar is not None:
+                    bar.update()
+                done = len(argvs) - len(waiting) - len(running)
+                with progress.lifted():
+                    print(f"[{done}/{len(argvs)}] {_outcome(job, argvs[job.index])}",
+                          file=sys.stderr)
+                if job.errors:
+                    job.errors.close()
+    return statuses
+
+
+def words(command: str) -> list[str]:
+    """A command's words, with this interpreter for `python`."""
+    argv = shlex.split(command)
+    return [sys.executable if argv[0] == "python" else argv[0], *argv[1:]]
+
+
+def _is_warm(argv: list[str]) -> bool:
+    return argv[:3] == [sys.executable, "-m", WARM_MODULE]
+
+
+def _outcome(job: _Running, argv: list[str]) -> str:
+    """What became of a job, in a line."""
+    status, what = job.process.exitcode, _label_of(argv)
+    took = f"({time.monotonic() - job.start:.0f} s)"
+    if status == 0:
+        return f"done  {what}  {took}"
+    why = _why(status)
+    if job.errors:
+        lines = job.errors.read().decode(errors="replace").strip().splitlines()
+        why += f": {lines[-1].strip()}" if lines else ""
+    return f"failed  {what}  {took}  {why}"
+
+
+def _why(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def report(command: str, status: int, n_done: int, n_all: int) -> None:
+    """Says on stderr what became of a job that ran elsewhere."""
+    outcome = (f"done  {label(command)}" if status == 0
+               else f"failed  {label(command)}  {_why(status)}")
+    print(f"[{n_done}/{n_all}] {outcome}", file=sys.stderr)
+
+
+def label(command: str) -> str:
+    """What a train command trains, in words; any other command as it is."""
+    return _label_of(words(command))
+
+
+def _label_of(argv: list[str]) -> str:
+    """What a train command trains, in words; any other command as it is."""
+    if not _is_warm(argv):
+        return shlex.join(argv)
+    flags = _flags(argv)
+    return (f"{flags.get('algorithm', 'ERM')} {flags.get('dataset', 'RotatedMNIST')} "
+            f"test env {flags.get('test_envs', '0')}, trial {flags.get('trial_seed', '0')}, "
+            f"hparams {flags.get('hparams_seed', '0')}")
+
+
+def _flags(argv: list[str]) -> dict[str, str]:
+    """A train command's flags by name, several values as one text."""
+    flags: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in argv[3:]:
+        if word.startswith("--"):
+            values = flags.setdefault(word.removeprefix("--"), [])
+        else:
+            values.append(word)
+    return {name: " ".join(values) for name, values in flags.items()}
+
+
+@contextlib.contextmanager
+def _fork_server(argvs: list[list[str]]) -> Iterator:
+    """The multiprocessing context whose server has imported what warm commands need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD if any(map(_is_warm, argvs)) else [])
+    # Ctrl-C reaches the whole group; jobs leave it to this process, which tells them to save.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if _in_main_thread():
+            signal.signal(signal.SIGINT, previous)
+    yield context
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM and a hang-up act as Ctrl-C does."""
+    previous = {}
+    if _in_main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                previous[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _stopping(running: dict[int, _Running]) -> Iterator[None]:
+    """Stops what still runs at the end."""
+    try:
+        yield
+    finally:
+        _stop([job.process for job in running.values()])
+
+
+def _stop(processes: list) -> None:
+    """Asks jobs to save and end; kills them, and what they started, after GRACE_S seconds."""
+    if not processes:
+        return
+    print(f"Stopping {len(processes)} jobs. Ctrl-C again kills them at once.", file=sys.stderr)
+    try:
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            # Each job leads a group of its own, which outlives it if it left workers behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+
+
+def _work(argv: list[str], environment: dict, threads: int | None, errors: str | None) -> None:
+    """Becomes the command, in a child of the fork server; with `errors`, prints there only."""
+    os.setpgid(0, 0)
+    os.environ.clear()
+    os.environ.update(environment)
+    if errors:
+        for number, path in ((1, os.devnull), (2, errors)):
+            file = os.open(path, os.O_WRONLY)
+            os.dup2(file, number)
+            os.close(file)
+    if not _is_warm(argv):
+        try:
+            os.execvp(argv[0], argv)
+        except OSError as error:
+            print(f"error: {argv[0]}: {error.strerror}", file=sys.stderr)
+            sys.exit(127)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    sys.argv = argv[2:]
+    runpy.run_module(WARM_MODULE, run_name="__main__", alter_sys=True)
+
+
+def _end_with_parent() -> None:
+    """Waits for the sweep's process; if it dies, even by SIGKILL, the job saves and ends too."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
