@@ -24,7 +24,7 @@ from typing import NamedTuple
 from domainbed_kd import cores
 
 # What the fork server imports, and the command that gains from it.
-WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.training"]
+WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.warm"]
 # How long a job may take to save its state when the sweep is interrupted.
 GRACE_S = 10
 

@@ -41,6 +41,7 @@ ALLOWED = {
     "training": {"algorithms", "augmentation", "averaging", "canonical_view", "checkpoints",
                  "claims", "datasets", "diagnostics", "fast", "hparams_registry", "image_cache",
                  "loaders", "loggers", "progress", "results", "seeds", "teachers"},
+    "warm": {"command_launchers", "costs", "extensions", "jobs", "training"},
 }
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "scripts" not in p.parts
                  and p.stem not in ("__main__", "plugin") and p != PACKAGE / "__init__.py")

@@ -1,3 +1,4 @@
+import ast
 import os
 import re
 import shlex
@@ -201,3 +202,18 @@ def test_a_label_says_what_is_trained():
                "--hparams_seed 3 --test_envs 0 2 --trial_seed 1")
     label = workers.label(command)
     assert label == "RISE PACS test env 0 2, trial 1, hparams 3"
+
+
+@pytest.mark.slow
+def test_a_run_finds_all_that_it_imports_in_the_warm_server(tmp_path):
+    code = f"""
+import sys
+import domainbed_kd.warm, domainbed_kd.scripts.train
+known = set(sys.modules)
+domainbed_kd.scripts.train.main(["--dataset", "Debug28", "--steps", "1", "--hparams",
+                                 '{{"batch_size": 4}}', "--output_dir", {str(tmp_path)!r}])
+print([name for name in sys.modules if name not in known], file=sys.stderr)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new = ast.literal_eval(done.stderr.splitlines()[-1])
+    heavy = [name for name in new if name.startswith(("domainbed_kd", "torch", "tensorboard"))]
+    assert all(name.startswith("torch.utils.serialization") for name in heavy)  # torch.save's
