@@ -427,23 +427,40 @@ def test_a_folder_of_mixed_and_damaged_results_is_read_as_far_as_it_goes(tmp_pat
 
 # Random input.
 
-VALUES = ["-1", "0", "1", "2", "nan", "inf", "1e309", "9" * 40, "0.5", "", "é", "[]", "{}", "/",
-          "../..", "--", " ", "\x00", "true", "ERM", "results", "local"]
+VALUES = ["-1", "0", "1", "2", "nan", "inf", "1e309", "9" * 40, "0.5", "", "é", "[]", "{}", "/proc",
+          "a/../b", "--", " ", "\x00", "true", "ERM", "results", "local"]
 JSON_VALUES = [0, -1, 1, 3, 0.1, 1e308, 10**30, None, True, "", "x", [], [1], {}, "tiny", "swad"]
 
 
+NUMBERS = ["0", "1", "2", "3", "0.25", "0.5", "1e-3", "7", "-1"]
+# What would take long, or is in the command already.
+LEFT_OUT = ("--steps", "--help", "--watch", "--n_hparams", "--n_trials", "--wandb", "--compile")
+
+
 def flags_of(command):
-    """The long flags of a command's parser but for those that would take long."""
+    """The flags of a command's parser that have a long form, as argparse's actions."""
     import importlib
 
     module = importlib.import_module(f"domainbed_kd.scripts.{command}")
-    return sorted(flag for action in module.build_parser()._actions
-                  for flag in action.option_strings if flag.startswith("--") and
-                  flag not in ("--steps", "--help", "--watch", "--n_hparams", "--n_trials"))
+    return [action for action in module.build_parser()._actions
+            if action.option_strings and action.option_strings[-1].startswith("--")
+            and action.option_strings[-1] not in LEFT_OUT]
+
+
+def random_values(r, action):
+    """Three times of four as many values as the flag takes, of a kind that it might take."""
+    if r.random() < 0.25:
+        return [r.choice(VALUES) for _ in range(r.choice([0, 1, 1, 1, 2]))]
+    if action.nargs == 0:
+        return []
+    known = action.choices or (NUMBERS if action.type in (int, float) else [
+        *VALUES, "Debug28", "VLCS", "KDDG", '{"lr": 0.01}', "results", "absent"])
+    return [str(r.choice(list(known))) for _ in range(r.choice([1, 1, 2]) if action.nargs else 1)]
 
 
 def random_argv(r):
-    command = r.choice([*["train"] * 2, "sweep", "collect_results", "list_top_hparams"])
+    command, = r.choices(["train", "sweep", "collect_results", "list_top_hparams", "download",
+                          "report"], [8, 8, 4, 4, 2, 1])
     if command == "train" and r.random() < 0.5:
         algorithm = r.choice(list(algorithms.ALGORITHMS))
         from domainbed_kd import hparams_registry
@@ -452,13 +469,16 @@ def random_argv(r):
         chosen = {r.choice(names): r.choice(JSON_VALUES) for _ in range(r.choice([1, 1, 2]))}
         hparams = {"batch_size": 4, "clip_backbone": "tiny"} | chosen
         return [*TRAIN, "--algorithm", algorithm, "--hparams", json.dumps(hparams)]
-    start = {"train": TRAIN, "sweep": STATUS, "collect_results": COLLECT,
-             "list_top_hparams": LIST}[command]
+    start = {"train": TRAIN, "sweep": r.choice([LAUNCH, STATUS, DELETE, PLAN]),
+             "collect_results": COLLECT, "list_top_hparams": LIST,
+             "download": r.choice([DOWNLOAD, [*DOWNLOAD, "--verify"]]), "report": REPORT}[command]
     argv = list(start)
     for _ in range(r.choice([1, 1, 2, 3])):
-        argv.append(r.choice(flags_of(command)))
-        argv += [r.choice(VALUES) for _ in range(r.choice([0, 1, 1, 1, 2]))]
-    return argv
+        action = r.choice(flags_of(command))
+        argv += [action.option_strings[-1], *random_values(r, action)]
+    if start in (STATUS, DELETE) and r.random() < 0.5:
+        argv += ["--output_dir", "results"]
+    return [*argv, "--command_launcher", "dummy"] if start == LAUNCH else argv
 
 
 def never_a_traceback(seeds, tmp_path, capsys):
