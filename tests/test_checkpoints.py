@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,14 @@ SMALL_DISK = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c",
               "exit $status"]
 
 
+@pytest.fixture
+def may_mount(tmp_path):
+    """Skips the test where no file system can be mounted."""
+    mount = [*SMALL_DISK[:6], 'mount -t tmpfs tmpfs "$0" && mount -o remount,ro "$0"', tmp_path]
+    if not shutil.which("unshare") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+
+
 def on_a_disk(options, folder, kept, *command):
     return subprocess.run(
         [*SMALL_DISK, options, str(folder), *command], capture_output=True, text=True,
@@ -87,12 +96,10 @@ def on_a_disk(options, folder, kept, *command):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_in_a_line_and_the_earlier_records_stay_whole(tmp_path):
+def test_a_full_disk_is_said_in_a_line_and_the_earlier_records_stay_whole(tmp_path, may_mount):
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     for folder in (disk, kept):
         folder.mkdir()
-    if on_a_disk("size=1m", disk, kept, "mkdir", str(disk / "run")).returncode not in (0, 1):
-        pytest.skip("no file system can be mounted here")
     ran = on_a_disk("size=1300k", disk, kept, sys.executable, "-m", "domainbed_kd.scripts.train",
                     *TRAIN, "--steps", "2000", "--output_dir", str(disk / "run"))
     assert ran.returncode == 2, ran.stderr
@@ -106,6 +113,23 @@ def test_a_full_disk_is_said_in_a_line_and_the_earlier_records_stay_whole(tmp_pa
         assert checkpoints.load(kept / "resume.pt")["next_step"] <= len(records)
 
 
+@pytest.mark.slow
+def test_a_sweep_on_a_disk_that_fills_up_keeps_what_was_done_and_says_why_the_rest_failed(
+        tmp_path, may_mount):
+    script = ('mount -t tmpfs -o size=11500k tmpfs "$0"; "$@"; echo "exit $?";'
+              'ls "$0"/*/done; cat "$0"/*/failed; wc -l "$0"/*/results.jsonl')
+    # A run leaves 1.5 MB, and needs 9 while its next state is written beside the last.
+    ran = subprocess.run(
+        [*SMALL_DISK[:6], script, str(tmp_path), sys.executable, "-m", "domainbed_kd", "sweep",
+         "launch", "--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1",
+         "--n_trials", "1", "--steps", "6", "--checkpoint_freq", "2", "--single_test_envs",
+         "--hparams", '{"batch_size": 4}', "--skip_confirmation", "--output_dir", str(tmp_path)],
+        capture_output=True, text=True)
+    assert "exit 1\n" in ran.stdout and "1 of 3 jobs failed:\n" in ran.stderr, ran
+    assert ran.stdout.count("/done\n") == 2 and ran.stdout.count("No space left on device") == 1
+    assert ran.stdout.count(" 4 /") == 2  # records of each run that is done
+
+
 # A folder that nobody may write to, root included.
 READ_ONLY = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c",
              'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"']
@@ -117,11 +141,9 @@ def contents(folder):
 
 
 @pytest.mark.slow
-def test_in_a_read_only_folder_nothing_is_lost_and_a_line_says_why(tmp_path):
+def test_in_a_read_only_folder_nothing_is_lost_and_a_line_says_why(tmp_path, may_mount):
     sweep = tmp_path / "sweep"
     sweep.mkdir()
-    if subprocess.run([*READ_ONLY, str(sweep), "true"], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
     flags = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--steps", "2",
              "--single_test_envs", "--skip_confirmation", "--hparams", '{"batch_size": 4}',
              "--output_dir", str(sweep)]
