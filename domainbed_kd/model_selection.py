@@ -147,10 +147,17 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
         """See `SelectionMethod.run_acc`."""
         if all(len(record["args"]["test_envs"]) == 1 for record in run_records):
             return None
-        steps = {record["step"]: ([], []) for record in run_records}
-        for n in (1, 2):  # records that hold out the test env, and those that hold out a pair
-            for record in _holding_out(n, run_records):
-                steps[record["step"]][n - 1].append(record)
+        steps = {}  # {step: (records that hold out the test env, those that hold out a pair)}
+        args = None
+        for record in run_records:
+            if record["args"] is not args:
+                args = record["args"]
+                n = len(args["test_envs"])
+                wanted = f"env{args['test_envs'][0]}_in_acc" if n <= 2 else None
+            if (found := steps.get(record["step"])) is None:
+                found = steps[record["step"]] = [], []
+            if wanted in record:
+                found[n - 1].append(record)
         candidates = sorted(steps)
         if _only_last_counts(run_records):
             candidates = candidates[-1:]

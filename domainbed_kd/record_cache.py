@@ -86,8 +86,8 @@ def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[dict]]]) -> Non
             continue
         names, accuracies = _accuracies(keys)
         of_run = list(itertools.chain.from_iterable(map(accuracies, records)))
-        if set(map(type, of_run)) != {float} or any(
-                value != value for value in (*args.values(), *hparams.values())):  # NaN
+        settings = *args.values(), *hparams.values()
+        if set(map(type, of_run)) != {float} or any(map(operator.ne, settings, settings)):  # NaN
             continue
         shape = shapes.setdefault((names, selection), len(shapes))
         index.append((name, *stamp, len(records), shape, args, hparams))
