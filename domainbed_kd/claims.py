@@ -43,6 +43,13 @@ def holder(folder: str | Path) -> str | None:
     return beat["host"] if _counts(beat, locked) else None
 
 
+def clear(folder: str | Path) -> None:
+    """Removes the heartbeat that a process left which was killed in a folder nobody trains in."""
+    path = Path(folder, "heartbeat")
+    if path.exists() and holder(folder) is None:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
     """Inside, no other process trains in the folder.

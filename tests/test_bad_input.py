@@ -80,6 +80,7 @@ def contents(folder):
     (LAUNCH, ["--datasets", "results", "--data_dir", "."], "say Folder:results"),
     (LAUNCH, ["--comand_launcher", "local"], "Did you mean --command_launcher?"),
     (COLLECT, ["--latx"], "Did you mean --latex?"),
+    (["collect_results", "--inputdir", "results"], [], "Did you mean --input_dir?"),
     (LAUNCH, ["--datasets", "OficeHome"], "Did you mean OfficeHome?"),
     (LAUNCH, ["--command_launcher", "multigpu"], "Did you mean multi_gpu?"),
     (STATUS, ["--algorithms", "SCDM"], "Did you mean SCMD?"),

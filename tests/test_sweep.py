@@ -495,6 +495,19 @@ def test_a_job_that_is_at_work_is_launched_by_nobody_else(tmp_path, launched, ca
     assert sweep.main(args) == 0 and len(launched) == 7
 
 
+def test_what_a_process_left_that_was_killed_in_a_finished_run_is_removed(tmp_path, launched):
+    args = flags("launch", tmp_path, "--command_launcher", "pretend")
+    sweep.main(args)
+    dead, alive = (Path(command_of(command)["output_dir"][0]) for command in launched[:2])
+    (dead / "out.txt").touch()
+    beat = json.dumps({"host": "here", "boot": claims._boot(), "pid": 1})
+    (dead / "heartbeat").write_text(beat)
+    with claims.held(alive):
+        assert sweep.main(args) == 0
+        assert sorted(os.listdir(dead)) == ["done", "out.txt"]
+        assert (alive / "heartbeat").exists()
+
+
 def test_it_is_said_how_many_wait_for_their_teachers_and_who_need_not_wait_does_not(
         tmp_path, monkeypatch, capsys):
     waves = []

@@ -23,13 +23,23 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage, which --help shows."""
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse's, and names the known flag that is nearest to one that is not."""
+        """As argparse's, and names the known flag that is nearest to one that is not.
+
+        That comes first: argparse itself would rather miss the flag that was meant.
+        """
+        known = self._option_string_actions
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and not any(each.startswith(flag) for each in known):
+                self._refuse([word])
         parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = next((word for word in unknown if word.startswith("--")), "")
-            self.error(f"unrecognized arguments: {' '.join(unknown)}."
-                       + did_you_mean(flag.split("=")[0], self._option_string_actions))
+        if unknown:  # no flags, or in an @FILE
+            self._refuse(unknown)
         return parsed
+
+    def _refuse(self, words):
+        self.error(f"unrecognized arguments: {' '.join(words)}."
+                   + did_you_mean(words[0].split("=")[0], self._option_string_actions))
 
     def _check_value(self, action, value):
         try:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 
 from domainbed_kd import (
     algorithms,
+    claims,
     clusters,
     command_launchers,
     costs,
@@ -316,6 +317,9 @@ def confirmed(args: argparse.Namespace) -> bool:
 def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
     """Runs the jobs that have not begun, and goes on with those that were interrupted or failed."""
     launcher = make_launcher(args)
+    for job in all_jobs:
+        if job.state == Job.DONE:  # nobody else looks there again
+            claims.clear(job.output_dir)
     # A launcher that returns at once leaves folders of jobs that wait in its queue.
     queued = [] if launcher.func in command_launchers.BLOCKING else [
         job for job in all_jobs if job.state == Job.NOT_LAUNCHED and job.has_folder]
