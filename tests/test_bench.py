@@ -1,5 +1,5 @@
 import argparse
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,16 +9,8 @@ from PIL import Image
 
 from domainbed_kd import datasets, records
 
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(
-        name, Path(__file__).parents[1] / "tools" / f"{name}.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
-bench = load_tool("bench")
+sys.path.append(str(Path(__file__).parents[1] / "tools"))  # also where bench starts processes
+bench = importlib.import_module("bench")
 
 
 @pytest.fixture
@@ -113,7 +105,7 @@ def test_the_footprint_counts_every_process_and_what_they_hold_together():
 @pytest.mark.slow
 def test_the_plain_loop_trains_on_images_as_pacs_has_them(tmp_path, monkeypatch):
     small_pacs(tmp_path)
-    plain_loop = load_tool("plain_loop")
+    plain_loop = importlib.import_module("plain_loop")
     monkeypatch.setattr(plain_loop, "N_WORKERS", 0)
     evaluated, accuracy = [], plain_loop.accuracy
     monkeypatch.setattr(plain_loop, "accuracy", lambda *args: (

@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from domainbed_kd import algorithms, datasets, hparams_registry, jobs
+from domainbed_kd import algorithms, datasets, jobs
 from domainbed_kd.scripts import Parser, run_main
 from domainbed_kd.seeds import seed_hash
 
@@ -56,6 +56,8 @@ SWEEP = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_trials", "1", "--n
 def build(name: str, batch_size: int):
     """(algorithm, minibatches) on DigitsDG with the last domain held out."""
     import torch
+
+    from domainbed_kd import hparams_registry
 
     dataset = datasets.get_dataset_class("DigitsDG")(None, [3], {})
     hparams = hparams_registry.default_hparams(name, "DigitsDG") | {
@@ -124,12 +126,17 @@ def resident(name: str) -> float:
     return int(status.partition(f"{name}:")[2].split()[0]) / 1024
 
 
+def apart(function: Callable, *arguments):
+    """What a function returns in a process of its own.
+
+    This one must stay small, as what it holds counts as held by the commands that it starts.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def updates(args) -> list[dict]:
     """Each method's cost; every figure is of a process of its own."""
-    def apart(function, *arguments):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(function, arguments)
-
     rows, erm = [], apart(memory, "ERM", args.batch_size, False)
     for name in args.methods:
         row = apart(cost, name, args.batch_size, args.repeats)
@@ -256,6 +263,8 @@ def sweep(args) -> list[dict]:
 
 def make_sweep(folder: Path, n_runs: int, n_records: int = 5) -> None:
     """Fills a folder with runs as DomainBed leaves them, of random accuracies and 1 kB a record."""
+    from domainbed_kd import hparams_registry
+
     each = sum(len(jobs.test_env_sets(4, False)) * 20 for _ in MADE_UP["datasets"]) * len(
         MADE_UP["algorithms"])
     rng = random.Random(0)
@@ -289,7 +298,7 @@ def collect(args) -> list[dict]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_sweep(folder, args.runs)
+        apart(make_sweep, folder, args.runs)
         ways = {f"collect_results, {args.runs} runs, first": lambda: ours(folder, True),
                 "the same again": lambda: ours(folder, False)}
         if args.peer:
@@ -331,16 +340,21 @@ def count_crops(data_dir: Path, cache: str | None, fast: bool, batch_size: int,
     return n_batches * 3 * batch_size / (time.process_time() - start)
 
 
-def crops(args, batch_size: int = 32) -> list[dict]:
-    """The loader alone, with and without a cache of decoded images, exact and fast."""
+def count_all_crops(data_dir: Path, repeats: int, batch_size: int) -> dict[str, float]:
+    """Medians of `count_crops` by way of reading, which take turns."""
     with tempfile.TemporaryDirectory() as cache:
         ways = {"files": (None, False), "image cache": (cache, False),
                 "files, fast": (None, True), "image cache, fast": (cache, True)}
         found = {name: [] for name in ways}
-        for _ in range(args.process_repeats):
+        for _ in range(repeats):
             for name, way in ways.items():
-                found[name].append(count_crops(args.data_dir, *way, batch_size))
-    medians = {name: statistics.median(rates) for name, rates in found.items()}
+                found[name].append(count_crops(data_dir, *way, batch_size))
+    return {name: statistics.median(rates) for name, rates in found.items()}
+
+
+def crops(args, batch_size: int = 32) -> list[dict]:
+    """The loader alone, with and without a cache of decoded images, exact and fast."""
+    medians = apart(count_all_crops, args.data_dir, args.process_repeats, batch_size)
     return [{"what": name, "crops per CPU s": rate, "times as many": rate / medians["files"]}
             for name, rate in medians.items()]
 
@@ -355,10 +369,12 @@ def footprint(argv: list[str], threads: int) -> dict:
         return (used.f_blocks - used.f_bfree) * used.f_frsize / 1024**2
 
     most, before = {"processes": 0, "MB of all": 0.0}, shared_memory()
+    own = descendants(os.getpid())  # such as what Python leaves to track a pool's resources
     with multiprocessing.pool.ThreadPool(1) as pool:
         ended = pool.apply_async(run, (argv, ROOT, threads))
         while not ended.ready():
-            held = [mb for mb in map(own_memory, descendants(os.getpid())) if mb]
+            started = [pid for pid in descendants(os.getpid()) if pid not in own]
+            held = [mb for mb in map(own_memory, started) if mb]
             mb = sum(held) + max(shared_memory() - before, 0)
             most = {"processes": max(most["processes"], len(held)),
                     "MB of all": max(most["MB of all"], mb)}
