@@ -8,9 +8,9 @@ sweep: a Debug28 sweep of 12 jobs of 3 steps, against the same jobs in processes
 collect: collect_results on a made-up sweep, the first time and again.
 crops: how many training images of PACS a loader gives per CPU second, on one thread.
 pacs: 30 steps of ResNet-18 on PACS at 224 pixels, 8 images per domain, and 2 evaluations, on all
-cores, against the plain loop of tools/plain_loop.py. Processes and memory (on Linux) are peaks of a
-run of 3 steps that is not timed. The cache of decoded images is built before. Like crops, it needs
---data_dir.
+cores or on OMP_NUM_THREADS, against the plain loop of tools/plain_loop.py. Processes and memory (on
+Linux) are peaks of a run of 3 steps that is not timed, and that builds the cache of decoded images.
+Like crops, it needs --data_dir.
 
 With --peer DIR, a DomainBed checkout does the work of sweep and collect too, in turn with us.
 """
@@ -409,7 +409,8 @@ def pacs(args) -> list[dict]:
     """Whole short runs: the plain loop, exact mode with what it may use, and fast mode."""
     hparams = json.dumps({"resnet18": True, "resnet50_augmix": False, "weights": "none",
                           "batch_size": 8})
-    data_dir, threads = str(args.data_dir.resolve()), os.cpu_count()
+    data_dir = str(args.data_dir.resolve())
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
