@@ -58,14 +58,14 @@ def load(path: Path) -> dict[str, tuple[tuple[int, int], list[dict]]]:
     runs, steps, values = {}, iter(steps), iter(values)
     for name, size, mtime, n, shape, args, hparams in index["runs"]:
         names, selection = index["shapes"][shape]
-        shared = {"args": args, "hparams": hparams}
+        like = {**dict.fromkeys(names), "step": None, "args": args, "hparams": hparams}
         if selection is not None:
-            shared["selection"] = selection
+            like["selection"] = selection
         records = []
         for step in itertools.islice(steps, n):
-            record = dict(zip(names, values))
+            record = like.copy()  # in half the time of a new one
+            record.update(zip(names, values))
             record["step"] = step
-            record.update(shared)
             records.append(record)
         runs[name] = (size, mtime), records
     return runs

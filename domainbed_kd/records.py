@@ -178,8 +178,9 @@ def _read(path: str) -> tuple[list[dict], str]:
                 args = record["args"]
             if record["hparams"] != hparams:
                 hparams = record["hparams"]
-        kept = dict(zip(kept_names, values))
-        kept["args"], kept["hparams"] = args, hparams
+            like = {**dict.fromkeys(kept_names), "args": args, "hparams": hparams}
+        kept = like.copy()  # in half the time of a new one
+        kept.update(zip(kept_names, values))
         records.append(kept)
     if not broken:
         return records, "" if records else f"{path}: empty"
