@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--compare goes with text, latex or markdown, and without --upstream.")
 
     folder = sweeps.Folder(args.input_dir)
-    output, remarks = folder.answer(
+    output, remarks, *unfinished = folder.answer(
         "collect_results", repr(args), make=lambda: answer(folder, args, style))
     sys.stderr.write(remarks)
     sys.stdout.write(output)
@@ -76,27 +76,31 @@ def main(argv: list[str] | None = None) -> int:
         path.write_text(output, encoding="utf-8")
     except OSError as error:
         print(f"Not written to {path}: {error.strerror}.", file=sys.stderr)
-    if remark := at_work(folder):
+    if remark := at_work(folder, unfinished):
         print(remark, file=sys.stderr)
     return 0
 
 
-def at_work(folder: sweeps.Folder) -> str:
-    """That runs are being trained in a sweep's folder right now; empty if none are."""
-    paths = (f"{folder.path}/{name}" for name in folder.stamps)
-    unfinished = [path for path in paths if not os.path.exists(f"{path}/done")]
-    # Of 20,000 runs without out.txt, which nobody trains, holders alone would take half a second.
-    n_running = sum(claims.holder(path) is not None for path in unfinished
+def at_work(folder: sweeps.Folder, unfinished: list[str]) -> str:
+    """That runs are being trained in a sweep's folder right now; empty if none are.
+
+    Args:
+        folder: of the sweep.
+        unfinished: the names of runs that have begun; those without results are known.
+    """
+    names = {*unfinished, *(name for name, stamp in folder.stamps.items() if not stamp)}
+    paths = [f"{folder.path}/{name}" for name in names]
+    n_running = sum(claims.holder(path) is not None for path in paths
                     if os.path.exists(f"{path}/out.txt"))
     if not n_running:
         return ""
-    n_waiting = sum(os.path.isdir(path) and not os.listdir(path) for path in unfinished)
+    n_waiting = sum(os.path.isdir(path) and not os.listdir(path) for path in paths)
     return (f"The sweep is at work: {n_running} of its runs are in training and {n_waiting} more "
             "wait for their turn. What is absent may come by itself; `sweep status` tells.")
 
 
 def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[str]:
-    """What goes to stdout, and what goes to stderr."""
+    """What goes to stdout, what goes to stderr, and the names of runs that have not finished."""
     records = folder.records()
     gc.freeze()  # the records stay: to look through them for garbage takes long
     if args.upstream:  # DomainBed does not know that an average of weights ends a run
@@ -119,7 +123,9 @@ def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[
         compared = compare(records, grid, made, args.compare, style) if args.compare else {}
         output = RENDER[style](merged, compared, grid, len(records),
                                [*notes(grid, made, args.input_dir), *sources])
-    return [output, "".join(f"{line}\n" for line in remarks)]
+    unfinished = (os.path.basename(found["output_dir"]) for run, found in grid.args.items()
+                  if run not in grid.finished and found.get("output_dir"))
+    return [output, "".join(f"{line}\n" for line in remarks), *unfinished]
 
 
 def make_tables(records: list[dict], grid: sweeps.Grid, methods: Iterable[type],
