@@ -299,7 +299,7 @@ def load_image(path: str):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there any more. Put the images back: the same "
                                 "command goes on from the run's last state.") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image. Replace it.") from error
 
 

@@ -7,8 +7,10 @@ streams, are DomainBed's whatever the number of real processes, and a loader's p
 saved and put back.
 """
 
+import contextlib
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
@@ -330,7 +332,8 @@ class _Batches:
             i = len(self._asked)
             self._asked.append(self._readers.read(
                 self._number, self._workers.turn(self._n_returned + i), self._ahead[i]))
-        batch, streams = _result(self._asked.popleft())
+        with _loss_said():
+            batch, streams = self._asked.popleft().result()
         self._workers.put_back(self._n_returned, streams)
         return batch
 
@@ -420,12 +423,16 @@ class Readers:
         self.n = min(n, cores.available())
         self._datasets: list = []
         self._pool: ProcessPoolExecutor | None = None
+        self._end: multiprocessing.connection.Connection | None = None
 
     def __enter__(self) -> "Readers":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         if self._pool:
+            if isinstance(error, ChildProcessError):
+                # It may have held the lock behind which the others would wait for ever.
+                self._end.send("a process is lost")
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
@@ -439,33 +446,37 @@ class Readers:
         if self._pool is None:
             # In a sweep's warm worker the default is a server of its own, which imports torch anew.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+            ended, self._end = context.Pipe(duplex=False)
             self._pool = ProcessPoolExecutor(
-                self.n, context, initializer=_begin_to_read, initargs=(self._datasets,))
-        return self._pool.submit(_read_for_another, number, turn, indices)
+                self.n, context, initializer=_begin_to_read, initargs=(self._datasets, ended))
+        with _loss_said():
+            return self._pool.submit(_read_for_another, number, turn, indices)
 
 
-def _result(future: Future) -> tuple:
+@contextlib.contextmanager
+def _loss_said() -> Iterator[None]:
     try:
-        return future.result()
+        yield
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "A loader process ended early. If memory ran out, pass a smaller --loader_processes "
-            "or batch_size.") from error
+            "A loader process ended early. The same command goes on from the run's last state; if "
+            "memory ran out, pass a smaller --loader_processes or batch_size.") from error
 
 
 _datasets: list = []  # in a reading process: what can be asked for
 
 
-def _begin_to_read(datasets: list) -> None:
+def _begin_to_read(datasets: list, ended: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the run saves its state first, and needs batches
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_others, args=[ended], daemon=True).start()
     _datasets[:] = datasets
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+def _end_with_others(ended: multiprocessing.connection.Connection) -> None:
+    """Ends this process when its run has ended, or another process that reads has."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel, ended])
     os._exit(1)
 
 

@@ -268,10 +268,17 @@ def images(tmp_path):
             json.dumps({"batch_size": 4, "image_size": 32, "weights": "none", "resnet18": True})]
 
 
-@pytest.mark.parametrize("processes", ["0", "1"])
-def test_a_corrupt_image_is_named_also_by_a_loader_process(processes, images, capsys):
-    refused([*images, "--loader_processes", processes],
-            ".png cannot be read as an image. Replace it.\n", capsys)
+@pytest.mark.parametrize("flags", [[], ["--loader_processes", "1"],
+                                   ["--loader_processes", "1", "--fast"]])
+def test_a_corrupt_image_is_named_also_by_a_loader_process(flags, images, capsys):
+    refused([*images, *flags], ".png cannot be read as an image. Replace it.\n", capsys)
+
+
+def test_a_corrupt_image_is_named_when_the_cache_is_built(images, capsys):
+    status, _, err = said([*images, "--loader_processes", "1", "--image_cache", "cache"], capsys)
+    began, error = err.splitlines()
+    assert status == 2 and began.startswith("Decoding the images of Folder:mine into ")
+    assert error == "error: mine/b/dog/0.png cannot be read as an image. Replace it."
 
 
 def test_a_data_folder_that_is_deleted_ends_the_run_which_goes_on_when_it_is_back(

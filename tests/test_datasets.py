@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+import struct
 import subprocess
 import sys
 import types
@@ -351,6 +352,15 @@ def test_an_unreadable_image_is_named_when_it_is_read(shapes):
     with pytest.raises(ValueError, match="TV/1 x.png cannot be read as an image") as error:
         dataset[0][4]
     assert one_line(error)
+
+
+def test_an_image_that_claims_too_many_pixels_is_named(tmp_path):
+    save_image(tmp_path / "1.bmp")
+    content = bytearray((tmp_path / "1.bmp").read_bytes())
+    content[18:26] = struct.pack("<ii", 100_000, 100_000)  # its width and height
+    (tmp_path / "1.bmp").write_bytes(content)
+    with pytest.raises(ValueError, match="1.bmp cannot be read as an image. Replace it."):
+        datasets.load_image(tmp_path / "1.bmp")
 
 
 def test_a_truncated_image_is_read_as_far_as_it_goes(tmp_path):

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -408,6 +409,25 @@ def test_processes_that_read_end_when_their_run_is_killed(tmp_path):
     # The pipe closes when the last process has ended that inherited it.
     killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=120)
     assert killed.returncode == -signal.SIGKILL and killed.stdout.split()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_is_killed_is_said_and_the_others_end(which, many_cores):
+    before = set(multiprocessing.active_children())
+    with pytest.raises(ChildProcessError, match="A loader process ended early. The same command"):
+        with loaders.Readers(2) as readers:
+            loader = loaders.FastDataLoader(Noisy(40), 4, 8, readers)
+            list(loader)  # all are idle: one holds the lock of what is asked for, one waits for it
+            processes = sorted(set(multiprocessing.active_children()) - before,
+                               key=lambda process: process.pid)
+            too_late = threading.Timer(60, processes[1 - which].kill)
+            too_late.start()
+            processes[which].kill()
+            while True:
+                list(loader)
+    assert too_late.is_alive(), "it waited for the other process, which never ended"
+    too_late.cancel()
+    assert set(multiprocessing.active_children()) == before
 
 
 # Restarts.
