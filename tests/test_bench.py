@@ -61,6 +61,20 @@ def test_a_command_that_fails_is_an_error_with_its_last_word():
         bench.run([sys.executable, "-c", "raise ValueError('broken')"])
 
 
+def test_a_statement_is_timed_without_its_setup():
+    setup = "time.perf_counter = iter([1.0, 3.5]).__next__; waited = time.sleep"
+    assert bench.seconds_inside(setup, "waited(0)") == 2.5
+    assert bench.seconds_inside("import time as clock", "clock.sleep(0.1)") >= 0.1
+
+
+@pytest.mark.slow
+def test_a_start_is_compared_with_torchs_and_has_the_bars_of_the_project():
+    rows = bench.start(argparse.Namespace(process_repeats=1))
+    assert [row["bar, ms"] for row in rows] == ["-", 50, 300, 5000]
+    torchs, package, *_ = rows
+    assert torchs["of import torch"] == 1 and 0 < package["ms"] < torchs["ms"] / 5
+
+
 def fake_job(accuracy):
     def run(folder, *_):
         (folder / "job").mkdir(parents=True)

@@ -1,6 +1,6 @@
 """What our work costs: every figure as a ratio of two things measured in turn, in one run.
 
-start: importing the package, against importing torch, and reading the digits that ship.
+start: importing the package, help and building the digits that ship, against importing torch.
 updates: each method takes turns with ERM on the same student, images and threads. The floor of a
 method with a teacher is ERM's update plus one forward pass of the teacher. Memory (on Linux) is how
 much more a process holds at most during updates than before the first.
@@ -194,17 +194,33 @@ def compare(ways: dict[str, Callable[[], dict]], repeats: int) -> list[dict]:
     return [{**row, "of first": row["s"] / rows[0]["s"]} for row in rows]
 
 
+def seconds_inside(setup: str, statement: str) -> float:
+    """Seconds that a statement takes in a process of its own, after a setup."""
+    code = "\n".join(["import time", setup, "began = time.perf_counter()", statement,
+                      "print(time.perf_counter() - began)"])
+    return float(subprocess.run(
+        python("-c", code), cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+
+
 def start(args) -> list[dict]:
-    """Start-up, without that of Python itself."""
-    rows = compare({
-        "python alone": lambda: run(python("-c", "")),
-        "import domainbed_kd": lambda: run(python("-c", "import domainbed_kd")),
-        "sweep --help": lambda: run(python("-m", "domainbed_kd.scripts.sweep", "--help")),
-        "import torch": lambda: run(python("-c", "import torch")),
-        "import torch, read DigitsDG": lambda: run(python("-c", (
-            "from domainbed_kd import datasets as d; d.get_dataset_class('DigitsDG')(None, [3], {})"
-        )))}, args.process_repeats)
-    return [{**row, "ms more than first": 1000 * (row["s"] - rows[0]["s"])} for row in rows]
+    """What is waited for before work begins, and the bars that it must stay below."""
+    ways = {
+        "import torch": (
+            "-", lambda: seconds_inside("", "import torch")),
+        "import domainbed_kd": (
+            50, lambda: seconds_inside("", "import domainbed_kd")),
+        "sweep launch --help, with Python's own start": (
+            300, lambda: run(python("-m", "domainbed_kd.scripts.sweep", "launch", "--help"))["s"]),
+        "build DigitsDG, torch imported": (
+            5000, lambda: seconds_inside("import torch; from domainbed_kd import datasets", (
+                "datasets.get_dataset_class('DigitsDG')(None, [3], {})")))}
+    times = {name: [] for name in ways}
+    for _ in range(args.process_repeats):
+        for name, (_, seconds) in ways.items():
+            times[name].append(1000 * seconds())
+    ms = {name: statistics.median(found) for name, found in times.items()}
+    return [{"what": name, "ms": ms[name], "of import torch": ms[name] / ms["import torch"],
+             "bar, ms": bar} for name, (bar, _) in ways.items()]
 
 
 def train_apart(folder: Path) -> dict:

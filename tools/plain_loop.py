@@ -1,8 +1,8 @@
 """The plain way to train on PACS, which tools/bench.py compares ours with.
 
 ERM in float32 with contiguous weights: every loader has eight worker processes of torch's
-DataLoader, which read ahead for ever, and both splits of every domain are
-evaluated, 64 images at a time.
+DataLoader, which read ahead for ever, and both splits of every domain are evaluated, 64 images at
+a time.
 """
 
 import itertools
