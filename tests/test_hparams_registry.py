@@ -3,8 +3,8 @@ import json
 import pytest
 from conftest import golden
 
-from domainbed_kd import hparams_registry
-from domainbed_kd.algorithms import ALGORITHMS
+from domainbed_kd import averaging, hparams_registry
+from domainbed_kd.algorithms import ALGORITHMS, get_algorithm_class, hparam_names
 from domainbed_kd.datasets import DATASETS
 from domainbed_kd.seeds import seed_hash
 
@@ -42,6 +42,20 @@ def test_hparams_are_plain_values_that_survive_json(algorithm, dataset):
         back = json.loads(json.dumps(hparams))
         assert back == hparams
         assert {k: type(v) for k, v in back.items()} == {k: type(v) for k, v in hparams.items()}
+
+
+def test_names_of_hparams_are_known_without_a_class():
+    used = {name for algorithm in ALGORITHMS for dataset in DATASETS
+            for name in hparams_registry.search_space(algorithm, dataset)}
+    assert used | set(hparams_registry.OPTIONAL) <= hparam_names()
+    assert "lrr" not in hparam_names()
+
+
+@pytest.mark.parametrize("kind", averaging.KINDS)
+def test_hparams_of_averaging_are_optional_for_every_algorithm(kind):
+    erm = get_algorithm_class("ERM")
+    names = averaging.averaged(erm, kind).search_space("PACS").keys()
+    assert names and names <= set(hparams_registry.OPTIONAL)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -237,6 +237,20 @@ def test_dummy_prints_the_commands_and_leaves_no_folder(tmp_path, capsys):
     assert not (tmp_path / "sweep").exists()
 
 
+def test_hparams_that_nothing_reads_are_named_before_anything_is_launched(tmp_path, monkeypatch,
+                                                                          capsys):
+    monkeypatch.setattr(command_launchers, "REGISTRY", command_launchers.REGISTRY.copy())
+    args = flags("launch", tmp_path / "sweep", "--command_launcher", "dummy", "--hparams",
+                 '{"lrr": 1, "mmd_gamma": 2.0, "sma_start": 3, "wrn_depth": 10, "lr": 0.1}')
+    sweep.main(args)
+    assert capsys.readouterr().err == (
+        "--hparams: nothing here reads 'lrr'. Did you mean lr?\n")
+    plugin = tmp_path / "my_launcher.py"
+    plugin.write_text("LAUNCHERS = {'none': print}\n")
+    sweep.main([*args, "--plugin", str(plugin)])  # it might read it
+    assert capsys.readouterr().err == ""
+
+
 def test_further_flags_reach_train(tmp_path, launched):
     sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend", "--checkpoint_freq", "2",
                      "--uda_holdout_fraction", "0.5", "--skip_model_save", "--task",

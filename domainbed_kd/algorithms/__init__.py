@@ -46,7 +46,8 @@ def _discover() -> tuple[dict[str, str], set[str]]:
 
 _MODULES, _TAUGHT = _discover()
 _REGISTERED: dict[str, type] = {}
-ALGORITHMS = list(_MODULES)
+SHIPPED = tuple(_MODULES)
+ALGORITHMS = list(SHIPPED)
 
 
 def register(cls: type) -> type:
@@ -79,6 +80,19 @@ def check_name(name: str) -> None:
         raise NotImplementedError(
             f"Algorithm not found: {name}.{did_you_mean(name, [*ALGORITHMS, *_ALIASES])} Known: "
             f"{', '.join(ALGORITHMS)}.")
+
+
+def hparam_names() -> set[str]:
+    """Every hparam of what ships, and some other words; needs no torch.
+
+    They are the keys of all dicts in the files that state hparams.
+    """
+    here = Path(__file__).parent
+    trees = (ast.parse(path.read_text(encoding="utf-8"))
+             for path in (*here.glob("*.py"), here.parent / "hparams_registry.py"))
+    return {key.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Dict)
+            for key in node.keys
+            if isinstance(key, ast.Constant) and isinstance(key.value, str)}
 
 
 def get_algorithm_class(name: str) -> type:

@@ -314,6 +314,20 @@ def confirmed(args: argparse.Namespace) -> bool:
     return False
 
 
+def warn_of_unread(args: argparse.Namespace) -> None:
+    """Names --hparams that nothing reads; each job knows better, but says so only in its err.txt.
+
+    What comes from elsewhere may read any.
+    """
+    if args.hparams is None or args.plugin or not set(args.algorithms) <= set(algorithms.SHIPPED):
+        return
+    known = algorithms.hparam_names()
+    for name in user_input.parse_hparams(args.hparams):
+        if name not in known:
+            print(f"--hparams: nothing here reads {name!r}.{user_input.did_you_mean(name, known)}",
+                  file=sys.stderr)
+
+
 def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
     """Runs the jobs that have not begun, and goes on with those that were interrupted or failed."""
     launcher = make_launcher(args)
@@ -338,6 +352,7 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
               "again.", file=sys.stderr)
     if not new:
         return 0
+    warn_of_unread(args)
     if launcher.func is command_launchers.dummy:
         launcher([job.command_str for job in new])
         return 0
