@@ -6,39 +6,49 @@ domain's in-split, so that the oracle may look at the out-split.
 """
 
 import functools
+import itertools
 import math
+import operator
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from domainbed_kd import curves
 from domainbed_kd import records as sweeps
+from domainbed_kd.curves import Cell, Curve
 
 
 class SelectionMethod:
-    """A rule that picks a checkpoint of each run, then a run of each cell.
-
-    `records` are those of one cell: one trial, dataset, algorithm and test env.
-    """
+    """A rule that picks a checkpoint of each run, then a run of each cell."""
 
     name: str
     #: True if runs that hold out two domains take part.
     uses_pairs = False
 
     @classmethod
-    def run_acc(cls, run_records: list[dict]) -> dict[str, float] | None:
-        """The `val_acc` and `test_acc` in [0, 1] of one draw of hparams; None if it lacks runs."""
-        raise NotImplementedError(f"{cls.__name__} does not implement run_acc().")
+    def select(cls, draw: list[Curve]) -> dict[str, float] | None:
+        """The `val_acc` and `test_acc` in [0, 1] of one draw of hparams; None if it lacks runs.
+
+        Args:
+            draw: the curves of one trial, dataset, algorithm, test env and hparams seed.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not implement select().")
 
     @classmethod
-    def hparams_accs(cls, records: list[dict]) -> list[tuple[dict[str, float], list[dict]]]:
-        """The (run_acc, records) of each draw of hparams, best validation accuracy first.
+    def run_acc(cls, run_records: list[dict]) -> dict[str, float] | None:
+        """What `select` returns, of records as results.jsonl holds them."""
+        return cls.select(curves.of_records(run_records))
+
+    @classmethod
+    def hparams_accs(cls, cell: Cell) -> list[tuple[dict[str, float], list[Curve]]]:
+        """The accuracies and curves of each draw of hparams, best validation accuracy first.
 
         Of equals, the larger hparams_seed comes first; NaN comes last.
         """
-        cell = records if isinstance(records, sweeps.Cell) else sweeps.Cell(records)
-        accs = [(cls.run_acc(run), run) for run in cell.by_seed.values()]
-        accs = [(acc, run) for acc, run in accs if acc is not None]
+        accs = [(cls.select(draw), draw) for draw in cell.by_seed.values()]
+        accs = [(acc, draw) for acc, draw in accs if acc is not None]
 
         def val_acc(item):
             value = item[0]["val_acc"]
@@ -47,29 +57,20 @@ class SelectionMethod:
         return sorted(accs, key=val_acc)[::-1]
 
     @classmethod
-    def sweep_acc(cls, records: list[dict]) -> float | None:
+    def sweep_acc(cls, cell: Cell) -> float | None:
         """The test accuracy in [0, 1] of the best draw of hparams; None if there is none."""
-        accs = cls.hparams_accs(records)
+        accs = cls.hparams_accs(cell)
         return accs[0][0]["test_acc"] if accs else None
 
 
 @functools.cache
-def _validation_keys(names: tuple[str, ...]) -> list[str]:
-    keys = []
-    while (key := f"env{len(keys)}_out_acc") in names:
-        keys.append(key)
-    return keys
-
-
-@functools.cache
-def _others(names: tuple[str, ...], env: int) -> tuple[list[int], list[str]]:
+def _others(names: tuple[str, ...], env: int) -> dict[int, str]:
     """The environments but one, and the names of their out-splits' accuracies."""
-    keys = _validation_keys(names)
-    others = [i for i in range(len(keys)) if i != env]
-    return others, [keys[i] for i in others]
+    every = itertools.takewhile(names.__contains__, map("env{}_out_acc".format, itertools.count()))
+    return {i: name for i, name in enumerate(every) if i != env}
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     """The mean, to the last bit of numpy's, in a tenth of its time."""
     if len(values) >= 8:  # from where numpy no longer adds one after the other
         return float(np.add.reduce(values)) / len(values)
@@ -79,29 +80,23 @@ def _mean(values: list[float]) -> float:
     return total / len(values)
 
 
-def _holding_out(n: int, run_records: list[dict]) -> list[dict]:
-    """The records that hold out n domains and have their accuracies, as a second stage's do not."""
-    found, args = [], None
-    for record in run_records:
-        if record["args"] is not args:  # they are shared by all records of a run
-            args = record["args"]
-            wanted = f"env{args['test_envs'][0]}_in_acc" if len(args["test_envs"]) == n else None
-        if wanted in record:
-            found.append(record)
-    return found
+def _alone(draw: list[Curve]) -> Iterator[tuple[int, Curve]]:
+    """The domain and curve of runs that hold out one, but a second stage, which has no accuracy."""
+    for curve in draw:
+        env, *more = curve.args["test_envs"]
+        if not more and f"env{env}_in_acc" in curve.columns:
+            yield env, curve
 
 
-def _only_last_counts(run_records: list[dict]) -> bool:
-    """Whether the run's predictor is the one it ends with, as an average of weights is."""
-    return any(record.get("selection") == "last" for record in run_records)
+def _last(candidates: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    """The one with the highest step, of equals the last; none of none."""
+    return sorted(candidates, key=operator.itemgetter(0))[-1:]
 
 
-def _step(record: dict) -> int:
-    return record["step"]
-
-
-def _val_acc(acc: dict[str, float]) -> float:
-    return acc["val_acc"]
+def _best(candidates: Iterable[tuple[int, float, float]]) -> dict[str, float] | None:
+    """The first of those with the best val_acc, of (step, val_acc, test_acc)."""
+    best = max(candidates, key=operator.itemgetter(1), default=None)
+    return best and {"val_acc": best[1], "test_acc": best[2]}
 
 
 class IIDAccuracySelectionMethod(SelectionMethod):
@@ -115,21 +110,16 @@ class IIDAccuracySelectionMethod(SelectionMethod):
     test_key = "env{}_in_acc"
 
     @classmethod
-    def run_acc(cls, run_records):
-        """See `SelectionMethod.run_acc`."""
-        candidates = _holding_out(1, run_records)
-        if candidates:
-            test_env, = candidates[0]["args"]["test_envs"]
-            test_key = cls.test_key.format(test_env)
-            candidates = [record for record in candidates if test_key in record]
-        if _only_last_counts(candidates):
-            candidates = sorted(candidates, key=_step)[-1:]
-        accs = []
-        for record in candidates:
-            _, keys = _others(tuple(record), test_env)
-            accs.append({"val_acc": _mean([record[key] for key in keys]),
-                         "test_acc": record[test_key]})
-        return max(accs, key=_val_acc, default=None)
+    def select(cls, draw):
+        """See `SelectionMethod.select`."""
+        candidates, only_last = [], False
+        for test_env, curve in _alone(draw):
+            columns, test_key = curve.columns, cls.test_key.format(test_env)
+            if test_key in columns:
+                validation = zip(*map(columns.get, _others(tuple(columns), test_env).values()))
+                candidates += zip(columns["step"], map(_mean, validation), columns[test_key])
+                only_last = only_last or curve.selection == "last"
+        return _best(_last(candidates) if only_last else candidates)
 
 
 class LeaveOneOutSelectionMethod(SelectionMethod):
@@ -143,42 +133,30 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
     uses_pairs = True
 
     @classmethod
-    def run_acc(cls, run_records):
-        """See `SelectionMethod.run_acc`."""
-        if all(len(record["args"]["test_envs"]) == 1 for record in run_records):
-            return None
-        steps = {}  # {step: (records that hold out the test env, those that hold out a pair)}
-        args = None
-        for record in run_records:
-            if record["args"] is not args:
-                args = record["args"]
-                n = len(args["test_envs"])
-                wanted = f"env{args['test_envs'][0]}_in_acc" if n <= 2 else None
-            if (found := steps.get(record["step"])) is None:
-                found = steps[record["step"]] = [], []
-            if wanted in record:
-                found[n - 1].append(record)
-        candidates = sorted(steps)
-        if _only_last_counts(run_records):
-            candidates = candidates[-1:]
-        accs = [cls._step_acc(*steps[step]) for step in candidates]
-        return max((acc for acc in accs if acc is not None), key=_val_acc, default=None)
+    def select(cls, draw):
+        """See `SelectionMethod.select`."""
+        alone = {}  # {step: (test accuracy, the other domains), or None if there are several}
+        for test_env, curve in _alone(draw):
+            columns = curve.columns
+            others = _others(tuple(columns), test_env)
+            for step, test_acc in zip(columns["step"], columns[f"env{test_env}_in_acc"]):
+                alone[step] = None if step in alone else (test_acc, others)
+        validation = defaultdict(dict)  # {other domain: {step: accuracy when it was held out too}}
+        for curve in draw if alone else ():
+            if len(envs := curve.args["test_envs"]) == 2:
+                other = envs[envs[0] == test_env]
+                accs = curve.columns.get(f"env{other}_in_acc", ())
+                validation[other].update(zip(curve.columns["step"], accs))
 
-    @classmethod
-    def _step_acc(cls, alone, pairs):
-        if len(alone) != 1:
-            return None
-        test_env, = alone[0]["args"]["test_envs"]
-        validation = {}
-        for record in pairs:
-            first, second = record["args"]["test_envs"]
-            other = second if first == test_env else first
-            validation[other] = record[f"env{other}_in_acc"]
-        others, _ = _others(tuple(alone[0]), test_env)
-        if not others or not all(i in validation for i in others):
-            return None
-        return {"val_acc": _mean([validation[i] for i in others]),
-                "test_acc": alone[0][f"env{test_env}_in_acc"]}
+        candidates = []
+        for step, (test_acc, others) in sorted(filter(operator.itemgetter(1), alone.items())):
+            accs = [validation[i].get(step) for i in others]
+            if accs and None not in accs:
+                candidates.append((step, _mean(accs), test_acc))
+        if any(curve.selection == "last" for curve in draw):
+            last = max(step for curve in draw for step in curve.columns["step"])
+            candidates = [candidate for candidate in candidates if candidate[0] == last]
+        return _best(candidates)
 
 
 class OracleSelectionMethod(SelectionMethod):
@@ -187,14 +165,13 @@ class OracleSelectionMethod(SelectionMethod):
     name = "test-domain validation set (oracle)"
 
     @classmethod
-    def run_acc(cls, run_records):
-        """See `SelectionMethod.run_acc`."""
-        candidates = sorted(_holding_out(1, run_records), key=_step)
-        if not candidates:
-            return None
-        test_env, = candidates[-1]["args"]["test_envs"]
-        return {"val_acc": candidates[-1][f"env{test_env}_out_acc"],
-                "test_acc": candidates[-1][f"env{test_env}_in_acc"]}
+    def select(cls, draw):
+        """See `SelectionMethod.select`."""
+        candidates = []
+        for test_env, curve in _alone(draw):
+            names = "step", f"env{test_env}_out_acc", f"env{test_env}_in_acc"
+            candidates += zip(*map(curve.columns.get, names))
+        return _best(_last(candidates))
 
 
 class IIDAutoLRAccuracySelectionMethod(IIDAccuracySelectionMethod):
@@ -207,16 +184,16 @@ class IIDAutoLRAccuracySelectionMethod(IIDAccuracySelectionMethod):
     test_key = "fd_env{}_in_acc"
 
     @classmethod
-    def run_acc(cls, run_records):
-        """See `SelectionMethod.run_acc`."""
+    def select(cls, draw):
+        """See `SelectionMethod.select`."""
         merged = []
-        for record in run_records:
+        for record in itertools.chain.from_iterable(curve.records() for curve in draw):
             same = (other for other in merged if _stage(other) == _stage(record))
             if (found := next(same, None)) is None:
-                merged.append(dict(record))
+                merged.append(record)
             else:
                 found.update(record)
-        return super().run_acc(merged)
+        return super().select(curves.of_records(merged))
 
 
 def _stage(record: dict) -> dict:
@@ -235,10 +212,10 @@ class Outcome(NamedTuple):
 
 
 def outcomes(cells: dict, grid: sweeps.Grid, method: type[SelectionMethod]) -> dict:
-    """{(dataset, algorithm, test env): Outcome} of `records.by_cell` and its `records.Grid`."""
+    """{(dataset, algorithm, test env): Outcome} of `curves.by_cell` and its `records.Grid`."""
     accs = defaultdict(dict)
-    for (trial_seed, *cell), records in cells.items():
-        if (acc := method.sweep_acc(records)) is not None:
-            accs[tuple(cell)][trial_seed] = acc
+    for (trial_seed, *where), cell in cells.items():
+        if (acc := method.sweep_acc(cell)) is not None:
+            accs[tuple(where)][trial_seed] = acc
     return {cell: Outcome(by_trial, grid.coverage(*cell, method.uses_pairs))
             for cell, by_trial in accs.items()}

@@ -53,8 +53,9 @@ def student(dataset: str, hparams: dict) -> tuple[str, str]:
 
 def of_runs(grid: sweeps.Grid) -> dict[tuple[str, str], set[Protocol]]:
     """{(data set, algorithm): the protocols of its runs}."""
+    has_teachers = any(args.get("teacher") for args in grid.args.values())
     names = {os.path.basename(args["output_dir"]): run.algorithm
-             for run, args in grid.args.items() if args.get("output_dir")}
+             for run, args in grid.args.items() if has_teachers and args.get("output_dir")}
     found = {}
     for run, args in grid.args.items():
         hparams = grid.hparams[run]

@@ -7,9 +7,7 @@ written aside, then renamed, so readers need no lock; where the folder cannot be
 is none. Sweeps of fewer than `LEAST_RUNS` runs are read in no time and get none either.
 """
 
-import functools
 import hashlib
-import io
 import itertools
 import json
 import operator
@@ -19,19 +17,23 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 
+from domainbed_kd.curves import Curve
+
 LEAST_RUNS = 500
-_FORMAT = 1
+_FORMAT = 2
 _PACKAGE = Path(__file__).parent
 
 
-def _replace(path: Path, content: bytes | memoryview) -> None:
+def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Writes a file whole or not at all; a folder that cannot be written to is named on stderr."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            write(file)
         os.replace(beside, path)
     except OSError as error:
         print(f"Not written to {path}: {error.strerror}. It would make the next time quicker.",
@@ -40,8 +42,8 @@ def _replace(path: Path, content: bytes | memoryview) -> None:
             beside.unlink()
 
 
-def load(path: Path) -> dict[str, tuple[tuple[int, int], list[dict]]]:
-    """{run: ((size in bytes, mtime in ns) of its results.jsonl, its records)}; empty if none."""
+def load(path: Path) -> dict[str, tuple[tuple[int, int], list[Curve]]]:
+    """{run: ((size in bytes, mtime in ns) of its results.jsonl, its curves)}; empty if none."""
     import numpy as np
 
     try:
@@ -49,63 +51,46 @@ def load(path: Path) -> dict[str, tuple[tuple[int, int], list[dict]]]:
             index = orjson.loads(arrays["index"].tobytes())
             if index["format"] != _FORMAT:
                 return {}
-            steps, values = arrays["steps"].tolist(), arrays["values"].tolist()
+            steps, values = iter(arrays["steps"].tolist()), iter(arrays["values"].tolist())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         print(f"{path} cannot be read ({error}) and is made anew.", file=sys.stderr)
         return {}
-    runs, steps, values = {}, iter(steps), iter(values)
-    for name, size, mtime, n, shape, args, hparams in index["runs"]:
-        names, selection = index["shapes"][shape]
-        like = {**dict.fromkeys(names), "step": None, "args": args, "hparams": hparams}
-        if selection is not None:
-            like["selection"] = selection
-        records = []
-        for step in itertools.islice(steps, n):
-            record = like.copy()  # in half the time of a new one
-            record.update(zip(names, values))
-            record["step"] = step
-            records.append(record)
-        runs[name] = (size, mtime), records
+    runs = {}
+    for name, stamp, found in index["runs"]:
+        curves = []
+        for n, shape, args, hparams in found:
+            names, selection = index["shapes"][shape]
+            columns = itertools.islice(zip(*[values] * n), len(names) - 1)
+            columns = dict(zip(names, (tuple(itertools.islice(steps, n)), *columns)))
+            curves.append(Curve(args, hparams, selection, columns))
+        runs[name] = tuple(stamp), curves
     return runs
 
 
-def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[dict]]]) -> None:
-    """Writes what `load` reads; runs whose records are not all alike are left out."""
+def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[Curve]]]) -> None:
+    """Writes what `load` reads; runs whose settings JSON cannot hold are left out."""
     import numpy as np
 
     shapes, index, steps, values = {}, [], [], []
-    for name, (stamp, records) in runs.items():
-        if not records:
+    for name, (stamp, curves) in runs.items():
+        settings = [value for curve in curves
+                    for value in (*curve.args.values(), *curve.hparams.values())]
+        if any(map(operator.ne, settings, settings)):  # NaN
             continue
-        first, args, hparams = records[0], records[0]["args"], records[0]["hparams"]
-        keys, selection = tuple(first), first.get("selection")
-        if not all(tuple(r) == keys and r["args"] is args and r["hparams"] is hparams
-                   and r.get("selection") == selection for r in records):
-            continue
-        names, accuracies = _accuracies(keys)
-        of_run = list(itertools.chain.from_iterable(map(accuracies, records)))
-        settings = *args.values(), *hparams.values()
-        if set(map(type, of_run)) != {float} or any(map(operator.ne, settings, settings)):  # NaN
-            continue
-        shape = shapes.setdefault((names, selection), len(shapes))
-        index.append((name, *stamp, len(records), shape, args, hparams))
-        steps += [record["step"] for record in records]
-        values += of_run
+        entries = []
+        for curve in curves:
+            step, *columns = curve.columns.values()
+            shape = shapes.setdefault((tuple(curve.columns), curve.selection), len(shapes))
+            entries.append((len(step), shape, curve.args, curve.hparams))
+            steps += step
+            values += itertools.chain.from_iterable(columns)
+        index.append((name, stamp, entries))
     text = orjson.dumps({"format": _FORMAT, "shapes": list(shapes), "runs": index})
-    content = io.BytesIO()
-    np.savez(content, index=np.frombuffer(text, np.uint8),
-             steps=np.array(steps, np.int64), values=np.array(values, np.float64))
-    _replace(path, content.getbuffer())
-
-
-@functools.cache
-def _accuracies(names: tuple[str, ...]) -> tuple[tuple[str, ...], Callable]:
-    """The accuracies among a record's names, and what takes them out of it."""
-    wanted = tuple(n for n in names if n.endswith("_acc"))
-    pick = operator.itemgetter(*wanted)
-    return wanted, pick if len(wanted) > 1 else lambda record: [pick(record)]
+    _replace(path, lambda file: np.savez(
+        file, index=np.frombuffer(text, np.uint8), steps=np.array(steps, np.int64),
+        values=np.array(values, np.float64)))
 
 
 def fingerprint(stamps: dict[str, tuple[int, int] | None]) -> str:
@@ -134,4 +119,4 @@ def load_answer(path: Path, of: str) -> list[str] | None:
 
 def save_answer(path: Path, of: str, answer: list[str]) -> None:
     """Keeps an answer."""
-    _replace(path, json.dumps({"of": of, "answer": answer}).encode())
+    _replace(path, lambda file: file.write(json.dumps({"of": of, "answer": answer}).encode()))

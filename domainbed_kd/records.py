@@ -5,7 +5,6 @@ import functools
 import gc
 import itertools
 import json
-import operator
 import os
 import sys
 from collections import Counter, defaultdict
@@ -15,17 +14,12 @@ from typing import NamedTuple
 
 import orjson
 
-from domainbed_kd import record_cache
+from domainbed_kd import curves, record_cache
+from domainbed_kd.curves import PROTOCOL, Curve
 
-#: Arguments in which runs of one cell must agree for their accuracies to be compared.
-PROTOCOL = ("steps", "hparams", "task", "fast")
 # What collect_results and report leave beside the runs.
 _OURS = ("results.txt", "results.tex", "results.csv", "results.md", "report.html", "report")
 _MOST_WARNINGS = 10
-_STEP = operator.itemgetter("step")
-# Arguments by which runs are compared or named.
-_ONE_VALUE = (*PROTOCOL, "data_dir", "output_dir", "holdout_fraction", "uda_holdout_fraction",
-              "checkpoint_freq", "skip_model_save")
 
 
 @contextlib.contextmanager
@@ -57,7 +51,7 @@ class Folder:
                 key=lambda entry: entry.name)
         #: {name: (size in bytes, mtime in ns) of the run's results.jsonl, or None}.
         self.stamps = {entry.name: self._stamp(entry) for entry in entries}
-        #: One line for each run that `records` could not read, or not all of it.
+        #: One line for each run that `curves` could not read, or not all of it.
         self.skipped: list[str] = []
         self.is_large = len(self.stamps) >= record_cache.LEAST_RUNS
 
@@ -65,17 +59,21 @@ class Folder:
     def _stamp(entry: os.DirEntry) -> tuple[int, int] | None:
         try:
             found = os.stat(f"{entry.path}/results.jsonl")
-        except OSError:  # `records` names it
+        except OSError:  # `curves` names it
             return None
         return found.st_size, found.st_mtime_ns
 
     @_no_garbage()
-    def records(self) -> list[dict]:
-        """What `load` returns."""
+    def curves(self) -> list[Curve]:
+        """What `<input_dir>/*/results.jsonl` hold, in order of folder, then of line.
+
+        What cannot be read is named on stderr and skipped. A large sweep is read from
+        `record_cache` where nothing changed.
+        """
         cache_path = self.path / ".records.npz"
         cached = record_cache.load(cache_path) if self.is_large else {}
         runs, self.skipped, n_parsed = {}, [], 0
-        stamps = self.stamps.items()
+        stamps, folder = self.stamps.items(), str(self.path)
         if sys.stderr.isatty():
             from tqdm import tqdm  # which takes as long as to read a thousand runs
 
@@ -85,7 +83,7 @@ class Folder:
             if known and known[0] == stamp:
                 runs[name] = known
                 continue
-            found, problem = self._parse(str(self.path / name))
+            found, problem = self._parse(f"{folder}/{name}", stamp)
             n_parsed += 1
             if problem:  # said each time, so read each time
                 self.skipped.append(problem)
@@ -98,12 +96,12 @@ class Folder:
         # To write it takes as long as to parse a twentieth of the runs.
         if self.is_large and 20 * (n_parsed - len(self.skipped)) > len(runs):
             record_cache.save(cache_path, {name: run for name, run in runs.items() if run[0]})
-        return [record for _, found in runs.values() for record in found]
+        return [curve for _, found in runs.values() for curve in found]
 
     @staticmethod
-    def _parse(path: str) -> tuple[list[dict], str]:
+    def _parse(path: str, stamp: tuple[int, int] | None) -> tuple[list[Curve], str]:
         try:
-            return _read(f"{path}/results.jsonl")
+            return _read(f"{path}/results.jsonl", stamp[0] if stamp else -1)
         except OSError as error:
             if not os.path.isdir(path):
                 return [], f"{path}: not the folder of a run"
@@ -111,6 +109,7 @@ class Folder:
                 return [], f"{path}: no results.jsonl yet"
             return [], f"{path}/results.jsonl: {error.strerror}"
 
+    @_no_garbage()
     def answer(self, *question: str, make: Callable[[], list[str]]) -> list[str]:
         """What `make` returns, kept beside a large sweep for as long as nothing changes.
 
@@ -126,20 +125,6 @@ class Folder:
             if not self.skipped:
                 record_cache.save_answer(path, of, answer)
         return answer
-
-
-def load(input_dir: str | Path) -> list[dict]:
-    """The records in `<input_dir>/*/results.jsonl`, in order of folder, then of line.
-
-    A record keeps `args`, `hparams`, `step`, `selection` and its accuracies; losses and times
-    are dropped, and `args` and `hparams` are shared by the records of a run. What cannot be read
-    is named on stderr and skipped. A large sweep is read from `record_cache` where nothing
-    changed.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-    """
-    return Folder(input_dir).records()
 
 
 def _decode(content: bytes) -> list:
@@ -161,113 +146,18 @@ def _decode_line(line: bytes):
         return None
 
 
-def _read(path: str) -> tuple[list[dict], str]:
-    """A file's records, and what is wrong with it ("" if nothing)."""
-    records, broken = [], []
-    args = hparams = names = types = pick = None
+def _read(path: str, size: int) -> tuple[list[Curve], str]:
+    """The curves in a file of `size` bytes (-1: all of it), and what is wrong with it, or ""."""
     with open(path, "rb", buffering=0) as file:  # read whole, which needs no buffer
-        content = file.readall()
-    for number, record in enumerate(_decode(content), 1):
-        # Most records are as the last one but for their numbers, and need no closer look.
-        if not (type(record) is dict and tuple(record) == names
-                and [*map(type, values := pick(record))] == types
-                and record["args"] == args and record["hparams"] == hparams):
-            if not _is_record(record):
-                broken.append(number)
-                continue
-            names = tuple(record)
-            kept_names, pick = _kept(names)
-            types = [*map(type, values := pick(record))]
-            # One object for all of a run's records: they are most of its memory.
-            if record["args"] != args:
-                args = record["args"]
-            if record["hparams"] != hparams:
-                hparams = record["hparams"]
-            like = {**dict.fromkeys(kept_names), "args": args, "hparams": hparams}
-        kept = like.copy()  # in half the time of a new one
-        kept.update(zip(kept_names, values))
-        records.append(kept)
+        content = file.read(size)
+        if len(content) < size:  # as some network file systems have it
+            content += file.readall()
+    broken = []
+    found = curves.of_records(_decode(content), broken)
     if not broken:
-        return records, "" if records else f"{path}: empty"
+        return found, "" if found else f"{path}: empty"
     more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-    return records, f"{path}: line {broken[0]}{more}, no record of DomainBed's"
-
-
-@functools.cache
-def _kept(names: tuple[str, ...]) -> tuple[list[str], Callable]:
-    """Which of a record's values are kept, and what takes them out of it."""
-    kept = [n for n in names if n in ("step", "selection") or n.endswith("_acc")]
-    return kept, operator.itemgetter(*kept)  # at least the step and an accuracy
-
-
-def _is_record(record) -> bool:
-    """Whether model selection can read it; ERM++'s second stage only has `fd_` accuracies."""
-    try:
-        args = record["args"]
-        if not all(isinstance(i, int) for i in args["test_envs"]):
-            return False
-        splits = ("out",) if args.get("fast") else ("in", "out")
-        accuracies = _accuracies(tuple(record), tuple(args["test_envs"]), splits)
-        if not accuracies or any(type(record[name]) is not float for name in accuracies):
-            return False
-        if not {list, dict}.isdisjoint(map(type, map(args.get, _ONE_VALUE))):
-            return False
-        if not isinstance(args.get("steps"), (int, type(None))):
-            return False
-        return (isinstance(args["dataset"], str) and isinstance(args["algorithm"], str)
-                and isinstance(args["trial_seed"], int) and isinstance(args["hparams_seed"], int)
-                and isinstance(record["step"], int) and isinstance(record["hparams"], dict)
-                and len(set(args["test_envs"])) == len(args["test_envs"]) > 0)
-    except (TypeError, KeyError):
-        return False
-
-
-@functools.cache
-def _accuracies(names: tuple[str, ...], test_envs: tuple[int, ...],
-                splits: tuple[str, ...]) -> list[str]:
-    """The accuracies among the names; none if some that these test envs call for are not there.
-
-    Both splits of a test domain must be there, and these `splits` of every domain.
-    """
-    n_envs = _n_envs(names)
-    wanted = {f"env{i}_{split}_acc" for i in range(n_envs) for split in splits}
-    for i in test_envs:
-        own = {f"env{i}_in_acc", f"env{i}_out_acc"}
-        wanted |= own if f"env{i}_in_acc" in names else {f"fd_env{i}_in_acc"}
-    if wanted - set(names) or (n_envs and not set(test_envs) < set(range(n_envs))):
-        return []
-    return [name for name in names if name.endswith("_acc")]
-
-
-class Cell(list):
-    """The records of one trial, dataset, algorithm and test env."""
-
-    @functools.cached_property
-    def by_seed(self) -> dict[int, list[dict]]:
-        """The records of each draw of hparams, in the order of hparams_seed."""
-        found = defaultdict(list)
-        for record in self:
-            found[record["args"]["hparams_seed"]].append(record)
-        return dict(sorted(found.items()))
-
-
-def by_cell(records: Iterable[dict]) -> dict[tuple[int, str, str, int], Cell]:
-    """Records by (trial_seed, dataset, algorithm, test env), in the order of these keys.
-
-    A run with two test envs belongs to two cells.
-    """
-    cells = defaultdict(Cell)
-    for record in records:
-        args = record["args"]
-        for env in args["test_envs"]:
-            cells[args["trial_seed"], args["dataset"], args["algorithm"], env].append(record)
-    return dict(sorted(cells.items()))
-
-
-@functools.cache
-def _n_envs(names: tuple[str, ...]) -> int:
-    return len({name.split("_")[0] for name in names
-                if name.startswith("env") and name.endswith(("_in_acc", "_out_acc"))})
+    return found, f"{path}: line {broken[0]}{more}, no record of DomainBed's"
 
 
 class Run(NamedTuple):
@@ -298,18 +188,18 @@ class Grid:
     is how many the longest run on each dataset made.
     """
 
-    def __init__(self, records: Iterable[dict]):
+    def __init__(self, found: Iterable[Curve]):
         self.n_envs, self.args, self.hparams, self.n_steps = Counter(), {}, {}, Counter()
         last_step, longest = {}, Counter()
-        for _, group in itertools.groupby(records, key=lambda record: id(record["args"])):
-            group = list(group)
-            args = group[0]["args"]
+        for curve in found:
+            args = curve.args
             run = Run(args["dataset"], args["algorithm"], tuple(args["test_envs"]),
                       args["trial_seed"], args["hparams_seed"])
-            self.n_envs[run.dataset] = max(self.n_envs[run.dataset], _n_envs(tuple(group[0])))
-            self.args[run], self.hparams[run] = args, group[0]["hparams"]
-            protocol, steps = tuple(str(args.get(name)) for name in PROTOCOL), args.get("steps")
-            step = max(map(_STEP, group))
+            self.n_envs[run.dataset] = max(
+                self.n_envs[run.dataset], curves.n_envs(tuple(curve.columns)))
+            self.args[run], self.hparams[run] = args, curve.hparams
+            protocol, steps = tuple(map(str, map(args.get, PROTOCOL))), args.get("steps")
+            step = max(curve.columns["step"])
             self.n_steps[run.dataset] = max(self.n_steps[run.dataset], step + 1)
             key = run, protocol, steps
             last_step[key] = max(last_step.get(key, 0), step)

@@ -32,15 +32,15 @@ def chosen(frame, cells: dict, method: type):
 
     Args:
         frame: of `single`.
-        cells: of `records.by_cell`.
+        cells: of `curves.by_cell`.
         method: a `model_selection.SelectionMethod`.
     """
     import pandas as pd
 
     best = []
-    for (trial, dataset, algorithm, env), records in cells.items():
-        if accs := method.hparams_accs(records):
-            best.append((dataset, algorithm, env, trial, accs[0][1][0]["args"]["hparams_seed"]))
+    for (trial, dataset, algorithm, env), cell in cells.items():
+        if accs := method.hparams_accs(cell):
+            best.append((dataset, algorithm, env, trial, accs[0][1][0].args["hparams_seed"]))
     columns = [*_CELL, "args.hparams_seed"]
     return frame.merge(pd.DataFrame(best, columns=columns), on=columns)
 

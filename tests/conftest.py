@@ -24,6 +24,13 @@ def golden(name: str):
     return json.loads(text) if name.endswith(".json") else text
 
 
+def records_of_sweep(folder) -> list[dict]:
+    """What is kept of the records of a sweep's runs."""
+    from domainbed_kd.records import Folder
+
+    return [record for curve in Folder(folder).curves() for record in curve.records()]
+
+
 def seed_everything(seed: int) -> None:
     import torch
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from domainbed_kd import datasets, records
+from domainbed_kd import curves, datasets, records
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))  # also where bench starts processes
 bench = importlib.import_module("bench")
@@ -32,8 +32,8 @@ def calls(peer):
 
 def test_the_made_up_sweep_is_one_that_domainbed_could_have_left(tmp_path, capsys):
     bench.make_sweep(tmp_path, 12)
-    found = records.load(tmp_path)
-    assert len(found) == 60 and capsys.readouterr().err == ""
+    found = records.Folder(tmp_path).curves()
+    assert curves.n_records(found) == 60 and capsys.readouterr().err == ""
     grid = records.Grid(found)
     assert len(grid.finished) == 12 and grid.datasets == ["VLCS"]
     size = (next(tmp_path.iterdir()) / "results.jsonl").stat().st_size

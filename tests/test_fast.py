@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_algorithms import ALGORITHMS, EARLY, SMALL, build, hparams_of, minibatches
 
-from domainbed_kd import datasets, fast, jobs, model_selection, records
+from domainbed_kd import curves, datasets, fast, jobs, model_selection, records
 from domainbed_kd.scripts import collect_results, sweep, train
 
 CPU = torch.device("cpu")
@@ -114,9 +114,9 @@ def write(folder, made):
 
 def test_fast_records_are_selected_from_like_exact_ones(tmp_path):
     write(tmp_path, [record(0, True, seed=0, acc=0.25), record(0, True, seed=1, acc=0.75)])
-    loaded = records.load(tmp_path)
+    loaded = records.Folder(tmp_path).curves()
     assert len(loaded) == 2
-    (cell,) = records.by_cell(loaded).values()
+    (cell,) = curves.by_cell(loaded).values()
     for method in (model_selection.IIDAccuracySelectionMethod,
                    model_selection.OracleSelectionMethod):
         assert method.sweep_acc(cell) == 0.75
@@ -126,7 +126,7 @@ def test_exact_records_that_lack_a_split_are_still_refused(tmp_path, capsys):
     torn = record(0, False)
     del torn["env1_in_acc"]
     write(tmp_path, [torn])
-    assert records.load(tmp_path) == []
+    assert records.Folder(tmp_path).curves() == []
     assert "no record of DomainBed's" in capsys.readouterr().err
 
 

@@ -1,9 +1,11 @@
 import math
+import random
 
 import pytest
 from conftest import GOLDENS
 
 from domainbed_kd import model_selection, records
+from domainbed_kd.curves import Cell, by_cell, of_records
 from domainbed_kd.model_selection import (
     IIDAccuracySelectionMethod,
     IIDAutoLRAccuracySelectionMethod,
@@ -31,8 +33,8 @@ def test_names_are_domainbeds():
 @pytest.mark.parametrize("method", model_selection.METHODS)
 def test_no_records_have_no_accuracy(method):
     assert method.run_acc([]) is None
-    assert method.hparams_accs([]) == []
-    assert method.sweep_acc([]) is None
+    assert method.hparams_accs(Cell()) == []
+    assert method.sweep_acc(Cell()) is None
 
 
 # Training-domain validation.
@@ -64,23 +66,23 @@ def test_a_run_that_selects_last_is_judged_by_its_last_record():
 # The choice among hparams.
 
 def test_equal_draws_go_to_the_larger_hparams_seed():
-    cell = [record(out=(0, .5, .5), in_=(seed / 10, 0, 0), hparams_seed=seed)
-            for seed in (2, 0, 1)]
+    cell = Cell(of_records(record(out=(0, .5, .5), in_=(seed / 10, 0, 0), hparams_seed=seed)
+                           for seed in (2, 0, 1)))
     assert IIDAccuracySelectionMethod.sweep_acc(cell) == .2
-    assert [run[0]["args"]["hparams_seed"]
-            for _, run in IIDAccuracySelectionMethod.hparams_accs(cell)] == [2, 1, 0]
+    assert [draw[0].args["hparams_seed"]
+            for _, draw in IIDAccuracySelectionMethod.hparams_accs(cell)] == [2, 1, 0]
 
 
 def test_nan_is_the_worst_validation_accuracy():
-    cell = [record(out=(0, math.nan, .5), hparams_seed=9),
-            record(out=(0, 0, .1), in_=(.7, 0, 0), hparams_seed=0)]
+    cell = Cell(of_records([record(out=(0, math.nan, .5), hparams_seed=9),
+                            record(out=(0, 0, .1), in_=(.7, 0, 0), hparams_seed=0)]))
     assert IIDAccuracySelectionMethod.sweep_acc(cell) == .7
 
 
 def test_draws_without_an_accuracy_drop_out():
-    cell = [record(test_envs=(0, 1), hparams_seed=0), record(hparams_seed=1)]
-    assert [run[0]["args"]["hparams_seed"]
-            for _, run in IIDAccuracySelectionMethod.hparams_accs(cell)] == [1]
+    cell = Cell(of_records([record(test_envs=(0, 1), hparams_seed=0), record(hparams_seed=1)]))
+    assert [draw[0].args["hparams_seed"]
+            for _, draw in IIDAccuracySelectionMethod.hparams_accs(cell)] == [1]
 
 
 # Leave one domain out.
@@ -120,6 +122,24 @@ def test_loo_judges_a_run_that_selects_last_by_its_last_step():
     assert LeaveOneOutSelectionMethod.run_acc(run[:-1]) is None
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_loo_equals_a_naive_loop_over_records_that_lack_or_repeat_some(seed):
+    rng = random.Random(seed)
+    whole = [record(step, [rng.random() for _ in range(3)], [rng.random() for _ in range(3)], envs,
+                    **{"selection": "last"} if seed % 3 == 0 else {})
+             for envs in ((0,), (1, 0), (0, 2)) for step in (0, 10, 20, 30)]
+    run = rng.sample(whole, 9) + rng.sample(whole, 2)
+    best = None
+    for step in sorted({r["step"] for r in run})[-1 if seed % 3 == 0 else 0:]:
+        alone = [r for r in run if r["step"] == step and r["args"]["test_envs"] == [0]]
+        val = {i: r[f"env{i}_in_acc"] for r in run for i in (1, 2)
+               if r["step"] == step and sorted(r["args"]["test_envs"]) == [0, i]}
+        if len(alone) == 1 and len(val) == 2 and not (
+                best and best["val_acc"] >= (val[1] + val[2]) / 2):
+            best = {"val_acc": (val[1] + val[2]) / 2, "test_acc": alone[0]["env0_in_acc"]}
+    assert LeaveOneOutSelectionMethod.run_acc(run) == best
+
+
 # The oracle.
 
 def test_the_oracle_looks_at_the_last_step_only():
@@ -144,10 +164,10 @@ def test_auto_lr_joins_the_two_stages_of_a_run():
 # All of it, against a naive loop over the golden sweep.
 
 def test_iid_and_oracle_equal_a_naive_loop_on_the_golden_sweep():
-    found = records.load(GOLDENS / "sweep_data")
-    for (_, _, _, env), cell in records.by_cell(found).items():
+    found = records.Folder(GOLDENS / "sweep_data").curves()
+    for (_, _, _, env), cell in by_cell(found).items():
         draws, oracle = {}, {}
-        for r in cell:
+        for r in (record for curve in cell for record in curve.records()):
             if r["args"]["test_envs"] != [env]:
                 continue
             seed = r["args"]["hparams_seed"]
@@ -162,9 +182,9 @@ def test_iid_and_oracle_equal_a_naive_loop_on_the_golden_sweep():
 
 
 def test_outcomes_keep_a_cells_trials_and_coverage():
-    found = records.load(GOLDENS / "sweep_data")
+    found = records.Folder(GOLDENS / "sweep_data").curves()
     outcomes = model_selection.outcomes(
-        records.by_cell(found), records.Grid(found), LeaveOneOutSelectionMethod)
+        by_cell(found), records.Grid(found), LeaveOneOutSelectionMethod)
     assert list(outcomes) == [("VLCS", "ERM", env) for env in range(4)]
     assert set(outcomes["VLCS", "ERM", 0].accs) == {0, 1}
     assert outcomes["VLCS", "ERM", 0].coverage[:2] == (16, 16)

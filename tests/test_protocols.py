@@ -1,6 +1,7 @@
 import pytest
 
 from domainbed_kd import hparams_registry, protocols
+from domainbed_kd.curves import of_records
 from domainbed_kd.records import Grid
 
 DEFAULTS = hparams_registry.default_hparams("ERM", "PACS")
@@ -14,7 +15,7 @@ def grid(*runs):
                 "hparams_seed": 0, "steps": None} | args
         records.append({"args": args, "hparams": DEFAULTS | hparams, "step": 9,
                         **{f"env{i}_{split}_acc": .5 for i in range(4) for split in ("in", "out")}})
-    return Grid(records)
+    return Grid(of_records(records))
 
 
 def line(*runs, dataset="PACS"):

@@ -3,13 +3,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import GOLDENS, golden
+from conftest import GOLDENS, golden, records_of_sweep
 from test_records import line, write
 
 from domainbed_kd import record_cache, records
 from domainbed_kd.scripts import collect_results, list_top_hparams
 
-WHOLE = records.load(GOLDENS / "sweep_data")  # too small for a cache
+WHOLE = records_of_sweep(GOLDENS / "sweep_data")  # too small for a cache
 
 
 @pytest.fixture
@@ -25,19 +25,19 @@ def parsed(monkeypatch):
     """The folders whose results.jsonl is parsed from now on."""
     seen, read = [], records._read
 
-    def spy(path):
+    def spy(path, size):
         seen.append(path.split("/")[-2])
-        return read(path)
+        return read(path, size)
 
     monkeypatch.setattr(records, "_read", spy)
     return seen
 
 
 def test_a_sweep_read_again_is_the_same_and_parses_nothing(sweep, parsed):
-    first = records.load(sweep)
+    first = records_of_sweep(sweep)
     assert len(parsed) == len(set(parsed)) == len(records.Folder(sweep).stamps)
     parsed.clear()
-    assert records.load(sweep) == first
+    assert records_of_sweep(sweep) == first
     assert parsed == []
     assert first == WHOLE
 
@@ -45,22 +45,22 @@ def test_a_sweep_read_again_is_the_same_and_parses_nothing(sweep, parsed):
 def test_cached_records_of_a_run_share_their_args_and_hparams(sweep):
     write(sweep / "run", line(0), line(10))
     for _ in range(2):
-        first, second = records.load(sweep)[-2:]
+        first, second = records_of_sweep(sweep)[-2:]
         assert first["args"] is second["args"] and first["hparams"] is second["hparams"]
 
 
 def test_only_what_changed_is_parsed_again(sweep, parsed):
-    records.load(sweep)
+    records_of_sweep(sweep)
     write(sweep / "new", line(0))
     changed = sorted(sweep.glob("*/results.jsonl"))[3]
     with changed.open("a") as file:
         file.write(line(10) + "\n")
     shutil.rmtree(sorted(sweep.glob("*/results.jsonl"))[7].parent)
     parsed.clear()
-    found = records.load(sweep)
+    found = records_of_sweep(sweep)
     assert set(parsed) == {"new", changed.parent.name}
     shutil.copytree(sweep, sweep.parent / "fresh", ignore=shutil.ignore_patterns(".*"))
-    assert found == records.load(sweep.parent / "fresh")
+    assert found == records_of_sweep(sweep.parent / "fresh")
 
 
 @pytest.mark.parametrize("lines", [
@@ -78,7 +78,7 @@ def test_odd_runs_are_read_as_json_reads_them_with_and_without_cache(sweep, line
                  if k in ("args", "hparams", "step", "selection") or k.endswith("_acc")}
                 for text in lines]
     for _ in range(2):
-        found = [r for r in records.load(sweep) if r["args"]["dataset"] == "VLCS"][-len(lines):]
+        found = [r for r in records_of_sweep(sweep) if r["args"]["dataset"] == "VLCS"][-len(lines):]
         assert repr([sorted(r.items()) for r in found]) == repr(
             [sorted(r.items()) for r in expected])
 
@@ -130,28 +130,28 @@ def test_damaged_caches_are_made_anew(sweep, capsys, damage):
 
 
 def test_deleting_the_caches_loses_nothing(sweep):
-    first = records.load(sweep)
+    first = records_of_sweep(sweep)
     for path in sweep.glob(".*"):
         path.unlink()
-    assert records.load(sweep) == first
+    assert records_of_sweep(sweep) == first
 
 
 def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(sweep, capsys, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(record_cache.Path, "write_bytes", refuse)
-    assert len(records.load(sweep)) == 200
+    monkeypatch.setattr(record_cache.os, "replace", refuse)
+    assert len(records_of_sweep(sweep)) == 200
     assert "Not written to" in capsys.readouterr().err
     assert list(sweep.glob(".*")) == []
 
 
 def test_readers_at_the_same_time_get_the_same(sweep):
     with ThreadPoolExecutor(4) as pool:
-        assert all(found == WHOLE for found in pool.map(records.load, [sweep] * 8))
+        assert all(found == WHOLE for found in pool.map(records_of_sweep, [sweep] * 8))
 
 
 def test_small_sweeps_get_no_cache(tmp_path):
     write(tmp_path / "run", line(0))
-    records.load(tmp_path)
+    records_of_sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

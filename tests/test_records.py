@@ -1,9 +1,9 @@
 import json
 
 import pytest
-from conftest import GOLDENS
+from conftest import GOLDENS, records_of_sweep
 
-from domainbed_kd import records
+from domainbed_kd import curves, records
 
 
 def line(step=0, **args):
@@ -19,7 +19,7 @@ def write(folder, *lines):
 
 
 def test_the_golden_sweep_has_its_200_records_in_order_of_folder_then_line():
-    found = records.load(GOLDENS / "sweep_data")
+    found = records_of_sweep(GOLDENS / "sweep_data")
     expected = [json.loads(text)
                 for path in sorted((GOLDENS / "sweep_data").glob("*/results.jsonl"))
                 for text in path.read_text().splitlines()]
@@ -31,7 +31,7 @@ def test_the_golden_sweep_has_its_200_records_in_order_of_folder_then_line():
 
 def test_nothing_is_said_of_a_clean_sweep(tmp_path, capsys):
     write(tmp_path / "a", line(0), line(10))
-    assert len(records.load(tmp_path)) == 2
+    assert len(records_of_sweep(tmp_path)) == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -42,7 +42,7 @@ def test_nothing_is_said_of_a_clean_sweep(tmp_path, capsys):
     line().replace('"step": 0', '"step": null'), line().replace('"hparams": {"lr": 0.1}, ', "")])
 def test_a_line_that_is_no_record_is_named_and_skipped(tmp_path, capsys, broken):
     write(tmp_path / "run", line(0), broken, line(10))
-    assert [record["step"] for record in records.load(tmp_path)] == [0, 10]
+    assert [record["step"] for record in records_of_sweep(tmp_path)] == [0, 10]
     error = capsys.readouterr().err
     assert error == (f"skipped {tmp_path / 'run' / 'results.jsonl'}: line 2, "
                      "no record of DomainBed's\n")
@@ -52,14 +52,14 @@ def test_bytes_that_are_no_text_are_skipped(tmp_path, capsys):
     write(tmp_path / "run", line(0))
     with (tmp_path / "run" / "results.jsonl").open("ab") as file:
         file.write(b"\xff\xfe\0\0\n\0\0\0\n")
-    assert len(records.load(tmp_path)) == 1
+    assert len(records_of_sweep(tmp_path)) == 1
     assert "line 2 and 1 more" in capsys.readouterr().err
 
 
 def test_a_last_line_without_its_newline_counts(tmp_path):
     write(tmp_path / "run")
     (tmp_path / "run" / "results.jsonl").write_text(line(0) + "\n" + line(10))
-    assert [record["step"] for record in records.load(tmp_path)] == [0, 10]
+    assert [record["step"] for record in records_of_sweep(tmp_path)] == [0, 10]
 
 
 def test_what_is_no_run_is_named_but_not_our_own_tables(tmp_path, capsys):
@@ -69,7 +69,7 @@ def test_what_is_no_run_is_named_but_not_our_own_tables(tmp_path, capsys):
     (tmp_path / "odd" / "results.jsonl").mkdir(parents=True)
     for name in ("notes.doc", "results.txt", "results.tex", ".hidden"):
         (tmp_path / name).write_text("x")
-    assert len(records.load(tmp_path)) == 1
+    assert len(records_of_sweep(tmp_path)) == 1
     error = capsys.readouterr().err.splitlines()
     assert error == [f"skipped {tmp_path}/empty: no results.jsonl yet",
                      f"skipped {tmp_path}/notes.doc: not the folder of a run",
@@ -80,35 +80,35 @@ def test_what_is_no_run_is_named_but_not_our_own_tables(tmp_path, capsys):
 def test_many_problems_are_summed_up(tmp_path, capsys):
     for i in range(25):
         (tmp_path / f"{i:02}").mkdir()
-    assert records.load(tmp_path) == []
+    assert records_of_sweep(tmp_path) == []
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 11 and error[-1] == f"skipped 15 more in {tmp_path}"
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="--input_dir .*nowhere: there is no such folder"):
-        records.load(tmp_path / "nowhere")
+        records_of_sweep(tmp_path / "nowhere")
 
 
 def test_records_of_a_run_share_their_args_and_hparams(tmp_path):
     write(tmp_path / "run", line(0), line(5), line(10, hparams="{}"))
-    first, second, other = records.load(tmp_path)
+    first, second, other = records_of_sweep(tmp_path)
     assert first["args"] is second["args"] and first["hparams"] is other["hparams"]
     assert other["args"]["hparams"] == "{}"
 
 
 def test_a_run_with_two_test_envs_belongs_to_two_cells():
-    found = [json.loads(line(test_envs=[2, 0])), json.loads(line(test_envs=[0]))]
-    assert records.by_cell(found) == {
+    found = curves.of_records([json.loads(line(test_envs=[2, 0])), json.loads(line(test_envs=[0]))])
+    assert curves.by_cell(found) == {
         (0, "VLCS", "ERM", 0): found, (0, "VLCS", "ERM", 2): found[:1]}
 
 
 def loaded(*lines):
-    return records.Grid([json.loads(text) for text in lines])
+    return records.Grid(curves.of_records(map(json.loads, lines)))
 
 
 def test_the_golden_sweep_lacks_nothing():
-    grid = records.Grid(records.load(GOLDENS / "sweep_data"))
+    grid = records.Grid(records.Folder(GOLDENS / "sweep_data").curves())
     assert grid.absent() == [] and grid.has_pairs
     assert grid.coverage("VLCS", "ERM", 1, pairs=False)[:2] == (4, 4)
     assert grid.coverage("VLCS", "ERM", 1, pairs=True)[:2] == (16, 16)

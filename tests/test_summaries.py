@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from domainbed_kd import summaries
+from domainbed_kd.curves import by_cell, of_records
 from domainbed_kd.model_selection import IIDAccuracySelectionMethod as IID
-from domainbed_kd.records import by_cell
 
 
 def record(algorithm="ERM", env=0, trial=0, draw=0, step=0, acc=.5, **more):
@@ -35,7 +35,7 @@ def test_the_chosen_runs_are_those_whose_draw_the_selection_method_puts_first():
         records.append({"step": 0, "hparams": {}, **accs, "args": {
             "dataset": "Debug28", "algorithm": "ERM", "test_envs": [env], "trial_seed": trial,
             "hparams_seed": draw}})
-    chosen = summaries.chosen(frame(*rows), by_cell(records), IID)
+    chosen = summaries.chosen(frame(*rows), by_cell(of_records(records)), IID)
     assert chosen["run"].tolist() == ["ERM001", "ERM010", "ERM102", "ERM110"]
 
 

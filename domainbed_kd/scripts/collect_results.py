@@ -1,7 +1,6 @@
 """Prints the tables of a sweep, and writes them beside its runs."""
 
 import argparse
-import gc
 import os
 import shlex
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from domainbed_kd import (
     claims,
+    curves,
     datasets,
     model_selection,
     protocols,
@@ -19,6 +19,7 @@ from domainbed_kd import (
     tables,
 )
 from domainbed_kd import records as sweeps
+from domainbed_kd.curves import Curve
 from domainbed_kd.scripts import Parser, run_main
 
 EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
@@ -101,42 +102,40 @@ def at_work(folder: sweeps.Folder, unfinished: list[str]) -> str:
 
 def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[str]:
     """What goes to stdout, what goes to stderr, and the names of runs that have not finished."""
-    records = folder.records()
-    gc.freeze()  # the records stay: to look through them for garbage takes long
+    found = folder.curves()
     if args.upstream:  # DomainBed does not know that an average of weights ends a run
-        for record in records:
-            record.pop("selection", None)
-    grid = sweeps.Grid(records)
+        found = [curve._replace(selection=None) for curve in found]
+    grid = sweeps.Grid(found)
+    n_records = curves.n_records(found)
     methods = model_selection.METHODS
     if args.auto_lr:
         methods = (model_selection.IIDAutoLRAccuracySelectionMethod,)
-    made = make_tables(records, grid, methods, keep_unregistered=not args.upstream)
+    made = make_tables(found, grid, methods, keep_unregistered=not args.upstream)
 
     merged, sources = with_published(made, grid) if args.published else (made, [])
-    remarks = [] if records else [f"{args.input_dir} holds no results yet."]
+    remarks = [] if found else [f"{args.input_dir} holds no results yet."]
     if args.upstream:
-        output = render_upstream(made, len(records), style)
+        output = render_upstream(made, n_records, style)
     elif style == "csv":
         output = tables.as_csv(table for group in merged.values() for table in group)
         remarks += [*notes(grid, made, args.input_dir), *sources]
     else:
-        compared = compare(records, grid, made, args.compare, style) if args.compare else {}
-        output = RENDER[style](merged, compared, grid, len(records),
+        compared = compare(found, grid, made, args.compare, style) if args.compare else {}
+        output = RENDER[style](merged, compared, grid, n_records,
                                [*notes(grid, made, args.input_dir), *sources])
-    unfinished = (os.path.basename(found["output_dir"]) for run, found in grid.args.items()
-                  if run not in grid.finished and found.get("output_dir"))
+    unfinished = (os.path.basename(of_run["output_dir"]) for run, of_run in grid.args.items()
+                  if run not in grid.finished and of_run.get("output_dir"))
     return [output, "".join(f"{line}\n" for line in remarks), *unfinished]
 
 
-def make_tables(records: list[dict], grid: sweeps.Grid, methods: Iterable[type],
+def make_tables(found: list[Curve], grid: sweeps.Grid, methods: Iterable[type],
                 keep_unregistered: bool) -> dict[type, list[tables.Table]]:
     """{selection method: its tables}."""
-    seen = [record["args"] for record in records]
-    rows = tables.row_order(args["algorithm"] for args in seen)
-    columns = tables.ordered((args["dataset"] for args in seen), datasets.DATASETS)
+    rows = tables.row_order(curve.args["algorithm"] for curve in found)
+    columns = tables.ordered((curve.args["dataset"] for curve in found), datasets.DATASETS)
     if not keep_unregistered:
         columns = [name for name in columns if name in datasets.DATASETS]
-    cells = sweeps.by_cell(records)
+    cells = curves.by_cell(found)
     made = {method: tables.build(method, model_selection.outcomes(cells, grid, method),
                                  rows, columns, grid.n_envs)
             for method in methods}
@@ -162,7 +161,7 @@ def with_published(made: dict[type, list[tables.Table]], grid: sweeps.Grid
                         list(dict.fromkeys(rows)), known, searched))]
 
 
-def compare(records: list[dict], grid: sweeps.Grid, methods: Iterable[type], reference: str,
+def compare(found: list[Curve], grid: sweeps.Grid, methods: Iterable[type], reference: str,
             style: str) -> dict[type, list[str]]:
     """{selection method: the table that compares with `reference`}, where there is one.
 
@@ -171,8 +170,8 @@ def compare(records: list[dict], grid: sweeps.Grid, methods: Iterable[type], ref
     """
     names = {tables.display_name(name): name for name in grid.algorithms}
     reference = names.get(reference, reference)
-    cells = sweeps.by_cell(records)
-    found = {}
+    cells = curves.by_cell(found)
+    compared = {}
     for method in methods:
         if needs_pairs(method, grid):
             continue
@@ -180,10 +179,10 @@ def compare(records: list[dict], grid: sweeps.Grid, methods: Iterable[type], ref
         scores = {name: scores[name] for name in tables.row_order(scores)}
         title = f"Differences to {tables.display_name(reference)}, model selection method: "
         differences = significance.differences(scores, reference)
-        found[method] = [tables.grid(
+        compared[method] = [tables.grid(
             style, title + method.name, difference_rows(differences),
             describe_comparison(differences, significance.ranking(scores)))]
-    return found
+    return compared
 
 
 def difference_rows(differences: list[significance.Difference]) -> list[list[str]]:

@@ -7,6 +7,7 @@ import sys
 
 from domainbed_kd import model_selection, tables
 from domainbed_kd import records as sweeps
+from domainbed_kd.curves import Cell, Curve, by_cell, n_records
 from domainbed_kd.scripts import Parser, run_main
 
 
@@ -31,21 +32,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def answer(folder: sweeps.Folder, args: argparse.Namespace) -> str:
     """What is printed."""
-    records = folder.records()
-    cells = find_cells(sweeps.by_cell(records), args)
+    curves = folder.curves()
+    cells = find_cells(by_cell(curves), args)
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        print(f"Total records: {len(records)}")
+        print(f"Total records: {n_records(curves)}")
         for method in model_selection.METHODS:
             print(f"Model selection: {method.name}")
             for trial_seed, cell in cells.items():
                 print(f"trial_seed: {trial_seed}")
-                for accs, run_records in method.hparams_accs(cell):
-                    print_run(accs, run_records)
+                for accs, draw in method.hparams_accs(cell):
+                    print_draw(accs, draw)
     return output.getvalue()
 
 
-def find_cells(cells: dict, args: argparse.Namespace) -> dict[int, list[dict]]:
-    """{trial_seed: records} of the cell that the flags name.
+def find_cells(cells: dict, args: argparse.Namespace) -> dict[int, Cell]:
+    """{trial_seed: cell} of the cell that the flags name.
 
     Raises:
         ValueError: naming what there is instead.
@@ -63,19 +64,19 @@ def find_cells(cells: dict, args: argparse.Namespace) -> dict[int, list[dict]]:
     return {cell[0]: cells[cell] for cell in remaining}
 
 
-def print_run(accs: dict, run_records: list[dict]) -> None:
+def print_draw(accs: dict, draw: list[Curve]) -> None:
     """A draw's accuracies, hparams and folders."""
     print(f"\t{accs}")
     distinct = []
-    for record in run_records:
-        if record["hparams"] not in distinct:
-            distinct.append(record["hparams"])
+    for curve in draw:
+        if curve.hparams not in distinct:
+            distinct.append(curve.hparams)
     for hparams in distinct:  # one, unless the draw was run with several --hparams
         print("\t\thparams:")
         for name, value in sorted(hparams.items()):
             print(f"\t\t\t{name}: {value}")
     print("\t\toutput_dirs:")
-    for folder in sorted({record["args"].get("output_dir", "") for record in run_records}):
+    for folder in sorted({curve.args.get("output_dir", "") for curve in draw}):
         print(f"\t\t\t{folder}")
 
 

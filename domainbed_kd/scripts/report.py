@@ -10,6 +10,7 @@ from typing import NamedTuple
 import domainbed_kd
 from domainbed_kd import model_selection, progress, results, significance, summaries, tables
 from domainbed_kd import records as sweeps
+from domainbed_kd.curves import Curve, by_cell, n_records
 from domainbed_kd.scripts import Parser, collect_results, run_main
 
 TEMPLATE = Path(domainbed_kd.__file__).parent / "assets" / "report.html"
@@ -59,14 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     images = page.with_suffix("")
     if images.resolve() == Path(args.input_dir).resolve():
         raise ValueError(f"--output {page}: its plots would lie among the runs; name another.")
-    records = folder.records()
-    if not records:
+    curves = folder.curves()
+    if not curves:
         raise ValueError(f"--input_dir {args.input_dir}: it holds no results yet.")
-    grid = sweeps.Grid(records)
+    grid = sweeps.Grid(curves)
     made = collect_results.make_tables(
-        records, grid, model_selection.METHODS, keep_unregistered=True)
-    sections = [*compare(records, grid, args.compare, list(made[SELECTION][0].rows)),
-                *make_sections(args.input_dir, records, made[SELECTION])]
+        curves, grid, model_selection.METHODS, keep_unregistered=True)
+    sections = [*compare(curves, grid, args.compare, list(made[SELECTION][0].rows)),
+                *make_sections(args.input_dir, curves, made[SELECTION])]
 
     merged, sources = made, []
     if args.published:
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         plot.save(images)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page.write_text(environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"Results on {', '.join(grid.datasets)}", facts=facts(grid, records),
+        title=f"Results on {', '.join(grid.datasets)}", facts=facts(grid, n_records(curves)),
         groups=groups(merged, grid), marks=marks(merged), sections=sections,
         notes="\n".join([*collect_results.notes(grid, made, args.input_dir), *sources]).strip(),
         display_name=tables.display_name, version=domainbed_kd.__version__,
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def facts(grid: sweeps.Grid, records: list[dict]) -> str:
+def facts(grid: sweeps.Grid, n_records: int) -> str:
     """The sweep in a sentence."""
     n_runs = sum(len(grid.runs(d, a)) for d in grid.datasets for a in grid.algorithms)
     names = ", ".join(map(tables.display_name, tables.row_order(grid.algorithms)))
@@ -98,7 +99,7 @@ def facts(grid: sweeps.Grid, records: list[dict]) -> str:
             f"{count(len(grid.trial_seeds), 'trial')}, "
             f"{count(len(grid.hparams_seeds), 'draw')} of hparams each. "
             f"{n_runs - len(grid.absent())} of {count(n_runs, 'run')} finished, "
-            f"with {count(len(records), 'record')}.")
+            f"with {count(n_records, 'record')}.")
 
 
 def groups(made: dict, grid: sweeps.Grid) -> Iterator[dict]:
@@ -117,20 +118,20 @@ def marks(made: dict) -> dict[str, bool]:
             "absent": any(cell.number("") == "X" for cell in cells)}
 
 
-def compare(records: list[dict], grid: sweeps.Grid, reference: str | None, rows: list[str]
+def compare(curves: list[Curve], grid: sweeps.Grid, reference: str | None, rows: list[str]
             ) -> Iterator[Section]:
     """The section on significance, if there are two algorithms to compare.
 
     Args:
-        records: of the sweep.
-        grid: of the records.
+        curves: of the sweep.
+        grid: of the same.
         reference: with which to compare; None for ERM or, without it, the first that has scores.
         rows: the algorithms in order.
     """
     from domainbed_kd import plots
 
     scores = significance.by_pair(
-        model_selection.outcomes(sweeps.by_cell(records), grid, SELECTION))
+        model_selection.outcomes(by_cell(curves), grid, SELECTION))
     scores = {name: scores[name] for name in rows if name in scores}
     if not reference:
         reference = next((name for name in ("ERM", *scores) if name in scores), None)
@@ -153,13 +154,13 @@ def compare(records: list[dict], grid: sweeps.Grid, reference: str | None, rows:
         collect_results.describe_comparison(differences, ranking))
 
 
-def make_sections(input_dir: str, records: list[dict], made: list[tables.Table]
+def make_sections(input_dir: str, curves: list[Curve], made: list[tables.Table]
                   ) -> Iterator[Section]:
     """The sections with pictures for which there are numbers.
 
     Args:
         input_dir: of the sweep.
-        records: its records, for model selection.
+        curves: of its runs, for model selection.
         made: the tables of `SELECTION`.
     """
     from domainbed_kd import plots
@@ -167,7 +168,7 @@ def make_sections(input_dir: str, records: list[dict], made: list[tables.Table]
     frame = summaries.single(results.to_frame(input_dir))
     if frame.empty:
         return
-    chosen = summaries.chosen(frame, sweeps.by_cell(records), SELECTION)
+    chosen = summaries.chosen(frame, by_cell(curves), SELECTION)
     of = {table.dataset: table for table in made if table.dataset and table.has_data}
     looks = plots.Looks(made[0].rows)
     chose = f"Of each cell the run that the {SELECTION.name} selects"

@@ -1,0 +1,147 @@
+"""Records of runs as columns: what the tables are made of, at a fraction of the memory."""
+
+import functools
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+#: Arguments in which runs of one cell must agree for their accuracies to be compared.
+PROTOCOL = ("steps", "hparams", "task", "fast")
+# Arguments by which runs are compared or named.
+_ONE_VALUE = (*PROTOCOL, "data_dir", "output_dir", "holdout_fraction", "uda_holdout_fraction",
+              "checkpoint_freq", "skip_model_save")
+
+
+class Curve(NamedTuple):
+    """Records of a run, one after the other, that differ in their step and accuracies only."""
+
+    args: dict
+    hparams: dict
+    #: What the records say of how to choose among them: "last" (SWAD), or None.
+    selection: str | None
+    #: {"step": of each record, "env0_in_acc": in [0, 1] of each record, ...}.
+    columns: dict[str, tuple]
+
+    def records(self) -> Iterator[dict]:
+        """The records; losses and times are not kept of them."""
+        same = {"args": self.args, "hparams": self.hparams}
+        if self.selection is not None:
+            same["selection"] = self.selection
+        for row in zip(*self.columns.values()):
+            yield {**same, **dict(zip(self.columns, row))}
+
+
+def n_records(curves: Iterable[Curve]) -> int:
+    """How many records are in curves."""
+    return sum(len(curve.columns["step"]) for curve in curves)
+
+
+def of_records(records: Iterable[dict], broken: list[int] | None = None) -> list[Curve]:
+    """The curves of records, which come one run after the other, in their order.
+
+    Args:
+        records: as results.jsonl holds them.
+        broken: receives the numbers, from 1, of those that are left out as none of DomainBed's;
+            without it none is looked at.
+    """
+    found = []
+    args = hparams = selection = keys = types = pick = None
+    for number, record in enumerate(records, 1):
+        # Most records are as the last one but for their numbers, and need no closer look.
+        if not (type(record) is dict and tuple(record) == keys
+                and [*map(type, row := pick(record))] == types
+                and record["args"] == args and record["hparams"] == hparams
+                and record.get("selection") == selection):
+            if broken is not None and not _is_record(record):
+                broken.append(number)
+                continue
+            keys, selection = tuple(record), record.get("selection")
+            names, pick = _columns(keys)
+            types = [*map(type, row := pick(record))]
+            # One object for all curves of a run: they are most of its memory.
+            args = args if args == record["args"] else record["args"]
+            hparams = hparams if hparams == record["hparams"] else record["hparams"]
+            rows = []
+            found.append((args, hparams, selection, names, rows))
+        rows.append(row)
+    return [Curve(*same, dict(zip(names, zip(*rows)))) for *same, names, rows in found]
+
+
+@functools.cache
+def _columns(keys: tuple[str, ...]) -> tuple[tuple[str, ...], Callable]:
+    """What is kept of records with these keys, and what takes it out of one."""
+    names = "step", *(key for key in keys if key.endswith("_acc"))
+    return names, operator.itemgetter(*names)  # at least the step and an accuracy
+
+
+def _is_record(record) -> bool:
+    """Whether model selection can read it; ERM++'s second stage only has `fd_` accuracies."""
+    try:
+        args = record["args"]
+        if not all(isinstance(i, int) for i in args["test_envs"]):
+            return False
+        splits = ("out",) if args.get("fast") else ("in", "out")
+        accuracies = _accuracies(tuple(record), tuple(args["test_envs"]), splits)
+        if not accuracies or any(type(record[name]) is not float for name in accuracies):
+            return False
+        if not {list, dict}.isdisjoint(map(type, map(args.get, _ONE_VALUE))):
+            return False
+        if not isinstance(args.get("steps"), (int, type(None))):
+            return False
+        return (isinstance(args["dataset"], str) and isinstance(args["algorithm"], str)
+                and isinstance(args["trial_seed"], int) and isinstance(args["hparams_seed"], int)
+                and isinstance(record["step"], int) and isinstance(record["hparams"], dict)
+                and isinstance(record.get("selection"), (str, type(None)))
+                and len(set(args["test_envs"])) == len(args["test_envs"]) > 0)
+    except (TypeError, KeyError):
+        return False
+
+
+@functools.cache
+def _accuracies(names: tuple[str, ...], test_envs: tuple[int, ...],
+                splits: tuple[str, ...]) -> list[str]:
+    """The accuracies among the names; none if some that these test envs call for are not there.
+
+    Both splits of a test domain must be there, and these `splits` of every domain.
+    """
+    envs = range(n_envs(names))
+    wanted = {f"env{i}_{split}_acc" for i in envs for split in splits}
+    for i in test_envs:
+        own = {f"env{i}_in_acc", f"env{i}_out_acc"}
+        wanted |= own if f"env{i}_in_acc" in names else {f"fd_env{i}_in_acc"}
+    if wanted - set(names) or (envs and not set(test_envs) < set(envs)):
+        return []
+    return [name for name in names if name.endswith("_acc")]
+
+
+@functools.cache
+def n_envs(names: tuple[str, ...]) -> int:
+    """How many environments the accuracies with these names are of."""
+    return len({name.split("_")[0] for name in names
+                if name.startswith("env") and name.endswith(("_in_acc", "_out_acc"))})
+
+
+class Cell(list):
+    """The curves of one trial, dataset, algorithm and test env."""
+
+    @functools.cached_property
+    def by_seed(self) -> dict[int, list[Curve]]:
+        """The curves of each draw of hparams, in the order of hparams_seed."""
+        found = defaultdict(list)
+        for curve in self:
+            found[curve.args["hparams_seed"]].append(curve)
+        return dict(sorted(found.items()))
+
+
+def by_cell(curves: Iterable[Curve]) -> dict[tuple[int, str, str, int], Cell]:
+    """Curves by (trial_seed, dataset, algorithm, test env), in the order of these keys.
+
+    A run with two test envs belongs to two cells.
+    """
+    cells = defaultdict(Cell)
+    for curve in curves:
+        args = curve.args
+        for env in args["test_envs"]:
+            cells[args["trial_seed"], args["dataset"], args["algorithm"], env].append(curve)
+    return dict(sorted(cells.items()))
