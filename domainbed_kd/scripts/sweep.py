@@ -34,7 +34,13 @@ from domainbed_kd import (
     workers,
 )
 from domainbed_kd.jobs import Job
-from domainbed_kd.scripts import Parser, check_compile, check_teacher_cache, run_main
+from domainbed_kd.scripts import (
+    Parser,
+    add_flags_of_runs,
+    check_compile,
+    check_teacher_cache,
+    run_main,
+)
 
 # Data sets that need no files; DigitsDG is not DomainBed's, so no default sweep has it.
 FILELESS = ("Debug28", "Debug224", "DigitsDG")
@@ -110,37 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
                       help="share of the test domains given without labels; default: 0")
     ours.add_argument("--skip_model_save", action="store_const", const=True,
                       help="write no model.pkl")
-    ours.add_argument("--allow_bad_teacher", action="store_const", const=True,
-                      help="go on with teachers that are near chance or have other classes")
-    ours.add_argument("--format", choices=["safetensors"],
-                      help="also write each run's model as model.safetensors")
-    ours.add_argument("--diagnostics", action="store_const", const=True,
-                      help="record weight distance, mutual information, calibration and agreement "
-                           "with the teacher at each evaluation")
-    ours.add_argument("--save_logits", action="store_const", const=True,
-                      help="keep the predictions that model selection looks at, at each "
-                           "evaluation")
-    ours.add_argument("--log_test_domains", action="store_true",
-                      help="show accuracies on the test domains in TensorBoard too")
-    ours.add_argument("--wandb", action="store_true",
-                      help="log to Weights & Biases too, offline unless WANDB_MODE=online")
-    ours.add_argument("--teacher_cache", metavar="DIR",
-                      help="keep what frozen teachers make of images without augmentation, for "
-                           "all runs; needs the hparam canonical_view; see docs/speed.md")
-    ours.add_argument("--fast", action="store_const", const=True,
-                      help="train in bfloat16, channels last, with augmentation as tensor "
-                           "operations, and evaluate only what model selection reads; see "
-                           "docs/speed.md")
-    ours.add_argument("--compile", action="store_const", const=True,
-                      help="with --fast: compile each run's featurizer, for a minute or two; "
-                           "needs a C++ compiler")
-    ours.add_argument("--image_cache", metavar="DIR",
-                      help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
-                           "results do not depend on it; see docs/speed.md")
-    ours.add_argument("--loader_processes", type=int, metavar="N",
-                      help="processes that read each run's images, no more than there are cores; "
-                           "default: 0, but on a GPU as many as the run has threads, up to 8; "
-                           "results do not depend on it")
+    add_flags_of_runs(ours)
     ours.add_argument("--retry", type=int, default=0, metavar="N",
                       help="launch: start jobs that fail up to N times more; default: 0")
     ours.add_argument("--watch", type=float, nargs="?", const=5.0, metavar="SECONDS",
@@ -155,12 +131,6 @@ def build_parser() -> argparse.ArgumentParser:
                       help="jobs at a time, on each GPU if there are several; default: 1")
     ours.add_argument("--threads_per_job", type=int, metavar="N",
                       help="CPU threads of a job; default: the cores shared out evenly")
-    ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
-                      help="module or .py file with algorithms, data sets or launchers of your "
-                           "own; may be given again")
-    ours.add_argument("--fork", dest="plugin", action="append", metavar="FOLDER",
-                      help="folder of a DomainBed fork, which holds its package domainbed: its "
-                           "algorithms can be named too; ours keep their names")
     slurm = parser.add_argument_group("launcher slurm", "see docs/clusters.md")
     slurm.add_argument("--slurm_partition", metavar="NAME", help="default: the cluster's own")
     slurm.add_argument("--slurm_gpus", type=int, metavar="N", help="GPUs of a job; default: 1")

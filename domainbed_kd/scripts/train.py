@@ -12,6 +12,7 @@ from domainbed_kd import claims, user_input
 from domainbed_kd.scripts import (
     USER_ERRORS,
     Parser,
+    add_flags_of_runs,
     check_compile,
     check_teacher_cache,
     one_line,
@@ -23,11 +24,19 @@ OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits", "fast"
             "format")
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that are values."""
+
+    def _get_help_string(self, action):
+        is_value = action.default is not False and action.default not in (None, [])
+        return super()._get_help_string(action) if is_value else action.help
+
+
 def build_parser() -> argparse.ArgumentParser:
     """DomainBed's flags, then ours."""
     parser = Parser(
         prog="python -m domainbed_kd.scripts.train", description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=_Defaults)
     parser.add_argument("--data_dir", help="folder that holds the data sets")
     parser.add_argument("--dataset", default="RotatedMNIST",
                         help="a data set by name, or Folder:NAME for images of your own in "
@@ -58,47 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
     ours = parser.add_argument_group("beyond DomainBed")
     ours.add_argument("--teacher", metavar="FOLDER",
                       help="finished run whose model teaches, for methods that learn from one")
-    ours.add_argument("--allow_bad_teacher", action="store_true",
-                      help="go on with a teacher that is near chance or has other classes")
-    ours.add_argument("--diagnostics", action="store_true",
-                      help="record weight distance, mutual information, calibration and agreement "
-                           "with the teacher at each evaluation; see docs/analysis.md")
-    ours.add_argument("--save_logits", action="store_true",
-                      help="keep the predictions that model selection looks at, at each "
-                           "evaluation, in logits/stepN.npz (float16); see docs/analysis.md")
-    ours.add_argument("--log_test_domains", action="store_true",
-                      help="show accuracies on the test domains in TensorBoard too")
-    ours.add_argument("--wandb", action="store_true",
-                      help="log to Weights & Biases too, offline unless WANDB_MODE=online")
-    ours.add_argument("--fast", action="store_true",
-                      help="train in bfloat16, channels last, with augmentation as tensor "
-                           "operations, and evaluate only what model selection reads; see "
-                           "docs/speed.md")
-    ours.add_argument("--compile", action="store_true",
-                      help="with --fast: compile the featurizer, for a minute or two; needs a "
-                           "C++ compiler")
-    ours.add_argument("--image_cache", metavar="DIR",
-                      help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
-                           "results do not depend on it; see docs/speed.md")
-    ours.add_argument("--teacher_cache", metavar="DIR",
-                      help="keep what frozen teachers make of images without augmentation, for "
-                           "all runs; needs the hparam canonical_view; see docs/speed.md")
-    ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
-                      help="module or .py file with algorithms or data sets of your own")
-    ours.add_argument("--format", choices=["safetensors"],
-                      help="also write model.safetensors: the tensors by name, and all else that "
-                           "model.pkl has as JSON in the file's metadata")
-    ours.add_argument("--fork", dest="plugin", action="append", metavar="FOLDER",
-                      help="folder of a DomainBed fork, which holds its package domainbed: its "
-                           "algorithms can be named too; ours keep their names")
     ours.add_argument("--resume", choices=["auto", "never"], default="auto",
                       help="auto continues an unfinished run; never starts again and appends")
     ours.add_argument("--wait", type=float, default=claims.WAIT_S, metavar="SECONDS",
                       help="how long to wait for another process that trains in the folder")
-    ours.add_argument("--loader_processes", type=int, metavar="N",
-                      help="processes that read images, no more than there are cores; "
-                           "default: 0, but on a GPU as many as the run has threads, up to 8; "
-                           "results do not depend on it")
+    add_flags_of_runs(ours)
     return parser
 
 
