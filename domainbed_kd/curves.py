@@ -46,36 +46,28 @@ def of_records(records: Iterable[dict], broken: list[int] | None = None) -> list
             without it none is looked at.
     """
     found = []
-    args = hparams = selection = keys = types = pick = None
+    last = None
     for number, record in enumerate(records, 1):
-        # Most records are as the last one but for their numbers, and need no closer look.
-        if not (type(record) is dict and tuple(record) == keys
-                and [*map(type, row := pick(record))] == types
-                and record["args"] == args and record["hparams"] == hparams
-                and record.get("selection") == selection):
-            if broken is not None and not _is_record(record):
-                broken.append(number)
-                continue
-            keys, selection = tuple(record), record.get("selection")
-            names, pick = _columns(keys)
-            types = [*map(type, row := pick(record))]
-            # One object for all curves of a run: they are most of its memory.
-            args = args if args == record["args"] else record["args"]
-            hparams = hparams if hparams == record["hparams"] else record["hparams"]
-            rows = []
-            found.append((args, hparams, selection, names, rows))
-        rows.append(row)
-    return [Curve(*same, dict(zip(names, zip(*rows)))) for *same, names, rows in found]
+        if broken is not None and not is_record(record):
+            broken.append(number)
+            continue
+        names, values = columns(tuple(record))
+        of_curve = record["args"], record["hparams"], record.get("selection"), names
+        if of_curve != last:
+            last, rows = of_curve, []
+            found.append((*of_curve, rows))
+        rows.append(values(record))
+    return [Curve(*settings, dict(zip(names, zip(*rows)))) for *settings, names, rows in found]
 
 
 @functools.cache
-def _columns(keys: tuple[str, ...]) -> tuple[tuple[str, ...], Callable]:
+def columns(keys: tuple[str, ...]) -> tuple[tuple[str, ...], Callable]:
     """What is kept of records with these keys, and what takes it out of one."""
     names = "step", *(key for key in keys if key.endswith("_acc"))
     return names, operator.itemgetter(*names)  # at least the step and an accuracy
 
 
-def _is_record(record) -> bool:
+def is_record(record) -> bool:
     """Whether model selection can read it; ERM++'s second stage only has `fd_` accuracies."""
     try:
         args = record["args"]
@@ -83,7 +75,7 @@ def _is_record(record) -> bool:
             return False
         splits = ("out",) if args.get("fast") else ("in", "out")
         accuracies = _accuracies(tuple(record), tuple(args["test_envs"]), splits)
-        if not accuracies or any(type(record[name]) is not float for name in accuracies):
+        if not accuracies or any(type(record[name]) not in (float, int) for name in accuracies):
             return False
         if not {list, dict}.isdisjoint(map(type, map(args.get, _ONE_VALUE))):
             return False

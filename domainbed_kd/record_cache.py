@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-import orjson
+import msgspec
 
 from domainbed_kd.curves import Curve
 
@@ -48,7 +48,7 @@ def load(path: Path) -> dict[str, tuple[tuple[int, int], list[Curve]]]:
 
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            index = orjson.loads(arrays["index"].tobytes())
+            index = msgspec.json.decode(arrays["index"])
             if index["format"] != _FORMAT:
                 return {}
             steps, values = iter(arrays["steps"].tolist()), iter(arrays["values"].tolist())
@@ -87,7 +87,7 @@ def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[Curve]]]) -> No
             steps += step
             values += itertools.chain.from_iterable(columns)
         index.append((name, stamp, entries))
-    text = orjson.dumps({"format": _FORMAT, "shapes": list(shapes), "runs": index})
+    text = msgspec.json.encode({"format": _FORMAT, "shapes": list(shapes), "runs": index})
     _replace(path, lambda file: np.savez(
         file, index=np.frombuffer(text, np.uint8), steps=np.array(steps, np.int64),
         values=np.array(values, np.float64)))

@@ -5,6 +5,7 @@ import functools
 import gc
 import itertools
 import json
+import operator
 import os
 import sys
 from collections import Counter, defaultdict
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import orjson
+import msgspec
 
 from domainbed_kd import curves, record_cache
 from domainbed_kd.curves import PROTOCOL, Curve
@@ -127,37 +128,63 @@ class Folder:
         return answer
 
 
-def _decode(content: bytes) -> list:
-    """What json.loads makes of each line, NaN included; None where it is not JSON."""
-    lines = content.removesuffix(b"\n")
-    try:  # all at once, in half the time
-        found = orjson.loads(b"[%b]" % lines.replace(b"\n", b","))
-        if len(found) == lines.count(b"\n") + 1:
-            return found
-    except orjson.JSONDecodeError:
-        pass
-    return [_decode_line(line) for line in lines.split(b"\n")] if content else []
-
-
-def _decode_line(line: bytes):
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
 def _read(path: str, size: int) -> tuple[list[Curve], str]:
     """The curves in a file of `size` bytes (-1: all of it), and what is wrong with it, or ""."""
     with open(path, "rb", buffering=0) as file:  # read whole, which needs no buffer
         content = file.read(size)
         if len(content) < size:  # as some network file systems have it
             content += file.readall()
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    if lines and (curve := _one_curve(lines, content)):
+        return [curve], ""
     broken = []
-    found = curves.of_records(_decode(content), broken)
+    found = curves.of_records(map(_decode, lines), broken)
     if not broken:
         return found, "" if found else f"{path}: empty"
     more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
     return found, f"{path}: line {broken[0]}{more}, no record of DomainBed's"
+
+
+def _decode(line: bytes):
+    """What a line says; None where it is not JSON."""
+    for decode in (msgspec.json.decode, json.loads):  # the second is slow and knows NaN
+        with contextlib.suppress(ValueError, RecursionError):
+            return decode(line)
+    return None
+
+
+def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
+    """The curve of a file that has one, as most do, in half the time of looking at each record."""
+    first = _decode(lines[0])
+    if not curves.is_record(first):
+        return None
+    names, decoder, values, settings = _decoder(tuple(first))
+    try:
+        records = decoder.decode_lines(content)
+    except msgspec.DecodeError:
+        return None
+    same = settings(records[0])
+    if len(records) != len(lines) or any(settings(record) != same for record in records):
+        return None
+    return Curve(first["args"], first["hparams"], first.get("selection"),
+                 dict(zip(names, zip(*map(values, records)))))
+
+
+@functools.cache
+def _decoder(keys: tuple[str, ...]) -> tuple[tuple, msgspec.json.Decoder, Callable, Callable]:
+    """For records with these keys: their columns, a decoder, and what takes from what it decodes.
+
+    It decodes steps and accuracies; the rest stays text, of which settings must be equal.
+    """
+    names, _ = curves.columns(keys)
+    fields = {key: f"field{i}" for i, key in enumerate(keys)}  # a key need be no identifier
+    types = {name: float for name in names} | {"step": int}
+    record = msgspec.defstruct(
+        "Record", [(field, types.get(key, msgspec.Raw)) for key, field in fields.items()],
+        rename={field: key for key, field in fields.items()}, forbid_unknown_fields=True, gc=False)
+    settings = (fields[key] for key in ("args", "hparams", "selection") if key in fields)
+    return (names, msgspec.json.Decoder(record),
+            operator.attrgetter(*map(fields.get, names)), operator.attrgetter(*settings))
 
 
 class Run(NamedTuple):

@@ -71,7 +71,11 @@ def test_only_what_changed_is_parsed_again(sweep, parsed):
     [line(0)[:-1] + ', "selection": "last"}'],
     [line(0), line(10).replace('"hparams"', '"teacher": {"hparams": {"lr": 0.1}}, "hparams"')],
     [line(0), line(10)[:-1] + ', "args": ' + json.dumps(json.loads(line(seed=3))["args"]) + "}"],
-    [line(0), line(10)[:-1] + ', "hparams": {"lr": 0.2}}']])
+    [line(0), line(10)[:-1] + ', "hparams": {"lr": 0.2}}'],
+    [text[:-1] + ', "class": 3, "loss/ce": {"a": [1]}}' for text in (line(0), line(10))],
+    [line(0), line(10)[:-1] + ', "class": 3}'], [line(0), line(10).replace('"loss": 1.0, ', "")],
+    [line(0), line(10).replace("1.0", "NaN")],
+    [line(0).replace("0.5", "1e-320"), line(10).replace("0.5", "0.1234567890123456789")]])
 def test_odd_runs_are_read_as_json_reads_them_with_and_without_cache(sweep, lines):
     write(sweep / "zz", *lines)
     expected = [{k: v for k, v in json.loads(text).items()
