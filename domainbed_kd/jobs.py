@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from domainbed_kd import claims, datasets
+from domainbed_kd import algorithms, claims, datasets
 from domainbed_kd.claims import STOPPED
 from domainbed_kd.seeds import seed_hash
 
@@ -26,6 +26,10 @@ _IDENTITY = {
     "seed": 0, "task": "domain_generalization", "steps": None, "hparams": None,
     "holdout_fraction": 0.2, "uda_holdout_fraction": 0, "checkpoint_freq": None,
     "skip_model_save": False, "fast": False, "compile": False}
+
+# A file in a sweep's folder: the plug-ins of each launch, which runs do not record. Only
+# `plugins_of` reads it.
+_PLUGINS = ".plugins.jsonl"
 
 _encode = json.JSONEncoder(sort_keys=True).encode
 
@@ -130,6 +134,51 @@ class Runs:
             if identity not in found or os.path.exists(os.path.join(path, "done")):
                 found[identity] = name
         return found
+
+
+def plugins_of(sweep_output_dir: str, dataset: str, algorithm: str) -> list[str]:
+    """The plug-ins with which an algorithm was last launched on a data set, as far as is known.
+
+    Where that never happened, those that came with either, of what this package lacks.
+    """
+    path = os.path.join(sweep_output_dir, _PLUGINS)
+    if not os.path.isfile(path):
+        return []
+    of_pair, of_name = {}, {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                found = json.loads(line)
+                names, plugins = [*found["datasets"], *found["algorithms"]], found["plugins"]
+                of_pair |= {(d, a): plugins for d in found["datasets"]
+                            for a in found["algorithms"]}
+            except (ValueError, LookupError, TypeError):
+                continue  # torn by a machine that broke down
+            of_name |= {name: plugins for name in names}
+    lacking = [name for name, known in ((dataset, datasets.DATASETS),
+                                        (algorithm, algorithms.SHIPPED)) if name not in known]
+    return of_pair.get((dataset, algorithm)) or list(dict.fromkeys(
+        plugin for name in lacking for plugin in of_name.get(name, [])))
+
+
+def _keep_plugins(some: list["Job"]) -> None:
+    """Leaves for `plugins_of` what jobs of one sweep are launched with."""
+    if not some or not some[0].plugins:
+        return
+
+    def whole(plugin):
+        is_path = plugin.endswith(".py") or os.path.isdir(os.path.join(plugin, "domainbed"))
+        return os.path.abspath(plugin) if is_path else plugin
+
+    line = _encode({"plugins": [whole(plugin) for plugin in some[0].plugins],
+                    **{f"{kind}s": sorted({job.train_args[kind] for job in some})
+                       for kind in ("dataset", "algorithm")}}) + "\n"
+    path = os.path.join(os.path.dirname(some[0].output_dir), _PLUGINS)
+    with contextlib.suppress(OSError):  # a sweep goes without, say in a colleague's folder
+        with open(path, "a+", encoding="utf-8") as file:
+            file.seek(0)
+            if line not in file:
+                file.write(line)  # at the end, and at once, whoever else does
 
 
 class Job:
@@ -306,12 +355,13 @@ class Job:
         for job in jobs:
             os.makedirs(job.output_dir, exist_ok=True)
             job.has_folder = True
+        _keep_plugins(jobs)
         try:
             statuses = launcher_fn([job.command_str for job in jobs])
         except BaseException:
             for folder in [*(job.output_dir for job in jobs), *new]:
-                if not os.listdir(folder):
-                    os.rmdir(folder)
+                if not set(os.listdir(folder)) - {_PLUGINS}:
+                    shutil.rmtree(folder)
             raise
         print(f"Launched {len(jobs)} jobs!")
         if not isinstance(statuses, list):

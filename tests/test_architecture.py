@@ -27,7 +27,7 @@ ALLOWED = {
     "forks": {"algorithms", "checkpoints", "datasets", "hparams_registry", "networks"},
     "hook": {"plugin"},
     "claims": set(), "clusters": {"claims", "workers"}, "costs": set(),
-    "jobs": {"claims", "seeds", "datasets", "hparams_registry"},
+    "jobs": {"algorithms", "claims", "seeds", "datasets"},
     "model_selection": {"curves", "records"},
     "tables": {"model_selection", "datasets", "algorithms"},
     "protocols": {"datasets", "records", "tables"}, "published": {"protocols", "tables"},

@@ -2,12 +2,15 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import GOLDENS, golden
 
-from domainbed_kd import claims, jobs
-from domainbed_kd.scripts import collect_results, sweep
+from domainbed_kd import algorithms, claims, command_launchers, jobs
+from domainbed_kd.scripts import collect_results, sweep, train
 
 
 def run(capsys, folder, *flags):
@@ -242,6 +245,82 @@ def test_the_command_that_completes_a_sweep_launches_the_absent_runs_only(
     absent = [job.train_args | {"output_dir": None} for job in launched]
     expected = [made[i] | {"output_dir": None} for i in sorted(lost)]
     assert sorted(map(str, absent)) == sorted(map(str, expected))
+
+
+PLUGIN = """
+from domainbed_kd.algorithms.erm import ERM
+class Brought(ERM):
+    pass
+"""
+
+
+def launch_and_pretend(commands):
+    """A launcher that makes a finished run of each command."""
+    for command in commands:
+        args = vars(train.build_parser().parse_args(shlex.split(command)[3:]))
+        args = {name: value for name, value in args.items() if value is not None}
+        folder = Path(args["output_dir"])
+        accs = {f"env{k}_{split}_acc": .5 for k in range(3) for split in ("in", "out")}
+        (folder / "results.jsonl").write_text(
+            json.dumps({"args": args, "hparams": {}, "step": 2, **accs}) + "\n")
+        (folder / "done").write_text("done")
+
+
+@pytest.fixture
+def brought(tmp_path, monkeypatch):
+    """A sweep with a method of a plug-in, of which one run is lost; returns that run's folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("my methods").mkdir()
+    Path("my methods", "brought.py").write_text(PLUGIN)
+    monkeypatch.setattr(algorithms, "ALGORITHMS", algorithms.ALGORITHMS.copy())
+    monkeypatch.setitem(command_launchers.REGISTRY, "pretend", launch_and_pretend)
+    sweep.main(["launch", "--datasets", "Debug28", "--algorithms", "ERM", "Brought", "--n_trials",
+                "1", "--n_hparams", "1", "--single_test_envs", "--output_dir", "sweep",
+                "--skip_confirmation", "--command_launcher", "pretend", "--allow_bad_teacher",
+                "--diagnostics", "--save_logits", "--format", "safetensors",
+                "--plugin", "my methods/brought.py"])
+    lost = next(folders(Path("sweep"), algorithm="Brought", test_envs=[1]))
+    shutil.rmtree(lost)
+    return lost
+
+
+def completing(capsys, *flags):
+    out, _ = run(capsys, "sweep", *flags)
+    return [shlex.split(line) for line in out.splitlines() if "sweep launch" in line]
+
+
+def test_the_command_that_completes_a_sweep_brings_its_plugins_and_all_flags_on_record(
+        brought, capsys):
+    command, = completing(capsys)
+    assert command[command.index("--plugin") + 1] == "my methods/brought.py"
+    # In a process of its own, which has loaded no plug-in.
+    done = subprocess.run([sys.executable, *command[1:], "--command_launcher", "dummy"],
+                          capture_output=True, text=True, check=True)
+    launched = [line for line in done.stdout.splitlines() if line.startswith("Dummy launcher")]
+    assert len(launched) == 1 and f"--output_dir {brought} " in launched[0]
+
+
+def test_word_of_plugins_may_be_torn_or_deleted_and_is_left_once(brought, capsys):
+    word = Path("sweep/.plugins.jsonl")
+    whole = word.read_text()
+    assert whole.count("\n") == 1
+    assert jobs.plugins_of("sweep", "Debug224", "Brought") == [
+        str(Path("my methods/brought.py").absolute())]
+    assert jobs.plugins_of("sweep", "Debug224", "ERM") == []
+    word.write_text('{"plugins": ["x.py"], "alg\n[]\n' + whole)
+    assert "--plugin" in completing(capsys)[0]
+    word.unlink()
+    assert "--plugin" not in completing(capsys)[0]
+
+
+def test_the_command_that_completes_a_sweep_names_a_fork_as_such(brought, capsys):
+    Path("fork", "domainbed").mkdir(parents=True)
+    word = Path("sweep/.plugins.jsonl")
+    with word.open("a") as file:  # as another launcher does, later
+        file.write(json.dumps({"plugins": [str(Path("fork").absolute()), "package.module"],
+                               "datasets": ["Debug28"], "algorithms": ["Brought"]}) + "\n")
+    text = " ".join(completing(capsys)[0])
+    assert " --fork fork --plugin package.module " in text and "brought.py" not in text
 
 
 # Comparisons.

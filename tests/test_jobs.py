@@ -85,6 +85,18 @@ def test_plugins_are_in_the_command_but_not_in_the_folders_name():
     assert job.output_dir == Job(args, "o").output_dir
 
 
+def test_a_launcher_that_gives_up_leaves_no_new_folder_even_with_plugins(tmp_path):
+    args = CASES[0]["jobs"][0]["train_args"]
+
+    def gives_up(commands):
+        assert (tmp_path / "sweep" / ".plugins.jsonl").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Job.launch([Job(args, str(tmp_path / "sweep"), plugins=["x.py"])], gives_up)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_sweep_that_domainbed_made_is_recognized_by_its_folders(tmp_path):
     shutil.copytree(GOLDENS / "sweep_data", tmp_path / "sweep")
     assert {job.state for job in make(SHIPPED, tmp_path / "sweep")} == {"Done"}

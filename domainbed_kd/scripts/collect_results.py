@@ -12,6 +12,7 @@ from domainbed_kd import (
     claims,
     curves,
     datasets,
+    jobs,
     model_selection,
     protocols,
     published,
@@ -27,7 +28,8 @@ EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
 SWEEP_DEFAULTS = {"data_dir": None, "task": "domain_generalization", "holdout_fraction": 0.2,
                   "uda_holdout_fraction": 0, "steps": None, "checkpoint_freq": None,
                   "hparams": None, "skip_model_save": False, "fast": False,
-                  "compile": False}
+                  "compile": False, "allow_bad_teacher": False, "diagnostics": False,
+                  "save_logits": False, "format": None}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -361,20 +363,23 @@ def _ranges(numbers: Iterable[int]) -> str:
 def completing_commands(grid: sweeps.Grid, absent: list[sweeps.Run], input_dir: str) -> list[str]:
     """The `sweep launch` commands that run what is absent, with the arguments of the others.
 
-    The arguments are those of most runs of the same algorithm and dataset, else of the dataset.
+    The arguments are those of most runs of the same algorithm and dataset, else of the dataset;
+    the plug-ins are those that a launch left word of.
     """
     used = defaultdict(Counter)
     for run, args in grid.args.items():
         settings = tuple(args.get(name, value) for name, value in SWEEP_DEFAULTS.items())
         used[run.dataset, run.algorithm][settings] += 1
         used[run.dataset, None][settings] += 1
-    needed = defaultdict(lambda: defaultdict(list))  # {settings: {dataset: algorithms}}
+    # {(settings, plug-ins): {dataset: algorithms}}
+    needed = defaultdict(lambda: defaultdict(list))
     for dataset, algorithm in dict.fromkeys((run.dataset, run.algorithm) for run in absent):
         counts = used.get((dataset, algorithm)) or used[dataset, None]
-        needed[counts.most_common(1)[0][0]][dataset].append(algorithm)
+        plugins = tuple(jobs.plugins_of(input_dir, dataset, algorithm))
+        needed[counts.most_common(1)[0][0], plugins][dataset].append(algorithm)
 
     commands = []
-    for settings, by_dataset in needed.items():
+    for (settings, plugins), by_dataset in needed.items():
         alike = defaultdict(list)
         for dataset, names in by_dataset.items():
             alike[tuple(names)].append(dataset)
@@ -388,10 +393,18 @@ def completing_commands(grid: sweeps.Grid, absent: list[sweeps.Run], input_dir: 
             for (name, default), value in zip(SWEEP_DEFAULTS.items(), settings):
                 if value != default:
                     words += [f"--{name}"] if value is True else [f"--{name}", value]
+            for plugin in plugins:
+                words += ["--fork" if os.path.isdir(plugin) else "--plugin", _from_here(plugin)]
             words += [] if grid.has_pairs else ["--single_test_envs"]
             words += ["--output_dir", input_dir, "--command_launcher", "local"]
             commands.append(shlex.join(map(str, words)))
     return commands
+
+
+def _from_here(plugin: str) -> str:
+    """A plug-in's path, relative if it lies in the working directory; a module's name as it is."""
+    path = os.path.relpath(plugin)
+    return path if os.path.isabs(plugin) and not path.startswith(os.pardir) else plugin
 
 
 if __name__ == "__main__":
