@@ -71,22 +71,30 @@ def is_record(record) -> bool:
     """Whether model selection can read it; ERM++'s second stage only has `fd_` accuracies."""
     try:
         args = record["args"]
-        if not all(isinstance(i, int) for i in args["test_envs"]):
+        if not are_args(args):
             return False
         splits = ("out",) if args.get("fast") else ("in", "out")
         accuracies = _accuracies(tuple(record), tuple(args["test_envs"]), splits)
         if not accuracies or any(type(record[name]) not in (float, int) for name in accuracies):
             return False
-        if not {list, dict}.isdisjoint(map(type, map(args.get, _ONE_VALUE))):
+        return (isinstance(record["step"], int) and isinstance(record["hparams"], dict)
+                and isinstance(record.get("selection"), (str, type(None))))
+    except (TypeError, KeyError):
+        return False
+
+
+def are_args(args) -> bool:
+    """Whether they tell what a run trains."""
+    try:
+        if not all(isinstance(i, int) for i in args["test_envs"]):
             return False
-        if not isinstance(args.get("steps"), (int, type(None))):
+        if not {list, dict}.isdisjoint(map(type, map(args.get, _ONE_VALUE))):
             return False
         return (isinstance(args["dataset"], str) and isinstance(args["algorithm"], str)
                 and isinstance(args["trial_seed"], int) and isinstance(args["hparams_seed"], int)
-                and isinstance(record["step"], int) and isinstance(record["hparams"], dict)
-                and isinstance(record.get("selection"), (str, type(None)))
+                and isinstance(args.get("steps"), (int, type(None)))
                 and len(set(args["test_envs"])) == len(args["test_envs"]) > 0)
-    except (TypeError, KeyError):
+    except (AttributeError, TypeError, KeyError):
         return False
 
 

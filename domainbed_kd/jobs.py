@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from domainbed_kd import algorithms, claims, datasets
+from domainbed_kd import algorithms, claims, datasets, run_folders
 from domainbed_kd.claims import STOPPED
 from domainbed_kd.seeds import seed_hash
 
@@ -309,7 +309,7 @@ class Job:
 
     def why_failed(self) -> str:
         """Why it ended without being done, in a line."""
-        if reason := self._reason_kept():
+        if reason := run_folders.failure(self.output_dir):
             return reason
         if self.exit_status == -signal.SIGKILL:
             return "killed by SIGKILL, as a system does that runs out of memory"
@@ -318,14 +318,6 @@ class Job:
         if self.was_stopped:
             return "stopped before its end"
         return self.last_error() or f"exit status {self.exit_status}, no message"
-
-    def _reason_kept(self) -> str:
-        """What it or its launcher left in the file `failed`; empty if there is no such file."""
-        path = os.path.join(self.output_dir, "failed")
-        if not os.path.exists(path):
-            return ""
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip() or "no space was left on the disk to say why"
 
     @property
     def was_stopped(self) -> bool:
@@ -346,21 +338,22 @@ class Job:
 
         Returns the jobs that failed or were stopped; none if the launcher returns no exit statuses.
         One that another launcher has finished, or is at, has not failed.
-        Folders that are still empty when the launcher gives up are removed, so that their jobs
-        count as not launched; so is the sweep's if it is new and empty.
+        Folders in which nothing has begun when the launcher gives up are removed, so that their
+        jobs count as not launched; so is the sweep's if it is new and empty.
         """
         new = {sweep for job in jobs if not os.path.isdir(sweep := os.path.dirname(job.output_dir))}
         print("Launching...")
         print("Making job directories:")
         for job in jobs:
             os.makedirs(job.output_dir, exist_ok=True)
+            run_folders.leave_args(job.output_dir, job.train_args)
             job.has_folder = True
         _keep_plugins(jobs)
         try:
             statuses = launcher_fn([job.command_str for job in jobs])
         except BaseException:
             for folder in [*(job.output_dir for job in jobs), *new]:
-                if not set(os.listdir(folder)) - {_PLUGINS}:
+                if not set(os.listdir(folder)) - {_PLUGINS, run_folders.ARGS}:
                     shutil.rmtree(folder)
             raise
         print(f"Launched {len(jobs)} jobs!")

@@ -212,10 +212,14 @@ class Outcome(NamedTuple):
 
 
 def outcomes(cells: dict, grid: sweeps.Grid, method: type[SelectionMethod]) -> dict:
-    """{(dataset, algorithm, test env): Outcome} of `curves.by_cell` and its `records.Grid`."""
-    accs = defaultdict(dict)
+    """{(dataset, algorithm, test env): Outcome} of `curves.by_cell` and its `records.Grid`.
+
+    All that the grid has; those of which nothing can be selected have no accuracies.
+    """
+    accs = {(dataset, algorithm, env): {} for dataset in grid.datasets
+            for algorithm in grid.algorithms for env in range(grid.n_envs[dataset])}
     for (trial_seed, *where), cell in cells.items():
         if (acc := method.sweep_acc(cell)) is not None:
-            accs[tuple(where)][trial_seed] = acc
+            accs.setdefault(tuple(where), {})[trial_seed] = acc
     return {cell: Outcome(by_trial, grid.coverage(*cell, method.uses_pairs))
             for cell, by_trial in accs.items()}

@@ -54,6 +54,8 @@ class Folder:
         self.stamps = {entry.name: self._stamp(entry) for entry in entries}
         #: One line for each run that `curves` could not read, or not all of it.
         self.skipped: list[str] = []
+        #: Names of the folders in which `curves` found no record.
+        self.without_results: list[str] = []
         self.is_large = len(self.stamps) >= record_cache.LEAST_RUNS
 
     @staticmethod
@@ -89,6 +91,7 @@ class Folder:
             if problem:  # said each time, so read each time
                 self.skipped.append(problem)
             runs[name] = (None if problem else stamp), found
+        self.without_results = [name for name, (_, found) in runs.items() if not found]
         for line in self.skipped[:_MOST_WARNINGS]:
             print(f"skipped {line}", file=sys.stderr)
         if len(self.skipped) > _MOST_WARNINGS:
@@ -111,17 +114,19 @@ class Folder:
             return [], f"{path}/results.jsonl: {error.strerror}"
 
     @_no_garbage()
-    def answer(self, *question: str, make: Callable[[], list[str]]) -> list[str]:
+    def answer(self, *question: str, make: Callable[[], list[str]],
+               holds: Callable[[list[str]], bool] = lambda answer: True) -> list[str]:
         """What `make` returns, kept beside a large sweep for as long as nothing changes.
 
-        A sweep with something to skip is read each time, so that each time it is said.
+        A sweep with something to skip is read each time, so that each time it is said. `holds`
+        tells of an answer that was kept whether it is still true of what is not in results.jsonl.
         """
         if not self.is_large:
             return make()
         path = record_cache.answer_path(self.path, *question)
         of = record_cache.fingerprint(self.stamps)
         answer = record_cache.load_answer(path, of)
-        if answer is None:
+        if answer is None or not holds(answer):
             answer = make()
             if not self.skipped:
                 record_cache.save_answer(path, of, answer)
@@ -196,6 +201,12 @@ class Run(NamedTuple):
     trial_seed: int
     hparams_seed: int
 
+    @classmethod
+    def of(cls, args: dict) -> "Run":
+        """The run with these arguments."""
+        return cls(args["dataset"], args["algorithm"], tuple(args["test_envs"]),
+                   args["trial_seed"], args["hparams_seed"])
+
 
 class Coverage(NamedTuple):
     """How many of a cell's runs have finished, of how many, and by which protocols they ran."""
@@ -211,17 +222,20 @@ class Grid:
     Whole means every trial seed x hparams seed x algorithm x dataset that occurs anywhere, on
     every environment, and on every pair of them if any pair occurs. A run has finished when its
     last record is at step `args.steps - 1` or, without that argument, where the longest of its
-    dataset's runs ends. `args` and `hparams` are those of each run that is there; `n_steps`
+    dataset's runs ends. `args` and `hparams` are those of each run that has records; `n_steps`
     is how many the longest run on each dataset made.
+
+    Args:
+        found: the curves of all runs.
+        planned: the args of runs without records; they occur like the others.
     """
 
-    def __init__(self, found: Iterable[Curve]):
+    def __init__(self, found: Iterable[Curve], planned: Iterable[dict] = ()):
         self.n_envs, self.args, self.hparams, self.n_steps = Counter(), {}, {}, Counter()
         last_step, longest = {}, Counter()
         for curve in found:
             args = curve.args
-            run = Run(args["dataset"], args["algorithm"], tuple(args["test_envs"]),
-                      args["trial_seed"], args["hparams_seed"])
+            run = Run.of(args)
             self.n_envs[run.dataset] = max(
                 self.n_envs[run.dataset], curves.n_envs(tuple(curve.columns)))
             self.args[run], self.hparams[run] = args, curve.hparams
@@ -231,6 +245,12 @@ class Grid:
             key = run, protocol, steps
             last_step[key] = max(last_step.get(key, 0), step)
             longest[run.dataset, steps] = max(longest[run.dataset, steps], step)
+        by_run = {Run.of(args): args for args in planned}
+        #: {run: args} of the runs that have records, and of those that only have a folder.
+        self.begun = by_run | self.args
+        for run in by_run:
+            if run.dataset not in self.n_steps:  # no record tells how many there are
+                self.n_envs[run.dataset] = max(self.n_envs[run.dataset], max(run.test_envs) + 1)
 
         self.protocols: dict[Run, set[tuple]] = defaultdict(set)
         self.finished: set[Run] = set()
@@ -239,9 +259,8 @@ class Grid:
             if step >= (steps - 1 if steps else longest[run.dataset, steps]):
                 self.finished.add(run)
         self.datasets, self.algorithms, _, self.trial_seeds, self.hparams_seeds = (
-            sorted(set(values)) for values in zip(*self.protocols)
-        ) if self.protocols else ([],) * 5
-        self.has_pairs = any(len(run.test_envs) == 2 for run in self.protocols)
+            sorted(set(values)) for values in zip(*self.begun)) if self.begun else ([],) * 5
+        self.has_pairs = any(len(run.test_envs) == 2 for run in self.begun)
 
     def test_env_sets(self, dataset: str) -> list[tuple[int, ...]]:
         """The sets of test envs that the dataset's runs would hold out, in DomainBed's order."""

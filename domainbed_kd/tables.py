@@ -100,12 +100,10 @@ def _compare(column: list[Cell]) -> None:
 def _measured(values: Iterable[float], outcomes: list[tuple[str, Outcome]]) -> Cell:
     """The cell of these accuracies, one per trial, which come from (dataset, Outcome) pairs."""
     values = list(values)
-    if not values:
-        return Cell()
     coverages = [outcome.coverage for _, outcome in outcomes]
     return Cell(
-        mean=100 * float(np.mean(values)),
-        stderr=100 * float(np.std(values)) / math.sqrt(len(values)),
+        mean=100 * float(np.mean(values)) if values else None,
+        stderr=100 * float(np.std(values)) / math.sqrt(len(values)) if values else None,
         n_trials=len(values),
         n_finished=sum(c.n_finished for c in coverages),
         n_expected=sum(c.n_expected for c in coverages),
@@ -183,12 +181,7 @@ def _over_environments(dataset: str, algorithm: str, outcomes: dict, n_envs: int
     trials = sorted({trial for outcome in found.values() for trial in outcome.accs})
     values = [float(np.mean([o.accs[trial] for o in found.values() if trial in o.accs]))
               for trial in trials]
-    cell = _measured(values, [(dataset, outcome) for outcome in found.values()])
-    if found:
-        # An environment without any run lacks as many as the others should have.
-        each = next(iter(found.values())).coverage.n_expected
-        cell.n_expected += each * (n_envs - len(found))
-    return cell
+    return _measured(values, [(dataset, outcome) for outcome in found.values()])
 
 
 def display_name(algorithm: str) -> str:
@@ -354,7 +347,7 @@ def grid(style: str, title: str, rows: list[list[str]], remark: str) -> str:
 
 
 def as_csv(tables: Iterable[Table]) -> str:
-    """One line per cell that has a number; accuracies in percent, unrounded."""
+    """One line per cell that has a number or should; accuracies in percent, unrounded."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["selection", "dataset", "algorithm", "environment", "mean", "stderr",
@@ -362,11 +355,11 @@ def as_csv(tables: Iterable[Table]) -> str:
     for table in tables:
         for algorithm, row in table.rows.items():
             for column, cell in zip(table.columns, row):
-                if cell.mean is None:
+                if cell.mean is None and not cell.n_expected:
                     continue
                 writer.writerow([
                     table.method, *((table.dataset, display_name(algorithm), column)
                                     if table.dataset else (column, display_name(algorithm), "all")),
-                    cell.mean, "" if cell.stderr is None else cell.stderr,
+                    *("" if value is None else value for value in (cell.mean, cell.stderr)),
                     cell.n_trials, cell.n_finished, cell.n_expected, int(cell.differs)])
     return out.getvalue()

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS, golden
 
-from domainbed_kd import algorithms, claims, command_launchers, jobs
+from domainbed_kd import (
+    algorithms,
+    claims,
+    command_launchers,
+    jobs,
+    record_cache,
+    run_folders,
+)
 from domainbed_kd.scripts import collect_results, sweep, train
 
 
@@ -55,6 +62,7 @@ def test_a_sweep_at_work_says_what_is_in_training_and_what_waits(vlcs, capsys):
     assert "at work" not in run(capsys, vlcs).err
     for name in ("waits", "waits too"):
         (vlcs / name).mkdir()
+    (vlcs / "waits" / "args.json").touch()
     with claims.held(first):
         err = run(capsys, vlcs).err
     assert "The sweep is at work: 1 of its runs are in training and 2 more wait" in err
@@ -120,8 +128,8 @@ def test_datasets_that_are_not_registered_are_dropped_upstream_and_shown_by_defa
     assert "98.0 +/- 0.2          64.2 +/- 0.8" in out
 
 
-def test_an_empty_sweep_prints_what_domainbed_prints_and_says_so(tmp_path, capsys):
-    out, err = run(capsys, tmp_path)
+def test_upstream_prints_of_an_empty_folder_what_domainbed_prints_and_says_so(tmp_path, capsys):
+    out, err = run(capsys, tmp_path, "--upstream")
     row = "Algorithm".ljust(25) + "  " + "Avg".ljust(25) + " "
     titles = ("training-domain validation set", "leave-one-domain-out cross-validation",
               "test-domain validation set (oracle)")
@@ -216,6 +224,106 @@ def test_alike_gaps_share_a_line(vlcs, capsys):
     assert "    VLCS, 4Ds zeta, test envs 0 0+1 " in out
 
 
+def without_results(folder, reason=""):
+    """Turns a run into one that has no results yet or, with a reason, has failed."""
+    path = folder / "results.jsonl"
+    args = json.loads(path.read_text().splitlines()[0])["args"]
+    path.unlink()
+    (folder / "done").unlink(missing_ok=True)
+    run_folders.leave_args(folder, args)
+    if reason:
+        (folder / "failed").write_text(reason)
+        (folder / "out.txt").touch()
+    return args
+
+
+def second_method(sweep_dir, reason=""):
+    """Copies of the sweep's runs as those of another method, without results."""
+    for folder in list(folders(sweep_dir)):
+        copy = sweep_dir / f"{folder.name}x"
+        shutil.copytree(folder, copy)
+        edit(copy, algorithm="KDDG")
+        without_results(copy, reason)
+
+
+@pytest.mark.parametrize("flags, row", [
+    ([], r"KDDG( +X){5} +\n"), (["--latex"], r"KDDG & X & X & X & X & X \\\\\n"),
+    (["--format", "markdown"], r"\| KDDG( \| X){5} \|\n"),
+    (["--format", "csv"], r"(training-domain validation set,VLCS,KDDG,[CLSV],,,0,0,4,0\n){4}")])
+@pytest.mark.parametrize("reason, state", [
+    ("", "40 unfinished:"), ("error: No\nmemory.\n", "0 unfinished and 40 failed:")])
+def test_a_method_of_which_no_run_has_results_is_not_left_out(
+        vlcs, capsys, flags, row, reason, state):
+    second_method(vlcs, reason)
+    out, err = run(capsys, vlcs, *flags)
+    said = err if "csv" in flags else out
+    assert re.search(row, out)
+    assert re.search(rf"Of 80 runs, 0 are absent(,| and) {state}", said)
+    line = "VLCS, KDDG, all test envs: trials 0-1, hparams 0-1"
+    assert (f"{line}: failed: No memory.\n" if reason else f"{line}\n") in said
+    assert "sweep launch --datasets VLCS --algorithms KDDG --n_trials 2 --n_hparams 2" in said
+    assert run(capsys, vlcs, "--upstream")[0] == golden("collect_results_text.txt")
+
+
+def test_seeds_and_data_sets_that_only_runs_without_results_have_count(vlcs, capsys):
+    for name, changes in (("more", {"trial_seed": 2}), ("other", {"dataset": "Folder:mine"})):
+        shutil.copytree(next(folders(vlcs, test_envs=[3])), vlcs / name)
+        edit(vlcs / name, **changes)
+        without_results(vlcs / name)
+    out, _ = run(capsys, vlcs)
+    assert out.splitlines()[4].count("*4/6") == 4
+    assert "Dataset: Folder:mine" in out and re.search(r"\nERM( +X){5} +\n", out)
+    assert "Of 120 runs, 78 are absent and 2 unfinished:" in out
+
+
+def test_a_run_that_failed_after_its_first_results_is_said_to_have_failed(vlcs, capsys):
+    first, *_ = folders(vlcs)
+    results = first / "results.jsonl"
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:-1]))
+    edit(first, output_dir=f"elsewhere/{first.name}")
+    assert "0 are absent and 1 unfinished:" in run(capsys, vlcs).out
+    (first / "failed").write_text("error: No memory.\n")
+    out, _ = run(capsys, vlcs)
+    assert "0 are absent, 0 unfinished and 1 failed:" in out and ": failed: No memory.\n" in out
+
+
+def test_what_failed_since_an_answer_was_kept_is_said(vlcs, capsys, monkeypatch):
+    monkeypatch.setattr(record_cache, "LEAST_RUNS", 2)
+    test_a_run_that_failed_after_its_first_results_is_said_to_have_failed(vlcs, capsys)
+    assert list(vlcs.glob(".answer-*"))
+
+
+def test_many_different_failures_are_summed_up(vlcs, capsys):
+    for i, folder in enumerate(list(folders(vlcs))[:15]):
+        without_results(folder, f"error: reason {i}")
+    out, _ = run(capsys, vlcs)
+    assert out.count(": failed: ") == 10
+    assert "    and 5 more such lines; `sweep status` has them all\n" in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--latex"], ["--format", "csv"], ["--compare", "ERM"]])
+def test_a_folder_without_runs_is_an_error_and_stays_as_it_is(tmp_path, flags):
+    (tmp_path / "Domain" / "class").mkdir(parents=True)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=f"--input_dir {tmp_path}: it holds no runs"):
+        collect_results.main(["--input_dir", str(tmp_path), *flags])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Domain", "notes.txt"]
+
+
+def test_a_sweep_without_any_result_says_what_is_known(vlcs, capsys):
+    for folder in folders(vlcs):
+        without_results(folder, "error: No memory.")
+    out, err = run(capsys, vlcs)
+    assert "Of 40 runs, 0 are absent, 0 unfinished and 40 failed:" in out
+    assert re.search(r"\nERM( +X){5} +\n", out) and "holds no results yet" in err
+
+
+def test_a_run_at_work_that_does_not_tell_what_it_trains_is_no_error(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with claims.held(tmp_path / "run"):
+        assert "The sweep is at work: 1 of its runs" in run(capsys, tmp_path).err
+
+
 @pytest.mark.parametrize("single", [True, False])
 def test_the_command_that_completes_a_sweep_launches_the_absent_runs_only(
         tmp_path, capsys, monkeypatch, single):
@@ -227,9 +335,12 @@ def test_the_command_that_completes_a_sweep_launches_the_absent_runs_only(
     lost = {5, 6, 17}
     for i, train_args in enumerate(made):
         folder = tmp_path / str(i)
-        if i in lost:
+        if i in lost - {6}:
             continue
         folder.mkdir()
+        if i == 6:
+            run_folders.leave_args(folder, train_args)
+            continue
         accs = {f"env{k}_{split}_acc": .5 for k in range(3) for split in ("in", "out")}
         args = train_args | {"output_dir": str(folder)}
         (folder / "results.jsonl").write_text(

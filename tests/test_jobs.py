@@ -267,9 +267,25 @@ def test_a_job_wrote_lately_if_anything_in_its_folder_changed(tmp_path):
     Job.launch(make(CASES[1], tmp_path)[:1], lambda commands: None)
     job = make(CASES[1], tmp_path)[0]
     assert job.wrote_within(100)
-    for name in ("", "out.txt"):
+    for name in ("", "args.json", "out.txt"):
         path = os.path.join(job.output_dir, name)
         if name:
             open(path, "w").close()
         os.utime(path, (0, 0))
     assert not job.wrote_within(100)
+
+
+def test_a_folder_says_what_its_job_trains_until_the_launcher_gives_up(tmp_path):
+    def give_up(commands):
+        assert all(Path(job.output_dir, "args.json").exists() for job in todo)
+        raise ValueError("no GPU")
+
+    todo = make(CASES[1], tmp_path / "sweep")
+    Job.launch(todo[:1], lambda commands: None)
+    kept = json.loads(Path(todo[0].output_dir, "args.json").read_text())
+    assert kept == todo[0].train_args
+    assert make(CASES[1], tmp_path / "sweep")[0].state == Job.NOT_LAUNCHED
+    Path(todo[0].output_dir, "out.txt").touch()
+    with pytest.raises(ValueError, match="no GPU"):
+        Job.launch(todo, give_up)
+    assert os.listdir(tmp_path / "sweep") == [os.path.basename(todo[0].output_dir)]

@@ -155,6 +155,30 @@ def test_what_a_sweep_lacks_is_on_the_page(tmp_path):
     assert "71 of 72 runs finished" in text
 
 
+def test_a_method_that_failed_throughout_has_its_row_and_is_counted(tmp_path):
+    made_up(tmp_path / "sweep", algorithms=["ERM", "KDDG"])
+    for run in (tmp_path / "sweep").glob("KDDG*"):
+        record = json.loads((run / "results.jsonl").read_text().splitlines()[0])
+        (run / "results.jsonl").unlink()
+        (run / "args.json").write_text(json.dumps(record["args"]))
+        (run / "failed").write_text("error: The teacher is <b>near</b> chance.\n")
+    report.main(["--input_dir", str(tmp_path / "sweep")])
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    assert "2 algorithms (ERM, KDDG)" in text
+    assert "24 of 48 runs finished, 24 failed, with 72 records." in text
+    assert ["KDDG", *"XXXXX"] in Reader(text).rows and "X: no result" in text
+    assert "hparams 0-2: failed: The teacher is &lt;b&gt;near&lt;/b&gt; chance." in text
+    assert "--algorithms KDDG --n_trials 2 --n_hparams 3" in text
+
+
+def test_a_sweep_without_any_result_yet_is_told_from_a_folder_without_runs(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "out.txt").touch()
+    with pytest.raises(ValueError, match="it holds no results yet; collect_results tells"):
+        report.main(["--input_dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_runs_with_nothing_to_draw_still_give_tables(tmp_path):
     """Records with no more than model selection needs."""
     sweep = made_up(tmp_path / "sweep", algorithms=["ERM"])
@@ -178,7 +202,7 @@ def test_names_are_shown_as_they_are_not_read_as_html(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--input_dir", "no/such/folder"], "no such folder"),
-    (["--input_dir", "EMPTY"], "no results yet"),
+    (["--input_dir", "EMPTY"], "it holds no runs"),
     (["--input_dir", "EMPTY", "--output", "page.pdf"], "ends in .html"),
     (["--input_dir", "EMPTY", "--output", "EMPTY.html"], "plots would lie among the runs"),
     (["--input_dir", "SWEEP", "--compare", "CORAL"], "no results of it, but of ERM, KDDG")])

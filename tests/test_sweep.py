@@ -518,7 +518,7 @@ def test_what_a_process_left_that_was_killed_in_a_finished_run_is_removed(tmp_pa
     (dead / "heartbeat").write_text(beat)
     with claims.held(alive):
         assert sweep.main(args) == 0
-        assert sorted(os.listdir(dead)) == ["done", "out.txt"]
+        assert sorted(os.listdir(dead)) == ["args.json", "done", "out.txt"]
         assert (alive / "heartbeat").exists()
 
 

@@ -56,7 +56,8 @@ def test_the_average_of_a_row_is_of_unrounded_means_and_has_no_error():
 
 
 def test_averages_are_over_the_test_envs_that_a_trial_has():
-    outcomes = {("Debug28", "ERM", 0): outcome(.2, .4), ("Debug28", "ERM", 1): outcome(.6)}
+    outcomes = {("Debug28", "ERM", 0): outcome(.2, .4), ("Debug28", "ERM", 1): outcome(.6),
+                ("Debug28", "ERM", 2): outcome(finished=0, expected=2)}
     averages = build(outcomes)[-1]
     # Trial 0 has (.2 + .6) / 2, trial 1 has .4 alone.
     assert averages.rows["ERM"][0].mean == pytest.approx(40)

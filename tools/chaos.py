@@ -24,7 +24,7 @@ HPARAMS = {"batch_size": 8, "wrn_depth": 10, "wrn_widen": 1, "mosaic_kd_steps": 
            "mosaic_width": 8, "mosaic_batch": 16, "clip_backbone": "tiny"}
 NOT_COMPARED = ("step_time", "mem_gb")
 # What a finished run may hold; TensorBoard's events have a number per attempt.
-FILES = {"done", "err.txt", "memory.json", "model.pkl", "out.txt", "results.jsonl"}
+FILES = {"args.json", "done", "err.txt", "memory.json", "model.pkl", "out.txt", "results.jsonl"}
 # Two jobs at a time by each launcher, and the shares of what happens to it.
 FLAGS = {
     "local": ["--jobs_per_device", "2"],

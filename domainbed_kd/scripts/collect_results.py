@@ -16,6 +16,7 @@ from domainbed_kd import (
     model_selection,
     protocols,
     published,
+    run_folders,
     significance,
     tables,
 )
@@ -30,6 +31,8 @@ SWEEP_DEFAULTS = {"data_dir": None, "task": "domain_generalization", "holdout_fr
                   "hparams": None, "skip_model_save": False, "fast": False,
                   "compile": False, "allow_bad_teacher": False, "diagnostics": False,
                   "save_logits": False, "format": None}
+# Of runs that failed, how many lines say why.
+MOST_FAILURES = 10
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--compare goes with text, latex or markdown, and without --upstream.")
 
     folder = sweeps.Folder(args.input_dir)
-    output, remarks, *unfinished = folder.answer(
-        "collect_results", repr(args), make=lambda: answer(folder, args, style))
+    output, remarks, failed, *unfinished = folder.answer(
+        "collect_results", repr(args), make=lambda: answer(folder, args, style),
+        holds=lambda kept: kept[2] == repr(why_failed(folder, kept[3:])))
     sys.stderr.write(remarks)
     sys.stdout.write(output)
     path = Path(args.input_dir, f"results.{EXTENSIONS[style]}")
@@ -89,7 +93,7 @@ def at_work(folder: sweeps.Folder, unfinished: list[str]) -> str:
 
     Args:
         folder: of the sweep.
-        unfinished: the names of runs that have begun; those without results are known.
+        unfinished: the names of runs with results; those without are known.
     """
     names = {*unfinished, *(name for name, stamp in folder.stamps.items() if not stamp)}
     paths = [f"{folder.path}/{name}" for name in names]
@@ -97,17 +101,24 @@ def at_work(folder: sweeps.Folder, unfinished: list[str]) -> str:
                     if os.path.exists(f"{path}/out.txt"))
     if not n_running:
         return ""
-    n_waiting = sum(os.path.isdir(path) and not os.listdir(path) for path in paths)
+    n_waiting = sum(map(run_folders.is_waiting, paths))
     return (f"The sweep is at work: {n_running} of its runs are in training and {n_waiting} more "
             "wait for their turn. What is absent may come by itself; `sweep status` tells.")
 
 
 def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[str]:
-    """What goes to stdout, what goes to stderr, and the names of runs that have not finished."""
+    """What goes to stdout and to stderr, why runs failed, and the names of unfinished ones.
+
+    Raises:
+        ValueError: if the folder holds no run, which DomainBed would print as tables.
+    """
     found = folder.curves()
     if args.upstream:  # DomainBed does not know that an average of weights ends a run
-        found = [curve._replace(selection=None) for curve in found]
-    grid = sweeps.Grid(found)
+        found, grid = [curve._replace(selection=None) for curve in found], sweeps.Grid(found)
+    else:
+        grid = whole_grid(folder, found)
+    unfinished = unfinished_names(grid)
+    failures = why_failed(folder, unfinished)
     n_records = curves.n_records(found)
     methods = model_selection.METHODS
     if args.auto_lr:
@@ -119,22 +130,49 @@ def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[
     if args.upstream:
         output = render_upstream(made, n_records, style)
     elif style == "csv":
-        output = tables.as_csv(table for group in merged.values() for table in group)
-        remarks += [*notes(grid, made, args.input_dir), *sources]
+        output = tables.as_csv(table for method, group in merged.items() for table in group
+                               if not needs_pairs(method, grid))
+        remarks += [*notes(grid, made, args.input_dir, failures), *sources]
     else:
         compared = compare(found, grid, made, args.compare, style) if args.compare else {}
         output = RENDER[style](merged, compared, grid, n_records,
-                               [*notes(grid, made, args.input_dir), *sources])
-    unfinished = (os.path.basename(of_run["output_dir"]) for run, of_run in grid.args.items()
-                  if run not in grid.finished and of_run.get("output_dir"))
-    return [output, "".join(f"{line}\n" for line in remarks), *unfinished]
+                               [*notes(grid, made, args.input_dir, failures), *sources])
+    return [output, "".join(f"{line}\n" for line in remarks), repr(failures), *unfinished]
+
+
+def whole_grid(folder: sweeps.Folder, found: list[Curve]) -> sweeps.Grid:
+    """The grid of a sweep's curves and of its runs that have no results.
+
+    Raises:
+        ValueError: if there are neither, nor any run that does not tell what it trains.
+    """
+    planned = run_folders.without_results(folder.path, folder.without_results)
+    if not found and not planned and not any(
+            run_folders.has_begun(folder.path / name) for name in folder.without_results):
+        raise ValueError(f"--input_dir {folder.path}: it holds no runs.")
+    return sweeps.Grid(found, planned)
+
+
+def unfinished_names(grid: sweeps.Grid) -> list[str]:
+    """The names of the folders of runs that have begun and not finished."""
+    names = (folder_name(grid, run) for run in grid.begun if run not in grid.finished)
+    return list(filter(None, names))
+
+
+def why_failed(folder: sweeps.Folder, names: Iterable[str]) -> dict[str, str]:
+    """{name of a run's folder: why it failed} of those that have."""
+    reasons = ((name, run_folders.failure(folder.path / name)) for name in names)
+    return {name: " ".join(reason.split()).removeprefix("error: ")
+            for name, reason in reasons if reason}
 
 
 def make_tables(found: list[Curve], grid: sweeps.Grid, methods: Iterable[type],
                 keep_unregistered: bool) -> dict[type, list[tables.Table]]:
     """{selection method: its tables}."""
-    rows = tables.row_order(curve.args["algorithm"] for curve in found)
-    columns = tables.ordered((curve.args["dataset"] for curve in found), datasets.DATASETS)
+    rows = tables.row_order(
+        [*(curve.args["algorithm"] for curve in found), *grid.algorithms])
+    columns = tables.ordered(
+        [*(curve.args["dataset"] for curve in found), *grid.datasets], datasets.DATASETS)
     if not keep_unregistered:
         columns = [name for name in columns if name in datasets.DATASETS]
     cells = curves.by_cell(found)
@@ -224,7 +262,7 @@ def render_upstream(made: dict, n_records: int, style: str) -> str:
 
 def needs_pairs(method: type, grid: sweeps.Grid) -> str | None:
     """Why a method has no table, if the sweep has runs but none of the kind that it needs."""
-    if not method.uses_pairs or grid.has_pairs or not grid.args:
+    if not method.uses_pairs or grid.has_pairs or not grid.begun:
         return None
     return (f"{method.name}: needs runs with two test envs "
             "(launch the sweep without --single_test_envs).")
@@ -269,10 +307,10 @@ def render_markdown(made: dict, compared: dict, grid: sweeps.Grid, n_records: in
 RENDER = {"text": render_text, "latex": render_latex, "markdown": render_markdown}
 
 
-def notes(grid: sweeps.Grid, made: dict, input_dir: str) -> list[str]:
+def notes(grid: sweeps.Grid, made: dict, input_dir: str, failures: dict[str, str]) -> list[str]:
     """Lines on what the tables' marks mean, which runs are absent, and what completes them.
 
-    No line for a whole sweep; else an empty one first.
+    No line for a whole sweep; else an empty one first. `failures` are those of `why_failed`.
     """
     cells = [cell for group in made.values() for table in group
              for row in table.rows.values() for cell in row if cell.mean is not None]
@@ -284,13 +322,37 @@ def notes(grid: sweeps.Grid, made: dict, input_dir: str) -> list[str]:
         lines += [f"    {line}" for line in describe_protocols(grid)]
     if absent := grid.absent():
         n_runs = sum(len(grid.runs(d, a)) for d in grid.datasets for a in grid.algorithms)
-        n_unfinished = len(set(absent) & grid.args.keys())
-        lines.append(f"Of {n_runs} runs, {len(absent) - n_unfinished} are absent and "
-                     f"{n_unfinished} unfinished:")
-        lines += [f"    {line}" for line in describe_absent(grid, absent)]
+        reasons = {run: failures[name] for run in absent
+                   if (name := folder_name(grid, run)) in failures}
+        n_unfinished = len(set(absent) & grid.begun.keys()) - len(reasons)
+        n_absent = len(absent) - n_unfinished - len(reasons)
+        lines.append(
+            f"Of {n_runs} runs, {n_absent} are absent and {n_unfinished} unfinished:"
+            if not reasons else f"Of {n_runs} runs, {n_absent} are absent, {n_unfinished} "
+            f"unfinished and {len(reasons)} failed:")
+        others = [run for run in absent if run not in reasons]
+        lines += [f"    {line}" for line in describe_absent(grid, others)]
+        lines += [f"    {line}" for line in describe_failed(grid, reasons)]
         lines.append("To complete them:")
         lines += [f"    {line}" for line in completing_commands(grid, absent, input_dir)]
     return ["", *lines] if lines else []
+
+
+def folder_name(grid: sweeps.Grid, run: sweeps.Run) -> str:
+    """The name of a run's folder; empty if there is none."""
+    return os.path.basename(grid.begun.get(run, {}).get("output_dir") or "")
+
+
+def describe_failed(grid: sweeps.Grid, reasons: dict[sweeps.Run, str]) -> list[str]:
+    """Which runs failed and why, a line for each reason; what is too much is summed up."""
+    alike = defaultdict(list)
+    for run, reason in reasons.items():
+        alike[reason].append(run)
+    lines = [f"{line}: failed: {reason}" for reason, runs in alike.items()
+             for line in describe_absent(grid, runs)]
+    more = len(lines) - MOST_FAILURES
+    return lines if more <= 0 else [
+        *lines[:MOST_FAILURES], f"and {more} more such lines; `sweep status` has them all"]
 
 
 def describe_protocols(grid: sweeps.Grid) -> list[str]:
@@ -367,7 +429,7 @@ def completing_commands(grid: sweeps.Grid, absent: list[sweeps.Run], input_dir: 
     the plug-ins are those that a launch left word of.
     """
     used = defaultdict(Counter)
-    for run, args in grid.args.items():
+    for run, args in grid.begun.items():
         settings = tuple(args.get(name, value) for name, value in SWEEP_DEFAULTS.items())
         used[run.dataset, run.algorithm][settings] += 1
         used[run.dataset, None][settings] += 1

@@ -61,9 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     if images.resolve() == Path(args.input_dir).resolve():
         raise ValueError(f"--output {page}: its plots would lie among the runs; name another.")
     curves = folder.curves()
+    grid = collect_results.whole_grid(folder, curves)
     if not curves:
-        raise ValueError(f"--input_dir {args.input_dir}: it holds no results yet.")
-    grid = sweeps.Grid(curves)
+        raise ValueError(f"--input_dir {args.input_dir}: it holds no results yet; collect_results "
+                         "tells what is known of its runs.")
+    failures = collect_results.why_failed(folder, collect_results.unfinished_names(grid))
     made = collect_results.make_tables(
         curves, grid, model_selection.METHODS, keep_unregistered=True)
     sections = [*compare(curves, grid, args.compare, list(made[SELECTION][0].rows)),
@@ -78,16 +80,18 @@ def main(argv: list[str] | None = None) -> int:
         plot.save(images)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page.write_text(environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=f"Results on {', '.join(grid.datasets)}", facts=facts(grid, n_records(curves)),
-        groups=groups(merged, grid), marks=marks(merged), sections=sections,
-        notes="\n".join([*collect_results.notes(grid, made, args.input_dir), *sources]).strip(),
+        title=f"Results on {', '.join(grid.datasets)}",
+        facts=facts(grid, n_records(curves), len(failures)), groups=groups(merged, grid),
+        marks=marks(merged), sections=sections,
+        notes="\n".join([*collect_results.notes(grid, made, args.input_dir, failures),
+                         *sources]).strip(),
         display_name=tables.display_name, version=domainbed_kd.__version__,
         command=shlex.join(["domainbed-kd", "report", *(argv or sys.argv[1:])])), encoding="utf-8")
     print(f"{page}\n{len(plots)} plots in {images}, each as PNG and PDF")
     return 0
 
 
-def facts(grid: sweeps.Grid, n_records: int) -> str:
+def facts(grid: sweeps.Grid, n_records: int, n_failed: int) -> str:
     """The sweep in a sentence."""
     n_runs = sum(len(grid.runs(d, a)) for d in grid.datasets for a in grid.algorithms)
     names = ", ".join(map(tables.display_name, tables.row_order(grid.algorithms)))
@@ -99,7 +103,7 @@ def facts(grid: sweeps.Grid, n_records: int) -> str:
             f"{count(len(grid.trial_seeds), 'trial')}, "
             f"{count(len(grid.hparams_seeds), 'draw')} of hparams each. "
             f"{n_runs - len(grid.absent())} of {count(n_runs, 'run')} finished, "
-            f"with {count(n_records, 'record')}.")
+            + (f"{n_failed} failed, " if n_failed else "") + f"with {count(n_records, 'record')}.")
 
 
 def groups(made: dict, grid: sweeps.Grid) -> Iterator[dict]:
