@@ -92,6 +92,10 @@ def contents(folder):
     (DOWNLOAD, ["--datasets", "pacs"], "Did you mean PACS?"),
     (["sweep", "lunch", *SWEEP], [], "Did you mean launch?"),
     (["collect_result"], [], "Did you mean collect_results?"),
+    # Hparams out of range.
+    (TRAIN, ["--hparams", '{"lr": -1, "batch_size": 4}'], "ERM: lr is -1; it takes at least 0."),
+    (TRAIN, ["--algorithm", "KD", "--hparams", '{"kd_temperature": 0, "batch_size": 4}'],
+     "KD: kd_temperature is 0; it takes a number above 0."),
     # Wrong types, and numbers that are negative, absurd or not numbers.
     (TRAIN, ["--steps", "ten"], "invalid int value: 'ten'"),
     (TRAIN, ["--steps", "1.5"], "invalid int value"),
@@ -160,7 +164,6 @@ def contents(folder):
     (TRAIN, ["--hparams", "3"], "takes a JSON object"),
     (TRAIN, ["--hparams", '{"lr": NaN}'], "NaN is no finite number"),
     (TRAIN, ["--hparams", '{"lr": 1e400}'], "1e400 is no finite number"),
-    (TRAIN, ["--hparams", '{"lr": -1, "batch_size": 4}'], "learning rate"),
     (TRAIN, ["--hparams", '{"lr": "fast"}'], "it takes a float"),
     (TRAIN, ["--hparams", '{"batch_size": -4}'], "at least 1"),
     (TRAIN, ["--hparams", '{"batch_size": 1000000000}'], "less than a batch"),

@@ -66,3 +66,42 @@ def test_a_draw_lies_on_both_sides_of_its_default_or_is_fixed(algorithm):
     for name, (default, _) in space.items():
         values = {json.dumps(draw[name]) for draw in draws}
         assert len(values) > 1 or values == {json.dumps(default)}, name
+
+
+OURS = ("KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs")
+
+
+@pytest.mark.parametrize("algorithm", OURS)
+def test_every_number_of_our_methods_says_what_it_takes_and_is_refused_by_name_otherwise(
+        algorithm):
+    cls = get_algorithm_class(algorithm)
+    hparams = hparams_registry.default_hparams(algorithm, "DigitsDG")
+    numbers = {name for name in cls.search_space("DigitsDG")
+               if type(hparams[name]) in (int, float)}
+    assert numbers | {"lr", "weight_decay"} <= cls.takes.keys()
+    for name in cls.takes:
+        for value in (-2, float("nan"), "foo", [1]):
+            with pytest.raises(ValueError) as error:
+                cls((3, 32, 32), 10, 3, hparams | {name: value})
+            said = str(error.value)
+            assert f": {name} is {value!r}; it takes " in said and said.endswith("."), said
+
+
+@pytest.mark.parametrize("algorithm", OURS)
+def test_every_default_and_every_draw_is_taken(algorithm):
+    takes = get_algorithm_class(algorithm).takes
+    draws = [hparams_registry.random_hparams(algorithm, "PACS", seed) for seed in range(40)]
+    for hparams in (hparams_registry.default_hparams(algorithm, "PACS"), *draws):
+        assert all(takes[name].fits(hparams[name]) for name in takes)
+
+
+@pytest.mark.parametrize("algorithm, name, refused, taken", [
+    ("KD", "kd_temperature", (0, -1.0), (0.01, 1e6)),
+    ("KD", "kd_alpha", (-0.01, 1.01), (0, 1)),
+    ("KDDG", "teacher_steps", (-1,), (0, None)),
+    ("SCMD", "scmd_worst_case", (0, 1.5), (1.0,)),
+    ("RISE", "rise_relative", (-0.5,), (0, None)),
+    ("ERM", "lr", (-1, -1e-9), (0, 5.0))])
+def test_ranges_end_where_the_losses_stop_to_make_sense(algorithm, name, refused, taken):
+    takes = get_algorithm_class(algorithm).takes[name]
+    assert not any(map(takes.fits, refused)) and all(map(takes.fits, taken))

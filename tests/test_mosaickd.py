@@ -489,10 +489,10 @@ def test_out_of_domain_the_teacher_is_a_run_that_trained_on_the_domain_that_was_
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"mosaic_role": "odd"}, "mosaic_role is 'odd'; it takes dg or ood"),
-    ({"mosaic_student_optimizer": "lars"}, "it takes adam or sgd"),
-    ({"mosaic_ood_share": 0.0}, "it takes a share above 0, up to 1"),
-    ({"mosaic_ood_share": 1.5}, "it takes a share above 0, up to 1"),
+    ({"mosaic_role": "odd"}, "mosaic_role is 'odd'; it takes one of dg, ood"),
+    ({"mosaic_student_optimizer": "lars"}, "it takes one of adam, sgd"),
+    ({"mosaic_ood_share": 0.0}, "it takes a number above 0, up to 1"),
+    ({"mosaic_ood_share": 1.5}, "it takes a number above 0, up to 1"),
     ({"mosaic_kd_steps": 0}, "mosaic_kd_steps is 0; it takes at least 1"),
     ({"mosaic_batch": 0}, "mosaic_batch is 0; it takes at least 1, or null"),
     ({"mosaic_width": 0}, "mosaic_width is 0; it takes at least 1"),

@@ -218,7 +218,7 @@ def test_an_average_of_an_average_is_refused():
 
 
 def test_a_start_before_the_first_update_is_refused():
-    with pytest.raises(ValueError, match="SCMD: scmd_sma_start is 0; updates count from 1"):
+    with pytest.raises(ValueError, match="SCMD: scmd_sma_start is 0; it takes at least 1"):
         make("SCMD", scmd_sma_start=0)
 
 

@@ -249,7 +249,7 @@ def test_a_given_teacher_needs_no_warm_up():
 
 
 def test_a_negative_warm_up_is_refused():
-    with pytest.raises(ValueError, match="KD: teacher_steps is -1; it takes a number from 0 up"):
+    with pytest.raises(ValueError, match="KD: teacher_steps is -1; it takes at least 0, or null"):
         make("KD", teacher=None, teacher_steps=-1)
 
 

@@ -1,7 +1,9 @@
 """What every algorithm is: DomainBed's four-argument constructor, `update` and `predict`."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,41 @@ SMALL_IMAGES = ("Debug28", "RotatedMNIST", "ColoredMNIST", "DigitsDG")
 def fixed(value) -> tuple:
     """A search-space entry that every draw leaves at `value`."""
     return value, lambda r: value
+
+
+class Takes(NamedTuple):
+    """What an hparam may be: a test of a value, and words that follow "it takes"."""
+
+    fits: Callable[[object], bool]
+    words: str
+
+
+def at_least(low: float) -> Takes:
+    """Numbers from `low` up."""
+    return Takes(lambda value: isinstance(value, Real) and value >= low, f"at least {low}")
+
+
+def above(low: float, up_to: float = float("inf")) -> Takes:
+    """Numbers above `low`, at most `up_to`."""
+    limit = "" if up_to == float("inf") else f", up to {up_to}"
+    return Takes(lambda value: isinstance(value, Real) and low < value <= up_to,
+                 f"a number above {low}{limit}")
+
+
+def between(low: float, high: float) -> Takes:
+    """Numbers from `low` to `high`, both included."""
+    return Takes(lambda value: isinstance(value, Real) and low <= value <= high,
+                 f"a number from {low} to {high}")
+
+
+def one_of(*known: str) -> Takes:
+    """Some words."""
+    return Takes(lambda value: value in known, f"one of {', '.join(known)}")
+
+
+def or_null(takes: Takes) -> Takes:
+    """The same or None, which is null in JSON."""
+    return Takes(lambda value: value is None or takes.fits(value), f"{takes.words}, or null")
 
 
 @contextlib.contextmanager
@@ -32,6 +69,9 @@ class Algorithm(nn.Module):
 
     A subclass sets `self.network` (the part that `predict` runs and that is averaged) and
     `self.optimizer`, and implements `update` and `predict`.
+
+    Raises:
+        ValueError: if an hparam is not what `takes` says.
     """
 
     #: The name that tables show, where it differs from the class's.
@@ -40,9 +80,18 @@ class Algorithm(nn.Module):
     selects_last = False
     #: Why its teacher has to see what the student sees, if it has to; see canonical_view.
     needs_same_view: str | None = None
+    #: What hparams take that do not take every value of their default's kind.
+    takes: dict[str, Takes] = {
+        "lr": at_least(0), "weight_decay": at_least(0), "resnet_dropout": between(0, 1),
+        "vit_dropout": between(0, 1)}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__()
+        for name, takes in self.takes.items():
+            if name in hparams and not takes.fits(hparams[name]):
+                raise ValueError(
+                    f"{self.display_name or type(self).__name__}: {name} is {hparams[name]!r}; it "
+                    f"takes {takes.words}.")
         self.hparams = hparams
 
     @staticmethod

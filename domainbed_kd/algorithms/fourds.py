@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import fixed, forked_rng
+from domainbed_kd.algorithms.base import above, at_least, between, fixed, forked_rng, one_of
 from domainbed_kd.algorithms.taught import Taught
 from domainbed_kd.losses import kd_loss
 
@@ -253,6 +253,12 @@ class FourDs(Taught):
 
     display_name = "4Ds"
     needs_same_view = "its teacher's adapters learn with every batch"
+    takes = Taught.takes | {
+        "fourds_temperature": above(0), "fourds_cls": at_least(0), "fourds_div": at_least(0),
+        "fourds_beta": at_least(0), "fourds_adapter_lr": at_least(0),
+        "fourds_reduction": at_least(1), "fourds_ramp": between(0, 1),
+        "fourds_confidence": between(0, 1),
+        **{name: one_of(*known) for name, known in OPTIONS.items()}}
 
     @staticmethod
     def search_space(dataset):
@@ -271,10 +277,6 @@ class FourDs(Taught):
         }
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
-        for name, known in OPTIONS.items():
-            if hparams[name] not in known:
-                raise ValueError(
-                    f"4Ds: {name} is {hparams[name]!r}; it takes one of {', '.join(known)}.")
         if hparams["fourds_protocol"] == "target":
             hparams = {**hparams, "test_envs": None}  # those that the teacher saw may be among them
         super().__init__(input_shape, num_classes, num_domains, hparams)

@@ -7,12 +7,15 @@ here: same teacher, same student, nothing else.
 
 import torch.nn.functional as F
 
+from domainbed_kd.algorithms.base import above, between
 from domainbed_kd.algorithms.taught import Taught
 from domainbed_kd.losses import kd_loss
 
 
 class KD(Taught):
     """A mix of cross-entropy with the labels and divergence from the teacher."""
+
+    takes = Taught.takes | {"kd_alpha": between(0, 1), "kd_temperature": above(0)}
 
     @staticmethod
     def search_space(dataset):

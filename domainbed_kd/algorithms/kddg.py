@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domainbed_kd.algorithms.base import fixed
+from domainbed_kd.algorithms.base import above, at_least, between, fixed, one_of
 from domainbed_kd.algorithms.taught import Taught
 from domainbed_kd.losses import kd_per_sample
 
@@ -81,6 +81,11 @@ def mutual_information(features: Tensor, labels: Tensor, held_out: Tensor,
 class KDDG(Taught):
     """Cross-entropy and distillation over the samples that the gradient filter lets through."""
 
+    takes = Taught.takes | {
+        "kddg_alpha": between(0, 1), "kddg_tau": above(0), "kddg_margin": between(-1, 1),
+        "kddg_filter": one_of(*FILTERS), "kddg_filter_on": one_of("all", "ce", "kd"),
+        "kddg_norm": one_of("batch", "kept"), "kddg_filter_start": at_least(0)}
+
     @staticmethod
     def search_space(dataset):
         """Weight and temperature of the distillation, and the readings of the filter."""
@@ -97,11 +102,6 @@ class KDDG(Taught):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        for name, known in (("kddg_filter", FILTERS), ("kddg_filter_on", ("all", "ce", "kd")),
-                            ("kddg_norm", ("batch", "kept"))):
-            if hparams[name] not in known:
-                raise ValueError(
-                    f"KDDG: {name} is {hparams[name]!r}; it takes one of {', '.join(known)}.")
         self.register_buffer("update_count", torch.tensor(0))
         self.register_buffer("weight_distance", torch.tensor(0.0))
 

@@ -26,12 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks, teachers
-from domainbed_kd.algorithms.base import fixed, forked_rng
+from domainbed_kd.algorithms.base import above, at_least, fixed, forked_rng, one_of, or_null
 from domainbed_kd.algorithms.taught import Taught
 from domainbed_kd.losses import kd_loss
-
-ROLES = ("dg", "ood")
-OPTIMIZERS = ("adam", "sgd")
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -129,6 +126,13 @@ class MosaicKD(Taught):
     """
 
     needs_same_view = "its teacher judges images that the generator has just made"
+    takes = Taught.takes | {
+        **{f"mosaic_{weight}": at_least(0) for weight in (
+            "kd", "ce", "local", "align", "adversarial", "balance", "lr_g")},
+        **{f"mosaic_{count}": at_least(1) for count in ("kd_steps", "z_dim", "width")},
+        "mosaic_batch": or_null(at_least(1)), "mosaic_temperature": above(0),
+        "mosaic_ood_share": above(0, up_to=1), "mosaic_role": one_of("dg", "ood"),
+        "mosaic_student_optimizer": one_of("adam", "sgd")}
 
     @staticmethod
     def search_space(dataset):
@@ -288,18 +292,7 @@ class MosaicKD(Taught):
 
 
 def _check(hparams) -> None:
-    """Raises ValueError, in one line, for the first hparam that is out of its range."""
-    for name, fits, takes in (
-        ("mosaic_role", lambda v: v in ROLES, "dg or ood"),
-        ("mosaic_student_optimizer", lambda v: v in OPTIMIZERS, "adam or sgd"),
-        ("mosaic_ood_share", lambda v: 0 < v <= 1, "a share above 0, up to 1"),
-        ("mosaic_kd_steps", lambda v: v >= 1, "at least 1"),
-        ("mosaic_z_dim", lambda v: v >= 1, "at least 1"),
-        ("mosaic_width", lambda v: v >= 1, "at least 1"),
-        ("mosaic_batch", lambda v: v is None or v >= 1, "at least 1, or null"),
-    ):
-        if not fits(hparams[name]):
-            raise ValueError(f"MosaicKD: {name} is {hparams[name]!r}; it takes {takes}.")
+    """Raises ValueError, in one line, for hparams that contradict each other."""
     if not hparams["mosaic_kd"] and not hparams["mosaic_ce"]:
         raise ValueError("MosaicKD: mosaic_kd and mosaic_ce are both 0, so the student would "
                          "learn nothing. Give either a weight.")

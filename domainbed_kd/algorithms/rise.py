@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks, teachers
-from domainbed_kd.algorithms.base import Algorithm, fixed, forked_rng
+from domainbed_kd.algorithms.base import (
+    Algorithm,
+    above,
+    at_least,
+    between,
+    fixed,
+    forked_rng,
+    one_of,
+    or_null,
+)
 from domainbed_kd.losses import kd_loss
 
 NEUTRAL = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
@@ -114,8 +123,13 @@ class RISE(Algorithm):
     a student for each, as in the paper's mix of teachers.
 
     Raises:
-        ValueError: if classes have no names, `rise_optimizer` is unknown, or as `teachers.clip`.
+        ValueError: if classes have no names, or as `Algorithm` and `teachers.clip`.
     """
+
+    takes = Algorithm.takes | {
+        "rise_temperature": above(0), "rise_distill": between(0, 1), "rise_distance": at_least(0),
+        "rise_relative": or_null(at_least(0)), "rise_relative_temperature": above(0),
+        "rise_optimizer": one_of("adam", "sgd")}
 
     @staticmethod
     def search_space(dataset):
@@ -155,9 +169,6 @@ class RISE(Algorithm):
     def _optimizer(self):
         if self.hparams["rise_optimizer"] == "adam":
             return self.adam(self.network)
-        if self.hparams["rise_optimizer"] != "sgd":
-            raise ValueError(f"RISE: rise_optimizer is {self.hparams['rise_optimizer']!r}; it "
-                             "takes adam or sgd.")
         sgd = torch.optim.SGD(self.network.parameters(), self.hparams["lr"], momentum=0.9,
                               weight_decay=self.hparams["weight_decay"])
         steps = int(0.8 * self.hparams.get("total_steps", 5001))  # 0.8: the authors' drop

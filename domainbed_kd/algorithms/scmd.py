@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import averaging, teachers
-from domainbed_kd.algorithms.base import fixed, forked_rng
+from domainbed_kd.algorithms.base import above, at_least, between, fixed, forked_rng
 from domainbed_kd.algorithms.erm import ERM
 from domainbed_kd.losses import kd_loss
 
@@ -42,10 +42,14 @@ class SCMD(ERM):
     the student's weights since one update before `scmd_sma_start`. Only `update` needs CLIP.
 
     Raises:
-        ValueError: if classes have no names, `scmd_sma_start` is below 1, or as `teachers.clip`.
+        ValueError: if classes have no names, or as `Algorithm` and `teachers.clip`.
     """
 
     averages_weights = True
+    takes = ERM.takes | {
+        "scmd_lambda1": at_least(0), "scmd_lambda2": at_least(0), "scmd_last_k": between(0, 1),
+        "scmd_worst_case": above(0, up_to=1), "scmd_temperature": above(0),
+        "scmd_sma_start": at_least(1)}  # updates count from 1
 
     @staticmethod
     def search_space(dataset):
@@ -68,8 +72,6 @@ class SCMD(ERM):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         teachers.check_class_names("SCMD", hparams, num_classes)
         start, published = hparams["scmd_sma_start"], hparams["scmd_published"]
-        if start < 1:
-            raise ValueError(f"SCMD: scmd_sma_start is {start}; updates count from 1.")
         renormalize = hparams["clip_renormalize"] and not published
         with forked_rng():
             self.teacher = teachers.clip(hparams | {"clip_renormalize": renormalize}, input_shape)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from domainbed_kd import networks, teachers
-from domainbed_kd.algorithms.base import fixed, forked_rng
+from domainbed_kd.algorithms.base import at_least, fixed, forked_rng, or_null
 from domainbed_kd.algorithms.erm import ERM
 
 
@@ -20,12 +20,13 @@ class Taught(ERM):
     Subclasses implement `distill(x, y)`, one step of the student.
 
     Raises:
-        FileNotFoundError, ValueError: as `teachers.given`; if `teacher_steps` is negative; or if
-            weights are to be averaged while a teacher warms up and the student stands still.
+        FileNotFoundError, ValueError: as `Algorithm` and `teachers.given`; or if weights are to
+            be averaged while a teacher warms up and the student stands still.
     """
 
     #: The sweep trains this algorithm's teacher, ERM with default hparams, before it.
     learns_from_run = True
+    takes = ERM.takes | {"teacher_steps": or_null(at_least(0))}
 
     @staticmethod
     def search_space(dataset):
@@ -46,13 +47,10 @@ class Taught(ERM):
         steps = hparams["teacher_steps"]
         if steps is None:
             steps = hparams.get("total_steps", 5001) // 5
-        name = type(self).__name__
-        if steps < 0:
-            raise ValueError(f"{name}: teacher_steps is {steps}; it takes a number from 0 up, or "
-                             "null.")
         if steps and getattr(self, "averages_weights", False):
-            raise ValueError(f"{name}: the average would take in a student that stands still "
-                             "while its teacher warms up. Name a trained one: --teacher FOLDER.")
+            raise ValueError(f"{type(self).__name__}: the average would take in a student that "
+                             "stands still while its teacher warms up. Name a trained one: "
+                             "--teacher FOLDER.")
         self.warm_up_left.fill_(steps)
 
     def train(self, mode=True):
