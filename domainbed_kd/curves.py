@@ -22,9 +22,11 @@ class Curve(NamedTuple):
     selection: str | None
     #: {"step": of each record, "env0_in_acc": in [0, 1] of each record, ...}.
     columns: dict[str, tuple]
+    #: What was wrong with the teacher that the run learnt from all the same; None if nothing was.
+    teacher_problem: str | None = None
 
     def records(self) -> Iterator[dict]:
-        """The records; losses and times are not kept of them."""
+        """The records; losses, times and teachers are not kept of them."""
         same = {"args": self.args, "hparams": self.hparams}
         if self.selection is not None:
             same["selection"] = self.selection
@@ -55,9 +57,19 @@ def of_records(records: Iterable[dict], broken: list[int] | None = None) -> list
         of_curve = record["args"], record["hparams"], record.get("selection"), names
         if of_curve != last:
             last, rows = of_curve, []
-            found.append((*of_curve, rows))
+            found.append((*of_curve, rows, teacher_problem(record)))
         rows.append(values(record))
-    return [Curve(*settings, dict(zip(names, zip(*rows)))) for *settings, names, rows in found]
+    return [Curve(*settings, dict(zip(names, zip(*rows))), problem)
+            for *settings, names, rows, problem in found]
+
+
+def teacher_problem(record: dict) -> str | None:
+    """The problem in a run's first record, as "near chance"; see `teachers.audit`."""
+    teacher = record.get("teacher")
+    problem = teacher.get("problem") if isinstance(teacher, dict) else None
+    if not isinstance(problem, str):
+        return None
+    return problem.partition(":")[0].removeprefix("is ").removeprefix("has ")
 
 
 @functools.cache

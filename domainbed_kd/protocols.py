@@ -53,12 +53,12 @@ def student(dataset: str, hparams: dict) -> tuple[str, str]:
 
 def of_runs(grid: sweeps.Grid) -> dict[tuple[str, str], set[Protocol]]:
     """{(data set, algorithm): the protocols of its runs}."""
-    has_teachers = any(args.get("teacher") for args in grid.args.values())
-    names = {os.path.basename(args["output_dir"]): run.algorithm
-             for run, args in grid.args.items() if has_teachers and args.get("output_dir")}
+    has_teachers = any(curve.args.get("teacher") for _, curve in grid.trained)
+    names = {os.path.basename(curve.args["output_dir"]): run.algorithm
+             for run, curve in grid.trained if has_teachers and curve.args.get("output_dir")}
     found = {}
-    for run, args in grid.args.items():
-        hparams = grid.hparams[run]
+    for run, curve in grid.trained:
+        args, hparams = curve.args, curve.hparams
         teacher = None
         if args.get("teacher"):
             name = os.path.basename(args["teacher"])
@@ -66,10 +66,19 @@ def of_runs(grid: sweeps.Grid) -> dict[tuple[str, str], set[Protocol]]:
         elif "clip_backbone" in hparams:
             mix = hparams.get("rise_teachers") or [hparams["clip_backbone"]]
             teacher = "CLIP " + " + ".join(map(str, mix))
+        if curve.teacher_problem:
+            teacher = f"{teacher or 'not recorded'}, {curve.teacher_problem}"
         found.setdefault((run.dataset, run.algorithm), set()).add(Protocol(
             *student(run.dataset, hparams), args.get("steps") or _n_steps(run.dataset, grid),
             teacher, bool(args.get("fast"))))
     return found
+
+
+def in_words(name: str, value: str) -> str:
+    """One of `curves.PROTOCOL` by its name and what `str` makes of it, for readers."""
+    if name == "fast":
+        return "fast mode" if value == "True" else "exact mode"
+    return f"{name} {'default' if value == 'None' else value}"
 
 
 def _n_steps(dataset: str, grid: sweeps.Grid) -> int:

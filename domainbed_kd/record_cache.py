@@ -24,7 +24,7 @@ import msgspec
 from domainbed_kd.curves import Curve
 
 LEAST_RUNS = 500
-_FORMAT = 2
+_FORMAT = 3
 _PACKAGE = Path(__file__).parent
 
 
@@ -61,10 +61,10 @@ def load(path: Path) -> dict[str, tuple[tuple[int, int], list[Curve]]]:
     for name, stamp, found in index["runs"]:
         curves = []
         for n, shape, args, hparams in found:
-            names, selection = index["shapes"][shape]
+            names, selection, problem = index["shapes"][shape]
             columns = itertools.islice(zip(*[values] * n), len(names) - 1)
             columns = dict(zip(names, (tuple(itertools.islice(steps, n)), *columns)))
-            curves.append(Curve(args, hparams, selection, columns))
+            curves.append(Curve(args, hparams, selection, columns, problem))
         runs[name] = tuple(stamp), curves
     return runs
 
@@ -82,7 +82,8 @@ def save(path: Path, runs: dict[str, tuple[tuple[int, int], list[Curve]]]) -> No
         entries = []
         for curve in curves:
             step, *columns = curve.columns.values()
-            shape = shapes.setdefault((tuple(curve.columns), curve.selection), len(shapes))
+            shape = shapes.setdefault(
+                (tuple(curve.columns), curve.selection, curve.teacher_problem), len(shapes))
             entries.append((len(step), shape, curve.args, curve.hparams))
             steps += step
             values += itertools.chain.from_iterable(columns)

@@ -172,7 +172,7 @@ def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
     if len(records) != len(lines) or any(settings(record) != same for record in records):
         return None
     return Curve(first["args"], first["hparams"], first.get("selection"),
-                 dict(zip(names, zip(*map(values, records)))))
+                 dict(zip(names, zip(*map(values, records)))), curves.teacher_problem(first))
 
 
 @functools.cache
@@ -214,6 +214,8 @@ class Coverage(NamedTuple):
     n_finished: int
     n_expected: int
     protocols: frozenset[tuple]
+    #: What was wrong with teachers that runs learnt from all the same.
+    teacher_problems: frozenset[str] = frozenset()
 
 
 class Grid:
@@ -222,8 +224,9 @@ class Grid:
     Whole means every trial seed x hparams seed x algorithm x dataset that occurs anywhere, on
     every environment, and on every pair of them if any pair occurs. A run has finished when its
     last record is at step `args.steps - 1` or, without that argument, where the longest of its
-    dataset's runs ends. `args` and `hparams` are those of each run that has records; `n_steps`
-    is how many the longest run on each dataset made.
+    dataset's runs ends. `args` are those of each run that has records; `trained` has them with
+    their curves, of which a run in several folders, or of several protocols, has several;
+    `n_steps` is how many the longest run on each dataset made.
 
     Args:
         found: the curves of all runs.
@@ -231,14 +234,19 @@ class Grid:
     """
 
     def __init__(self, found: Iterable[Curve], planned: Iterable[dict] = ()):
-        self.n_envs, self.args, self.hparams, self.n_steps = Counter(), {}, {}, Counter()
+        self.n_envs, self.args, self.n_steps = Counter(), {}, Counter()
+        self.trained: list[tuple[Run, Curve]] = []
+        self.teacher_problems: dict[Run, set[str]] = defaultdict(set)
         last_step, longest = {}, Counter()
         for curve in found:
             args = curve.args
             run = Run.of(args)
             self.n_envs[run.dataset] = max(
                 self.n_envs[run.dataset], curves.n_envs(tuple(curve.columns)))
-            self.args[run], self.hparams[run] = args, curve.hparams
+            self.args[run] = args
+            self.trained.append((run, curve))
+            if curve.teacher_problem:
+                self.teacher_problems[run].add(curve.teacher_problem)
             protocol, steps = tuple(map(str, map(args.get, PROTOCOL))), args.get("steps")
             step = max(curve.columns["step"])
             self.n_steps[run.dataset] = max(self.n_steps[run.dataset], step + 1)
@@ -277,13 +285,14 @@ class Grid:
         """Of the runs that hold out `env` alone and, with `pairs`, together with another."""
         sets = [envs for envs in self.test_env_sets(dataset)
                 if env in envs and (pairs or len(envs) == 1)]
-        n_finished, protocols = 0, set()
+        n_finished, protocols, problems = 0, set(), set()
         for envs in sets:
             found = self._found.get((dataset, algorithm, envs), [])
             n_finished += sum(run in self.finished for run in found)
             protocols.update(*(self.protocols[run] for run in found))
+            problems.update(*(self.teacher_problems.get(run, ()) for run in found))
         return Coverage(n_finished, len(sets) * len(self.trial_seeds) * len(self.hparams_seeds),
-                        frozenset(protocols))
+                        frozenset(protocols), frozenset(problems))
 
     @functools.cached_property
     def _found(self) -> dict[tuple[str, str, tuple[int, ...]], list[Run]]:

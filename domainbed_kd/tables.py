@@ -37,6 +37,8 @@ class Cell:
     #: Whether the runs of one test env were trained by several protocols, or, of a published
     #: number, by another or an unknown one.
     mixed: bool = False
+    #: What was wrong with teachers that its runs learnt from all the same.
+    teacher_problems: frozenset[str] = frozenset()
     #: Whether that is not how most of the column was trained; set by `Table`.
     differs: bool = False
     #: 1 for the best of the column's comparable cells, 2 for the second, else 0; set by `Table`.
@@ -109,7 +111,8 @@ def _measured(values: Iterable[float], outcomes: list[tuple[str, Outcome]]) -> C
         n_expected=sum(c.n_expected for c in coverages),
         protocols=frozenset((dataset, protocol) for dataset, outcome in outcomes
                             for protocol in outcome.coverage.protocols),
-        mixed=any(len(c.protocols) > 1 for c in coverages))
+        mixed=any(len(c.protocols) > 1 for c in coverages),
+        teacher_problems=frozenset().union(*(c.teacher_problems for c in coverages)))
 
 
 def _average(row: list[Cell]) -> Cell:
@@ -122,7 +125,8 @@ def _average(row: list[Cell]) -> Cell:
         n_finished=sum(cell.n_finished for cell in row),
         n_expected=sum(cell.n_expected for cell in row),
         protocols=frozenset().union(*(cell.protocols for cell in row)),
-        mixed=any(cell.mixed for cell in row))
+        mixed=any(cell.mixed for cell in row),
+        teacher_problems=frozenset().union(*(cell.teacher_problems for cell in row)))
 
 
 def ordered(names: Iterable[str], *orders: Iterable[str]) -> list[str]:
@@ -184,6 +188,13 @@ def _over_environments(dataset: str, algorithm: str, outcomes: dict, n_envs: int
     return _measured(values, [(dataset, outcome) for outcome in found.values()])
 
 
+def teacher_problems(cells: Iterable[Cell]) -> str:
+    """What the mark of bad teachers means in these cells; empty if none has it."""
+    found = frozenset().union(*(cell.teacher_problems for cell in cells if cell.mean is not None))
+    return ("learnt from teachers that failed their audit (--allow_bad_teacher): "
+            f"{', '.join(sorted(found))}." if found else "")
+
+
 def display_name(algorithm: str) -> str:
     """An algorithm's name for readers."""
     return DISPLAY_NAMES.get(algorithm, algorithm)
@@ -220,6 +231,7 @@ def text(table: Table) -> str:
     """As DomainBed's, but whole names, and cells that say what they lack."""
     def cell_text(cell):
         marks = " !" if cell.differs else ""
+        marks += " ?" if cell.teacher_problems else ""
         marks += f" *{cell.n_finished}/{cell.n_expected}" if cell.incomplete else ""
         return cell.number("+/-") + marks
 
@@ -284,6 +296,7 @@ def latex(table: Table) -> str:
         number = cell.number(r"$\pm$")
         number = {1: rf"\textbf{{{number}}}", 2: rf"\underline{{{number}}}"}.get(cell.rank, number)
         number += r"$^{\dagger}$" if cell.differs else ""
+        number += r"$^{\ddagger}$" if cell.teacher_problems else ""
         return number + (rf"$^{{*{cell.n_finished}/{cell.n_expected}}}$" if cell.incomplete else "")
 
     def bold(name):
@@ -296,6 +309,8 @@ def latex(table: Table) -> str:
         after.append(r"$^{*}$ finished runs / runs of a whole sweep.")
     if any(cell.differs for cell in cells):
         after.append(r"$^{\dagger}$ trained by another protocol than most of the column.")
+    if problems := teacher_problems(cells):
+        after.append(r"$^{\ddagger}$ " + escape_latex(problems))
     if table.protocol:
         after.append(escape_latex(table.protocol))
     if after:
@@ -312,6 +327,7 @@ def markdown(table: Table) -> str:
         number = cell.number("±")
         number = f"**{number}**" if cell.rank == 1 else number
         number += " !" if cell.differs else ""
+        number += " ?" if cell.teacher_problems else ""
         return number + (rf" \*{cell.n_finished}/{cell.n_expected}" if cell.incomplete else "")
 
     rows = _grid(table, lambda name: _escape_markdown(display_name(name)), _escape_markdown,
@@ -351,7 +367,8 @@ def as_csv(tables: Iterable[Table]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["selection", "dataset", "algorithm", "environment", "mean", "stderr",
-                     "n_trials", "runs_finished", "runs_expected", "other_protocol"])
+                     "n_trials", "runs_finished", "runs_expected", "other_protocol",
+                     "teacher_problem"])
     for table in tables:
         for algorithm, row in table.rows.items():
             for column, cell in zip(table.columns, row):
@@ -361,5 +378,6 @@ def as_csv(tables: Iterable[Table]) -> str:
                     table.method, *((table.dataset, display_name(algorithm), column)
                                     if table.dataset else (column, display_name(algorithm), "all")),
                     *("" if value is None else value for value in (cell.mean, cell.stderr)),
-                    cell.n_trials, cell.n_finished, cell.n_expected, int(cell.differs)])
+                    cell.n_trials, cell.n_finished, cell.n_expected, int(cell.differs),
+                    "; ".join(sorted(cell.teacher_problems))])
     return out.getvalue()

@@ -249,7 +249,7 @@ def second_method(sweep_dir, reason=""):
 @pytest.mark.parametrize("flags, row", [
     ([], r"KDDG( +X){5} +\n"), (["--latex"], r"KDDG & X & X & X & X & X \\\\\n"),
     (["--format", "markdown"], r"\| KDDG( \| X){5} \|\n"),
-    (["--format", "csv"], r"(training-domain validation set,VLCS,KDDG,[CLSV],,,0,0,4,0\n){4}")])
+    (["--format", "csv"], r"(training-domain validation set,VLCS,KDDG,[CLSV],,,0,0,4,0,\n){4}")])
 @pytest.mark.parametrize("reason, state", [
     ("", "40 unfinished:"), ("error: No\nmemory.\n", "0 unfinished and 40 failed:")])
 def test_a_method_of_which_no_run_has_results_is_not_left_out(
@@ -497,12 +497,74 @@ def test_mixed_protocols_are_marked_and_described(vlcs, capsys):
             'steps 2000, hparams {"lr": 1} (1 run)') in out
 
 
+def test_fast_and_exact_runs_of_one_cell_are_told_apart_in_plain_words(vlcs, capsys):
+    for folder in list(folders(vlcs)):
+        shutil.copytree(folder, vlcs / f"{folder.name}f")
+        edit(vlcs / f"{folder.name}f", fast=True)
+    out, _ = run(capsys, vlcs)
+    assert "    VLCS, ERM: exact mode (40 runs); fast mode (40 runs)\n" in out
+    assert "; exact mode (ERM), fast mode (ERM); teacher none." in out
+    assert "fast True" not in out and "fast default" not in out
+
+
+# Teachers that failed their audit.
+
+@pytest.fixture
+def badly_taught(vlcs):
+    """The golden sweep, with KDDG whose teacher was near chance in the runs on test env 0."""
+    for folder in list(folders(vlcs)):
+        copy = vlcs / f"{folder.name}x"
+        shutil.copytree(folder, copy)
+        edit(copy, algorithm="KDDG", allow_bad_teacher=True)
+        first, *others = (copy / "results.jsonl").read_text().splitlines()
+        record = json.loads(first)
+        problem = "is near chance: right on 9% of 9 images." if 0 in record["args"][
+            "test_envs"] else None
+        record["teacher"] = {"accuracy": 0.1, "problem": problem}
+        (copy / "results.jsonl").write_text("\n".join([json.dumps(record), *others, ""]))
+    return vlcs
+
+
+AUDIT = "learnt from teachers that failed their audit (--allow_bad_teacher): near chance."
+
+
+@pytest.mark.parametrize("least_runs", [500, 2])
+@pytest.mark.parametrize("flags, cell, footnote", [
+    ([], r"KDDG +98\.0 \+/- 0\.2 \? +64", f"\n? {AUDIT}\n"),
+    (["--latex"], r"KDDG & .*98\.0 \$\\pm\$ 0\.2}?\$\^{\\ddagger}\$ & .*64",
+     r"$^{\ddagger}$ " + AUDIT.replace("_", r"\_")),
+    (["--format", "markdown"], r"\| KDDG \| .*98\.0 ± 0\.2(\*\*)? \? \| ", f"\n? {AUDIT}\n")])
+def test_a_teacher_that_failed_its_audit_is_marked_and_explained(
+        badly_taught, capsys, monkeypatch, flags, cell, footnote, least_runs):
+    monkeypatch.setattr(record_cache, "LEAST_RUNS", least_runs)
+    printed = {run(capsys, badly_taught, *flags) for _ in range(2)}
+    (badly_taught / "new").mkdir()  # so that an answer that was kept no longer counts
+    printed.add((run(capsys, badly_taught, *flags).out, ""))
+    (out, err), = printed
+    assert re.search(cell, out) and footnote in out and err == ""
+    training_domain = out.split("leave-one")[0]
+    row = next(text for text in training_domain.splitlines() if re.match(r"(\| )?KDDG", text))
+    assert row.count("ddagger" if "--latex" in flags else "?") == 2  # test env 0, and Avg
+
+
+def test_csv_names_what_was_wrong_with_a_teacher(badly_taught, capsys):
+    out, err = run(capsys, badly_taught, "--format", "csv")
+    rows = [line.split(",") for line in out.splitlines() if "training-domain" in line]
+    assert [(row[2], row[3]) for row in rows if row[-1] == "near chance"] == [
+        ("KDDG", "C"), ("KDDG", "Avg"), ("KDDG", "all"), ("KDDG", "all")]
+    assert {row[-1] for row in rows} == {"", "near chance"} and f"? {AUDIT}" in err
+
+
+def test_upstream_knows_no_audit(badly_taught, capsys):
+    assert "?" not in run(capsys, badly_taught, "--upstream").out
+
+
 # Flags, files and errors.
 
 def test_csv_stays_clean_and_its_notes_go_to_stderr(vlcs, capsys):
     shutil.rmtree(next(folders(vlcs)))
     out, err = run(capsys, vlcs, "--format", "csv")
-    assert {line.count(",") for line in out.splitlines()} == {9}
+    assert {line.count(",") for line in out.splitlines()} == {10}
     assert "Of 40 runs, 1 are absent" in err
 
 

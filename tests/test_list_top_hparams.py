@@ -2,6 +2,7 @@ import re
 
 import pytest
 from conftest import GOLDENS, golden
+from test_records import line, write
 
 from domainbed_kd.scripts import list_top_hparams
 
@@ -41,6 +42,14 @@ def test_trials_and_folders_are_sorted(capsys):
     assert re.findall(r"trial_seed: (\d)", out) == ["0", "1"] * 3
     for block in re.findall(r"output_dirs:\n((?:\t\t\t.*\n)+)", out):
         assert block.splitlines() == sorted(block.splitlines())
+
+
+def test_fast_and_exact_folders_of_one_draw_are_told_apart(tmp_path, capsys):
+    for name, more in (("exact", {}), ("quick", {"fast": True})):
+        write(tmp_path / name, line(output_dir=name, **more), line(10, output_dir=name, **more))
+    run(input_dir=tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("\t\t\texact (exact mode)\n\t\t\tquick (fast mode)\n") == 2
 
 
 @pytest.mark.parametrize("changes, words", [

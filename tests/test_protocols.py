@@ -8,13 +8,14 @@ DEFAULTS = hparams_registry.default_hparams("ERM", "PACS")
 
 
 def grid(*runs):
-    """Of runs given as (args, hparams) that say what is not usual."""
+    """Of runs given as (args, hparams) that say what is not usual, and parts of their records."""
     records = []
-    for args, hparams in runs:
+    for args, hparams, *more in runs:
         args = {"dataset": "PACS", "algorithm": "ERM", "test_envs": [0], "trial_seed": 0,
                 "hparams_seed": 0, "steps": None} | args
         records.append({"args": args, "hparams": DEFAULTS | hparams, "step": 9,
-                        **{f"env{i}_{split}_acc": .5 for i in range(4) for split in ("in", "out")}})
+                        **{f"env{i}_{split}_acc": .5 for i in range(4) for split in ("in", "out")},
+                        **dict(*more)})
     return Grid(of_records(records))
 
 
@@ -75,6 +76,37 @@ def test_what_differs_says_where():
     assert "network ResNet-50 (ERM, 4Ds, KDDG, SCMD), ViT-B/14 (RISE)" in said
     assert said.endswith("teacher a run of ERM (4Ds), another run (KDDG), CLIP ViT-B-16 (RISE), "
                          "CLIP b + c (SCMD).")
+
+
+def test_teachers_are_named_whichever_of_a_runs_folders_they_are():
+    fast = {"fast": True}
+    said = line(({"output_dir": "a/exact"}, {}), ({"output_dir": "a/fast"} | fast, {}),
+                ({"algorithm": "KDDG", "teacher": "a/exact", "output_dir": "a/x"}, {}),
+                ({"algorithm": "KDDG", "teacher": "a/fast", "output_dir": "a/y"} | fast, {}))
+    assert "exact mode (ERM, KDDG), fast mode (ERM, KDDG)" in said
+    assert said.endswith("teacher a run of ERM (KDDG).")
+
+
+def test_what_was_wrong_with_a_teacher_is_said():
+    def audited(problem):
+        return {"teacher": {"accuracy": .1, "problem": problem}}
+
+    order = "has its classes in another order: it says 1 for 0. In the labels' order ..."
+    said = line(
+        ({"output_dir": "a/t"}, {}),
+        ({"algorithm": "KDDG", "teacher": "a/t"}, {}, audited("is near chance: right on 1%.")),
+        ({"algorithm": "FourDs", "teacher": "a/t"}, {}, audited(None)),
+        ({"algorithm": "RISE"}, {"clip_backbone": "b"}, audited(order)),
+        ({"algorithm": "Mine"}, {}, audited("is near chance: right on 1%.")))
+    assert said.endswith(
+        "teacher a run of ERM (4Ds), a run of ERM, near chance (KDDG), "
+        "CLIP b, its classes in another order (RISE), not recorded, near chance (Mine).")
+
+
+@pytest.mark.parametrize("teacher", [None, "a name", {}, {"problem": None}, {"problem": 3}])
+def test_what_other_packages_record_of_teachers_is_no_problem(teacher):
+    made = grid(({}, {}, {"teacher": teacher}))
+    assert not made.teacher_problems and "teacher none" in line(({}, {}, {"teacher": teacher}))
 
 
 def test_an_algorithm_of_two_protocols_is_named_with_both():

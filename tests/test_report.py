@@ -179,6 +179,20 @@ def test_a_sweep_without_any_result_yet_is_told_from_a_folder_without_runs(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_teacher_that_failed_its_audit_is_marked_on_the_page(tmp_path):
+    made_up(tmp_path / "sweep", algorithms=["ERM", "KDDG"])
+    for path in (tmp_path / "sweep").glob("KDDG*/results.jsonl"):
+        path.write_text(path.read_text().replace(
+            '{"args"', '{"teacher": {"problem": "is near chance: 9%."}, "args"', 1))
+    report.main(["--input_dir", str(tmp_path / "sweep")])
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    rows = [row for row in Reader(text).rows if row[0] == "KDDG" and "±" in row[1]]
+    assert rows and all(cell.endswith("?") for row in rows for cell in row[1:])
+    assert not any("?" in cell for row in Reader(text).rows if row[0] == "ERM" for cell in row)
+    assert "(--allow_bad_teacher): near chance." in text
+    assert "teacher another run, near chance (KDDG)" in text
+
+
 def test_runs_with_nothing_to_draw_still_give_tables(tmp_path):
     """Records with no more than model selection needs."""
     sweep = made_up(tmp_path / "sweep", algorithms=["ERM"])

@@ -320,6 +320,8 @@ def notes(grid: sweeps.Grid, made: dict, input_dir: str, failures: dict[str, str
     if any(cell.differs for cell in cells):
         lines.append("! trained by another protocol than most of the column:")
         lines += [f"    {line}" for line in describe_protocols(grid)]
+    if problems := tables.teacher_problems(cells):
+        lines.append(f"? {problems}")
     if absent := grid.absent():
         n_runs = sum(len(grid.runs(d, a)) for d in grid.datasets for a in grid.algorithms)
         reasons = {run: failures[name] for run in absent
@@ -370,8 +372,8 @@ def describe_protocols(grid: sweeps.Grid) -> list[str]:
             continue
         for algorithm, row in rows.items():
             kinds = "; ".join(
-                ", ".join(f"{sweeps.PROTOCOL[i]} {'default' if p[i] == 'None' else p[i]}"
-                          for i in told) + f" ({n} run{'s' if n > 1 else ''})"
+                ", ".join(protocols.in_words(sweeps.PROTOCOL[i], p[i]) for i in told)
+                + f" ({n} run{'s' if n > 1 else ''})"
                 for p, n in sorted(row.items()))
             if kinds:
                 lines.append(f"{dataset}, {tables.display_name(algorithm)}: {kinds}")

@@ -5,9 +5,9 @@ import contextlib
 import io
 import sys
 
-from domainbed_kd import model_selection, tables
+from domainbed_kd import model_selection, protocols, tables
 from domainbed_kd import records as sweeps
-from domainbed_kd.curves import Cell, Curve, by_cell, n_records
+from domainbed_kd.curves import PROTOCOL, Cell, Curve, by_cell, n_records
 from domainbed_kd.scripts import Parser, run_main
 
 
@@ -76,8 +76,12 @@ def print_draw(accs: dict, draw: list[Curve]) -> None:
         for name, value in sorted(hparams.items()):
             print(f"\t\t\t{name}: {value}")
     print("\t\toutput_dirs:")
-    for folder in sorted({curve.args.get("output_dir", "") for curve in draw}):
-        print(f"\t\t\t{folder}")
+    told = [name for name in PROTOCOL if len({str(curve.args.get(name)) for curve in draw}) > 1]
+    for folder, *words in sorted({
+            (curve.args.get("output_dir", ""),
+             *(protocols.in_words(name, str(curve.args.get(name))) for name in told))
+            for curve in draw}):
+        print(f"\t\t\t{folder}" + (f" ({', '.join(words)})" if words else ""))
 
 
 if __name__ == "__main__":

@@ -113,12 +113,13 @@ def groups(made: dict, grid: sweeps.Grid) -> Iterator[dict]:
         yield {"name": method.name, "why": why, "tables": [] if why else group}
 
 
-def marks(made: dict) -> dict[str, bool]:
-    """Which marks the tables have."""
+def marks(made: dict) -> dict[str, bool | str]:
+    """Which marks the tables have and, where it varies, what they mean."""
     cells = [cell for group in made.values() for table in group if table.has_data
              for row in table.rows.values() for cell in row]
     return {"incomplete": any(cell.incomplete for cell in cells),
             "differs": any(cell.differs for cell in cells),
+            "teachers": tables.teacher_problems(cells),
             "absent": any(cell.number("") == "X" for cell in cells)}
 
 
