@@ -290,14 +290,25 @@ class Job:
         At most "rss_mb" and "gpu_mb" MiB of process and GPU, and "seconds" for "steps" updates,
         which older runs lack. A damaged memory.json counts as none: it is no result.
         """
+        found = self._memory()
+        try:
+            cost = {name: float(found[name]) for name in ("rss_mb", "gpu_mb", "seconds", "steps")
+                    if name in found}
+        except (ValueError, TypeError):
+            return {}
+        return cost if all(0 <= value < float("inf") for value in cost.values()) else {}
+
+    def has_diverged(self) -> bool:
+        """Whether a loss of its was not finite, by its last record."""
+        return bool(self._memory().get("diverged"))
+
+    def _memory(self) -> dict:
         try:
             with open(os.path.join(self.output_dir, "memory.json"), encoding="utf-8") as file:
                 found = json.load(file)
-            cost = {name: float(found[name]) for name in ("rss_mb", "gpu_mb", "seconds", "steps")
-                    if name in found}
-        except (FileNotFoundError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError):
             return {}
-        return cost if all(0 <= value < float("inf") for value in cost.values()) else {}
+        return found if isinstance(found, dict) else {}
 
     def last_error(self) -> str:
         """The last line that it wrote to err.txt; empty if there is none."""

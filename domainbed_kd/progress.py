@@ -49,8 +49,8 @@ def n_steps(flags: Mapping[str, str]) -> int | None:
     """How many updates a train command makes; None if its data set is not known here."""
     from domainbed_kd import datasets
 
-    if flags.get("steps"):
-        return int(flags["steps"])
+    if steps := int(flags.get("steps") or 0):
+        return steps
     name = flags.get("dataset", "RotatedMNIST")
     known = name in datasets.DATASETS or name.startswith("Folder:")
     return datasets.get_dataset_class(name).N_STEPS if known else None

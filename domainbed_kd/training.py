@@ -9,6 +9,7 @@ import ctypes
 import errno
 import functools
 import json
+import math
 import os
 import platform
 import random
@@ -133,7 +134,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                 algorithm, [splits.in_[i] for i in training],
                 functools.partial(in_order, device=device), teacher_cache,
                 key=f"{device.type} {'fast' if is_fast else 'exact'}")
-    header = None
+    header, divergence = None, Divergence(args["algorithm"])
     with stop_signals() as stopped, readers, loggers.watching(
             folder, args, hparams, first_step, log_test_domains, wandb) as logger:
         for step in progress.bar(
@@ -150,6 +151,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
             values["step_time"] = time.time() - start
             for name, value in values.items():
                 pending[name].append(value)
+            divergence.look(values, step)
             algorithm.checkpoint(step, last, validate, batches)
             if measures:
                 measures.after_step()
@@ -169,6 +171,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                     "mem_gb": peak_memory_gb(device)}
                 with progress.lifted():
                     header = print_record(record, header)
+                    divergence.tell()
                 if algorithm.selects_last:
                     record["selection"] = "last"
                 if teacher:
@@ -179,7 +182,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                     results.save_logits(folder / "logits" / f"step{step}.npz", logits, kept)
                 record |= {"hparams": hparams, "args": args}
                 append_record(folder, record)
-                save_cost(folder, device, time.monotonic() - began, step + 1)
+                save_cost(folder, device, time.monotonic() - began, step + 1, divergence.first)
                 logger.log(record)
                 pending.clear()
                 if args["save_model_every_checkpoint"]:
@@ -396,16 +399,18 @@ def peak_memory_gb(device) -> float:
     return torch.cuda.max_memory_allocated() / 1024**3 if device.type == "cuda" else 0.0
 
 
-def save_cost(folder: Path, device, seconds: float, steps: int) -> None:
+def save_cost(folder: Path, device, seconds: float, steps: int,
+              diverged: str | None = None) -> None:
     """Leaves in memory.json what the run has taken so far, for `sweep status` and `sweep plan`.
 
     That is what the process has held at most, in MiB, and the seconds that `steps` updates and
     their evaluations took, in all attempts together. The CPU threads, which the last bits of
-    results depend on, stand there too.
+    results depend on, stand there too, and how the run `diverged`, if it did.
     """
     cost = {"rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
             "gpu_mb": 1024 * peak_memory_gb(device), "seconds": seconds, "steps": steps,
             "threads": torch.get_num_threads()}
+    cost |= {"diverged": diverged} if diverged else {}
     checkpoints.write_atomically(
         folder / "memory.json", lambda path: path.write_text(json.dumps(cost)))
 
@@ -448,6 +453,34 @@ def print_record(record: dict, header: list[str] | None) -> list[str]:
         row(names)
     row(record[name] for name in names)
     return names
+
+
+class Divergence:
+    """Looks whether a loss is infinite or no number, and tells so on stderr, once.
+
+    The run goes on, as DomainBed's would, which tells nothing.
+    """
+
+    def __init__(self, algorithm: str):
+        self.algorithm = algorithm
+        #: The first such loss, its value and its step; None as long as there is none.
+        self.first: str | None = None
+        self._told = False
+
+    def look(self, values: dict[str, float], step: int) -> None:
+        """Takes in what an update returned."""
+        if self.first is None:
+            self.first = next(
+                (f"{name} is {value} since step {step}" for name, value in values.items()
+                 if "loss" in name and not math.isfinite(value)), None)
+
+    def tell(self) -> None:
+        """Prints the line, if there is something to tell and it has not been told."""
+        if self.first and not self._told:
+            self._told = True
+            print(f"{self.algorithm} has diverged: {self.first}. The run goes on, as DomainBed's "
+                  "would. To mend it, lower lr, or what else is extreme among its hparams.",
+                  file=sys.stderr)
 
 
 def append_record(folder: Path, record: dict) -> None:

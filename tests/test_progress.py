@@ -75,7 +75,7 @@ def test_a_line_tells_how_far_a_run_is(tmp_path, monkeypatch):
 def test_a_command_without_steps_makes_its_data_sets_number():
     assert progress.n_steps({"dataset": "DomainNet"}) == datasets.get_dataset_class(
         "DomainNet").N_STEPS
-    assert progress.n_steps({}) == 5001
+    assert progress.n_steps({}) == progress.n_steps({"steps": "0"}) == 5001
     assert progress.n_steps({"dataset": "SomebodysOwn"}) is None
     assert progress.n_steps({"dataset": "SomebodysOwn", "steps": "3"}) == 3
 

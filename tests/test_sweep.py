@@ -130,6 +130,32 @@ def test_status_tells_rate_and_time_left_from_what_jobs_took(tmp_path, capsys):
     assert "left: 10.8 minutes with 1 at a time\n" in out
 
 
+def test_status_reckons_with_the_jobs_at_a_time_that_the_launcher_would_have(tmp_path, capsys):
+    args = flags("status", tmp_path, "--steps", "100", "--single_test_envs", "--jobs_per_device",
+                 "2")
+    done = Path(Job(args_list_of(sweep.build_parser().parse_args(args))[0],
+                    str(tmp_path)).output_dir)
+    done.mkdir()
+    (done / "memory.json").write_text(json.dumps({"seconds": 600, "steps": 100}))
+    (done / "done").touch()
+    assert sweep.main(args) == 0
+    assert "left: 10.0 minutes with 2 at a time\n" in capsys.readouterr().out + "\n"
+    assert sweep.main([*args, "--jobs_per_device", "9"]) == 0  # of which two are left
+    assert "left: 10.0 minutes with 2 at a time\n" in capsys.readouterr().out + "\n"
+
+
+def test_status_counts_the_jobs_that_diverged(tmp_path, capsys):
+    args = flags("status", tmp_path, "--algorithms", "ERM", "SWAD", "--datasets", "Debug28")
+    jobs_listed = args_list_of(sweep.build_parser().parse_args(args))
+    for train_args in jobs_listed[:2] + jobs_listed[-1:]:
+        folder = Path(Job(train_args, str(tmp_path)).output_dir)
+        folder.mkdir()
+        (folder / "memory.json").write_text('{"diverged": "loss is nan since step 3"}')
+    assert sweep.main(args) == 0
+    assert ("diverged: the losses of 3 jobs are not finite (ERM 2, SWAD 1); their err.txt says "
+            "since when") in capsys.readouterr().out.splitlines()
+
+
 def test_status_is_shown_again_until_all_jobs_are_done(tmp_path, launched, monkeypatch, capsys):
     waited = []
 
@@ -626,6 +652,15 @@ def test_a_plan_counts_runs_teachers_and_hours(tmp_path, capsys):
         "local: 18 hours, 2 at a time",  # 11 in 6, 12 times 2 in 12
         "slurm: 3 hours, 100 at a time",
         f"ray: {capsys_ray_hours()} hours, {os.cpu_count()} at a time"]
+
+
+def test_a_plan_says_that_0_steps_are_the_data_sets_own(tmp_path, capsys):
+    args = flags("plan", tmp_path, "--datasets", "Debug28", "PACS", "--data_dir", "d",
+                 "--steps", "0", "--checkpoint_freq", "0")
+    assert sweep.main(args) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "--steps 0, as in DomainBed, is the data set's own: Debug28 5001, PACS 5001",
+        "--checkpoint_freq 0, as in DomainBed, is the data set's own: Debug28 100, PACS 300"]
 
 
 def capsys_ray_hours():

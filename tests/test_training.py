@@ -225,6 +225,22 @@ def test_a_run_that_goes_on_counts_the_seconds_of_its_first_attempt(tmp_path):
         assert training.seconds_before(tmp_path, 5) == 0
 
 
+def test_a_run_that_diverges_says_so_once_and_since_when_and_goes_on(tmp_path, capsys):
+    wild = ["--dataset", "Debug28", "--steps", "12", "--hparams", '{"batch_size": 4, "lr": 1e20}']
+    run(tmp_path / "each", *wild, "--checkpoint_freq", "1")
+    losses = [record["loss"] for record in records_in(tmp_path / "each")]
+    first = next(step for step, loss in enumerate(losses) if not abs(loss) < float("inf"))
+    assert 0 < first < 10
+    capsys.readouterr()
+    run(tmp_path / "rare", *wild, "--checkpoint_freq", "10")
+    err = capsys.readouterr().err
+    assert err.startswith(f"ERM has diverged: loss is {losses[first]} since step {first}. The run ")
+    assert err.count("\n") == 1 and (tmp_path / "rare" / "err.txt").read_text() == err
+    assert [record["step"] for record in records_in(tmp_path / "rare")] == [0, 10, 11]
+    assert (tmp_path / "rare" / "done").exists()
+    assert "diverged" in json.loads((tmp_path / "rare" / "memory.json").read_text())
+
+
 def test_a_run_leaves_the_memory_that_it_held_beside_its_records(tmp_path):
     records = run(tmp_path, "--dataset", "Debug28", "--steps", "1", "--skip_model_save",
                   "--hparams", '{"batch_size": 4}')

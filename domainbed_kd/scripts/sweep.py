@@ -100,7 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--command_launcher", default="local", metavar="NAME",
                         help="default: local")
     parser.add_argument("--steps", type=int, metavar="N",
-                        help="updates in a run; default: the data set's own")
+                        help="updates in a run; default, and, as in DomainBed, 0: the data "
+                             "set's own")
     parser.add_argument("--hparams", metavar="JSON",
                         help="object merged over every run's hparams")
     parser.add_argument("--holdout_fraction", type=float, default=0.2, metavar="SHARE",
@@ -111,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip_confirmation", action="store_true", help="ask nothing")
     ours = parser.add_argument_group("beyond DomainBed")
     ours.add_argument("--checkpoint_freq", type=int, metavar="N",
-                      help="steps between evaluations; default: the data set's own")
+                      help="steps between evaluations; default, and 0: the data set's own")
     ours.add_argument("--uda_holdout_fraction", type=float, metavar="SHARE",
                       help="share of the test domains given without labels; default: 0")
     ours.add_argument("--skip_model_save", action="store_const", const=True,
@@ -389,19 +390,25 @@ def delete_incomplete(args: argparse.Namespace, all_jobs: list[Job]) -> int:
 
 def status(args: argparse.Namespace, all_jobs: list[Job]) -> int:
     """Prints how far the jobs are, with --watch again and again until nothing is left to do."""
-    print(overview(all_jobs))
+    n_slots = slots_here(args)
+    print(overview(all_jobs, n_slots))
     while args.watch and any(job.state != Job.DONE for job in all_jobs):
         sys.stdout.flush()
         time.sleep(args.watch)
         all_jobs = plan(args, list_args(args))
-        text = overview(all_jobs)
+        text = overview(all_jobs, n_slots)
         # On a terminal the new table replaces the old one.
         print("\x1b[H\x1b[J" + text if sys.stdout.isatty() else "\n" + text)
     return 0
 
 
-def overview(all_jobs: list[Job]) -> str:
-    """Jobs by state, their rate, the time left, what failed and why, and the memory they held."""
+def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
+    """Jobs by state, their rate, the time left, what failed and why, and the memory they held.
+
+    Args:
+        all_jobs: of the sweep.
+        n_slots: jobs at a time where none is running, which would tell.
+    """
     counts = Counter((kind, job.train_args[kind], job.state)
                      for job in all_jobs for kind in ("algorithm", "dataset"))
     lines = []
@@ -423,11 +430,16 @@ def overview(all_jobs: list[Job]) -> str:
         lines.append(f"running: {len(running)} jobs, {speed:.3g} updates a second together")
     if known:
         unknown = len(left) - len(known)
-        lines.append(
-            f"left: {costs.in_words(sum(known) / max(len(running), 1))} with {len(running) or 1} "
-            "at a time" + (f", and {unknown} jobs of unknown length" if unknown else ""))
+        at_once = len(running) or min(n_slots, len(left))
+        lines.append(f"left: {costs.in_words(sum(known) / at_once)} with {at_once} at a time"
+                     + (f", and {unknown} jobs of unknown length" if unknown else ""))
     lines += [f"failed: {job.output_dir} ({job.label}): {job.why_failed()}"
               for job in all_jobs if job.state == Job.FAILED]
+    diverged = Counter(job.train_args["algorithm"] for job in all_jobs if job.has_diverged())
+    if diverged:
+        each = ", ".join(f"{name} {n}" for name, n in diverged.items())
+        lines.append(f"diverged: the losses of {sum(diverged.values())} jobs are not finite "
+                     f"({each}); their err.txt says since when")
     if n_waiting := sum(job.state == Job.NOT_LAUNCHED and job.has_folder for job in all_jobs):
         lines.append(f"{n_waiting} of those not launched have a folder: they wait in a queue, or "
                      "their launcher is gone.")
@@ -440,6 +452,14 @@ def overview(all_jobs: list[Job]) -> str:
                 for name, found in peaks.items())
         lines.append(f"most memory of a job, MiB of process + GPU: {', '.join(each)}")
     return "\n".join(lines).rstrip()
+
+
+def slots_here(args: argparse.Namespace) -> int:
+    """How many jobs the launcher would have at a time; GPUs that are not here count as one."""
+    try:
+        return slots(args, args.command_launcher)
+    except ValueError:
+        return slots(args, "local")
 
 
 def slots(args: argparse.Namespace, launcher: str) -> int:
@@ -492,6 +512,11 @@ def forecast(args: argparse.Namespace, all_jobs: list[Job]) -> int:
               + f", {n_done} done; {cost}")
     print(f"total: {len(all_jobs)} runs, {len(teachers)} teachers, "
           f"{sum(job.state == Job.DONE for job in all_jobs)} done")
+    for flag, attribute in (("steps", "N_STEPS"), ("checkpoint_freq", "CHECKPOINT_FREQ")):
+        if getattr(args, flag) == 0:
+            own = ((name, datasets.get_dataset_class(name)) for name in args.datasets)
+            print(f"--{flag} 0, as in DomainBed, is the data set's own: "
+                  + ", ".join(f"{name} {getattr(cls, attribute)}" for name, cls in own))
     if None in left.values():
         if args.budget:
             raise ValueError("--budget needs what a run takes: pass --hours_per_run, or finish a "

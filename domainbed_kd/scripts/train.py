@@ -51,9 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trial_seed", type=int, default=0,
                         help="seed of the splits and, with hparams_seed, of the random hparams")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything else")
-    parser.add_argument("--steps", type=int, help="updates; the data set's own number if absent")
+    parser.add_argument("--steps", type=int,
+                        help="updates; the data set's own number if absent or, as in DomainBed, 0")
     parser.add_argument("--checkpoint_freq", type=int,
-                        help="steps between evaluations; the data set's own if absent")
+                        help="steps between evaluations; the data set's own if absent or 0")
     parser.add_argument("--test_envs", type=int, nargs="+", default=[0],
                         help="numbers of the domains to hold out")
     parser.add_argument("--output_dir", default="train_output", help="folder of this run")
