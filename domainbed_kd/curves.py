@@ -4,6 +4,7 @@ import functools
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 #: Arguments in which runs of one cell must agree for their accuracies to be compared.
@@ -77,6 +78,12 @@ def columns(keys: tuple[str, ...]) -> tuple[tuple[str, ...], Callable]:
     """What is kept of records with these keys, and what takes it out of one."""
     names = "step", *(key for key in keys if key.endswith("_acc"))
     return names, operator.itemgetter(*names)  # at least the step and an accuracy
+
+
+def describe_broken(path: str | Path, numbers: list[int]) -> str:
+    """That the lines of a results.jsonl with these numbers are no records."""
+    more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+    return f"{path}: line {numbers[0]}{more}, no record of DomainBed's"
 
 
 def is_record(record) -> bool:

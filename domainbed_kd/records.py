@@ -146,8 +146,7 @@ def _read(path: str, size: int) -> tuple[list[Curve], str]:
     found = curves.of_records(map(_decode, lines), broken)
     if not broken:
         return found, "" if found else f"{path}: empty"
-    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-    return found, f"{path}: line {broken[0]}{more}, no record of DomainBed's"
+    return found, curves.describe_broken(path, broken)
 
 
 def _decode(line: bytes):

@@ -6,6 +6,7 @@ test domains: what model selection looks at. See docs/analysis.md.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from domainbed_kd import curves
 
 # float16 after each image's largest logit is subtracted: no softmax and no order of classes changes
 # but for differences below 3e-8, and close to the largest the steps are finest.
@@ -30,7 +33,7 @@ class Predictions(NamedTuple):
     index: np.ndarray
 
 
-def to_frame(input_dir: str | Path):
+def to_frame(input_dir: str | Path, skipped: list[str] | None = None):
     """A pandas DataFrame with a row for each record of a run or of a sweep's runs.
 
     Columns are named as in results.jsonl, with a dot where it nests: `env0_in_acc`, `loss`,
@@ -38,17 +41,27 @@ def to_frame(input_dir: str | Path):
     name), `val_acc` (mean over the training domains' out-splits), `test_acc` (mean over the test
     domains' in-splits) and `selected` (whether training-domain validation chooses this checkpoint
     of its run); the share of samples that SCMD records under that name is `selected_share`. Lists,
-    such as `args.test_envs`, are tuples. Lines that cannot be read are named
-    on stderr and left out.
+    such as `args.test_envs`, are tuples. What the tables leave out is left out here too: lines
+    that are no records by `curves.is_record`, and files that cannot be read.
+
+    Args:
+        input_dir: of the run or the sweep.
+        skipped: receives a line on each file that is left out, or not read whole; without it
+            they go to stderr.
 
     Raises:
         FileNotFoundError: if the folder holds no results.jsonl, nor does any folder in it.
     """
     import pandas as pd
 
-    rows = []
+    rows, left_out = [], [] if skipped is None else skipped
     for run in _runs(Path(input_dir)):
-        rows += _with_choice(run.name, read_records(run))
+        try:
+            rows += _with_choice(run.name, read_records(run, left_out))
+        except OSError as error:
+            left_out.append(f"{run / 'results.jsonl'}: {error.strerror}")
+    if skipped is None:
+        _name(left_out)
     frame = pd.json_normalize(rows)
     for name in filter(lambda name: pd.api.types.is_object_dtype(frame[name]), frame):
         frame[name] = frame[name].map(lambda v: tuple(v) if isinstance(v, list) else v)
@@ -56,27 +69,37 @@ def to_frame(input_dir: str | Path):
 
 
 def _runs(folder: Path) -> list[Path]:
-    found = [path.parent for path in (folder / "results.jsonl",
-                                      *sorted(folder.glob("*/results.jsonl"))) if path.is_file()]
+    found = [run for run in (folder, *filter(Path.is_dir, sorted(folder.iterdir())))
+             if not os.access(run, os.X_OK) or (run / "results.jsonl").is_file()]
     if not found:
         raise FileNotFoundError(f"{folder}: neither it nor a folder in it holds a results.jsonl.")
     return found
 
 
-def read_records(run: str | Path) -> list[dict]:
-    """A run's records with every value; lines that cannot be read are named on stderr."""
-    path, found = Path(run, "results.jsonl"), []
+def read_records(run: str | Path, skipped: list[str] | None = None) -> list[dict]:
+    """A run's records with every value; `skipped` is as for `to_frame`."""
+    path, found, broken = Path(run, "results.jsonl"), [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
-            if isinstance(record, dict) and {"step", "args"} <= record.keys():
+            if curves.is_record(record):
                 found.append(record)
             else:
-                print(f"skipped {path}: line {number}, no record", file=sys.stderr)
+                broken.append(number)
+    left_out = [curves.describe_broken(path, broken)] if broken else []
+    if skipped is None:
+        _name(left_out)
+    else:
+        skipped += left_out
     return found
+
+
+def _name(left_out: list[str]) -> None:
+    for line in left_out:
+        print(f"skipped {line}", file=sys.stderr)
 
 
 def _with_choice(run: str, records: list[dict]) -> list[dict]:

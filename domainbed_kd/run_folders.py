@@ -63,8 +63,9 @@ def has_begun(folder: str | Path) -> bool:
 
 
 def is_waiting(folder: str | Path) -> bool:
-    """Whether a job's folder is made and nothing has happened in it."""
-    return os.path.isdir(folder) and set(os.listdir(folder)) <= {ARGS}
+    """Whether a job's folder is made and nothing has happened in it, as far as one may look."""
+    return (os.path.isdir(folder) and os.access(folder, os.R_OK)
+            and set(os.listdir(folder)) <= {ARGS})
 
 
 def failure(folder: str | Path) -> str | None:
@@ -74,3 +75,5 @@ def failure(folder: str | Path) -> str | None:
             return file.read().strip() or "no space was left on the disk to say why"
     except FileNotFoundError:
         return None
+    except OSError as error:
+        return f"why cannot be read ({error.strerror})"

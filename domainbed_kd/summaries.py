@@ -63,9 +63,11 @@ def costs(frame):
     `step_time` is a mean over the steps since the last record. Evaluations and a teacher's own
     training are not in it.
     """
+    import pandas as pd
+
     ordered = frame.sort_values(["run", "step"])
     n_steps = ordered.groupby("run")["step"].diff().fillna(ordered["step"] + 1)
-    seconds = (ordered["step_time"] * n_steps).groupby(
+    seconds = (pd.to_numeric(ordered["step_time"], errors="coerce") * n_steps).groupby(
         [ordered["args.dataset"], ordered["args.algorithm"], ordered["run"]]).sum(min_count=1)
     return seconds.groupby(level=[0, 1]).mean().rename("seconds").reset_index()
 
@@ -134,13 +136,13 @@ def teachers(frame, everything):
 
 
 def of_test_env(frame, name: str):
-    """For each row the column `name` of its test env, whose number stands for `{}`; else NaN."""
+    """For each row the number in column `name` of its test env, which `{}` stands for; else NaN."""
     import pandas as pd
 
     values = pd.Series(np.nan, index=frame.index)
     for env, rows in frame.groupby("test_env").groups.items():
         if (column := name.format(env)) in frame:
-            values[rows] = frame.loc[rows, column]
+            values[rows] = pd.to_numeric(frame.loc[rows, column], errors="coerce")
     return values
 
 

@@ -33,7 +33,7 @@ ALLOWED = {
     "tables": {"model_selection", "datasets", "algorithms"},
     "protocols": {"datasets", "records", "tables"}, "published": {"protocols", "tables"},
     "diagnostics": {"algorithms", "checkpoints"},
-    "results": {"checkpoints"},
+    "results": {"checkpoints", "curves"},
     "loggers": {"results"},
     "significance": set(), "summaries": set(),
     "plots": {"significance", "summaries", "tables"},

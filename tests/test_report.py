@@ -1,5 +1,6 @@
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -191,6 +192,29 @@ def test_a_teacher_that_failed_its_audit_is_marked_on_the_page(tmp_path):
     assert not any("?" in cell for row in Reader(text).rows if row[0] == "ERM" for cell in row)
     assert "(--allow_bad_teacher): near chance." in text
     assert "teacher another run, near chance (KDDG)" in text
+
+
+@pytest.mark.skipif(not shutil.which("setpriv") and os.geteuid() == 0,
+                    reason="root reads everything, and there is no setpriv")
+def test_what_cannot_be_read_is_named_once_and_the_page_made_of_the_rest(tmp_path):
+    sweep = made_up(tmp_path / "sweep", algorithms=["ERM", "KDDG"])
+    broken, refused, closed = (sweep / name for name in ("ERM000", "ERM001", "KDDG002"))
+    text = (broken / "results.jsonl").read_text()
+    text = re.sub('"step_time": [^,]*', '"step_time": "slow"', text)
+    (broken / "results.jsonl").write_text(text.replace('"step": 5,', '"step": "x",'))
+    (refused / "results.jsonl").chmod(0)
+    closed.chmod(0)
+    rights = "-dac_override,-dac_read_search"
+    drop = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"] * (os.geteuid() == 0)
+    ran = subprocess.run([*drop, sys.executable, "-m", "domainbed_kd.scripts.report",
+                          "--input_dir", str(sweep)], capture_output=True, text=True)
+    closed.chmod(0o700)
+    assert ran.returncode == 0, ran.stderr
+    said = [line for line in ran.stderr.splitlines() if line.startswith("skipped")]
+    assert said == [f"skipped {broken}/results.jsonl: line 2, no record of DomainBed's",
+                    f"skipped {refused}/results.jsonl: Permission denied",
+                    f"skipped {closed}/results.jsonl: Permission denied"]
+    assert "46 of 48 runs finished" in (sweep / "report.html").read_text()
 
 
 def test_runs_with_nothing_to_draw_still_give_tables(tmp_path):

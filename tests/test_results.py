@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 
-from domainbed_kd import datasets, loaders, model_selection, results, training
+from domainbed_kd import curves, datasets, loaders, model_selection, records, results, training
 from domainbed_kd.scripts import train
 
 FLAGS = ["--dataset", "Debug28", "--steps", "13", "--checkpoint_freq", "3",
@@ -112,7 +113,9 @@ def written(tmp_path, logits, labels):
 def test_the_share_of_samples_that_scmd_selects_is_kept_apart_from_the_choice(tmp_path):
     accs = {f"env{i}_{split}_acc": .5 for i in range(2) for split in ("in", "out")}
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(
-        {"step": step, "args": {"test_envs": [0]}, "selected": .25, **accs}) + "\n"
+        {"step": step, "hparams": {}, "selected": .25, **accs, "args": {
+            "dataset": "Debug28", "algorithm": "SCMD", "test_envs": [0], "trial_seed": 0,
+            "hparams_seed": 0}}) + "\n"
         for step in range(2)))
     frame = results.to_frame(tmp_path)
     assert frame["selected"].tolist() == [True, False]
@@ -248,6 +251,46 @@ def test_a_torn_line_is_named_and_left_out(sweep, tmp_path, capsys):
     (tmp_path / "a" / "results.jsonl").write_text(whole[:-30])
     assert len(results.to_frame(tmp_path)) == 4
     assert "a/results.jsonl: line 5, no record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old, new", [
+    (r'"env0_in_acc": [^,]*', '"env0_in_acc": null'), (r'"step": \d+', '"step": "x"'),
+    (r'"test_envs": [^]]*]', '"test_envs": "0"'), (r"^.*$", "null"), (r"^.*$", "[" * 100_000)])
+def test_the_frame_and_the_tables_leave_out_the_same_lines_in_the_same_words(
+        sweep, tmp_path, capsys, old, new):
+    lines = (sweep / "a" / "results.jsonl").read_text().splitlines()
+    (tmp_path / "a").mkdir()
+    for i in (1, 3):
+        lines[i] = re.sub(old, new, lines[i])
+    (tmp_path / "a" / "results.jsonl").write_text("\n".join(lines))
+    assert list(results.to_frame(tmp_path)["step"]) == [
+        json.loads(lines[i])["step"] for i in (0, 2, 4)]
+    said = capsys.readouterr().err
+    assert said == f"skipped {tmp_path}/a/results.jsonl: line 2 and 1 more, no record of " \
+                   "DomainBed's\n"
+    assert curves.n_records(records.Folder(tmp_path).curves()) == 3
+    assert capsys.readouterr().err == said
+
+
+def test_files_that_cannot_be_read_are_named_and_left_out(sweep, tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(sweep / name / "results.jsonl", tmp_path / name)
+
+    def refuse(path, *args, **kwargs):  # root may read anything, so no chmod
+        if path.parent.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    frame = results.to_frame(tmp_path)
+    assert set(frame["run"]) == {"b"}
+    assert capsys.readouterr().err == f"skipped {tmp_path}/a/results.jsonl: Permission denied\n"
+    skipped = []
+    assert len(results.to_frame(tmp_path, skipped)) == len(frame)
+    assert skipped == [f"{tmp_path}/a/results.jsonl: Permission denied"]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_without_results_is_refused(tmp_path):

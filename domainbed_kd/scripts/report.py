@@ -170,7 +170,7 @@ def make_sections(input_dir: str, curves: list[Curve], made: list[tables.Table]
     """
     from domainbed_kd import plots
 
-    frame = summaries.single(results.to_frame(input_dir))
+    frame = summaries.single(results.to_frame(input_dir, skipped=[]))  # `curves` named them
     if frame.empty:
         return
     chosen = summaries.chosen(frame, by_cell(curves), SELECTION)
