@@ -34,8 +34,8 @@ def without_results(sweep: str | Path, names: Iterable[str]) -> list[dict]:
 def _args(folder: str) -> dict | None:
     for name, parse in ((ARGS, json.loads), ("out.txt", _last_args)):
         try:
-            with open(f"{folder}/{name}", encoding="utf-8", errors="replace") as file:
-                args = parse(file.read())
+            with open(f"{folder}/{name}", "rb", buffering=0) as file:  # read whole: no buffer
+                args = parse(file.readall())
         except (OSError, ValueError):  # none there, or damaged: the other may tell
             continue
         if curves.are_args(args):
@@ -43,9 +43,9 @@ def _args(folder: str) -> dict | None:
     return None
 
 
-def _last_args(printed: str) -> dict:
+def _last_args(printed: bytes) -> dict:
     """The arguments that a run printed last."""
-    lines = printed.rpartition("\nArgs:\n")[2].splitlines()
+    lines = printed.decode(errors="replace").rpartition("\nArgs:\n")[2].splitlines()
     args = {}
     for line in lines:
         name, colon, value = line.partition(": ")
@@ -70,10 +70,12 @@ def is_waiting(folder: str | Path) -> bool:
 
 def failure(folder: str | Path) -> str | None:
     """Why a run failed, in a line; None if it has not."""
+    if not os.path.exists(f"{folder}/failed"):
+        return None
     try:
         with open(f"{folder}/failed", encoding="utf-8", errors="replace") as file:
             return file.read().strip() or "no space was left on the disk to say why"
-    except FileNotFoundError:
+    except FileNotFoundError:  # it has just been started again
         return None
     except OSError as error:
         return f"why cannot be read ({error.strerror})"

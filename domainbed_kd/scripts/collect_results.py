@@ -161,7 +161,7 @@ def unfinished_names(grid: sweeps.Grid) -> list[str]:
 
 def why_failed(folder: sweeps.Folder, names: Iterable[str]) -> dict[str, str]:
     """{name of a run's folder: why it failed} of those that have."""
-    reasons = ((name, run_folders.failure(folder.path / name)) for name in names)
+    reasons = ((name, run_folders.failure(f"{folder.path}/{name}")) for name in names)
     return {name: " ".join(reason.split()).removeprefix("error: ")
             for name, reason in reasons if reason}
 
