@@ -7,6 +7,7 @@ torch is imported when a data set is built, not with this module.
 """
 
 import copy
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -288,6 +289,7 @@ def load_image(path: str):
 
     Raises:
         FileNotFoundError: if the file has been taken away since the folder was listed.
+        OSError: if the system does not let it be read.
         ValueError: if the file is not an image.
     """
     from PIL import Image, ImageFile
@@ -300,6 +302,9 @@ def load_image(path: str):
         raise FileNotFoundError(f"{path} is not there any more. Put the images back: the same "
                                 "command goes on from the run's last state.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
+            error.filename = str(path)
+            raise
         raise ValueError(f"{path} cannot be read as an image. Replace it.") from error
 
 
@@ -385,7 +390,7 @@ class ImageFolders(MultipleDomainDataset):
         """The names of the domains' folders, in order; hidden ones are left out.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if there is none, or none has folders of classes.
         """
         folder = cls.folder(data_dir)
         names = _subfolders(folder) if folder.is_dir() else []
@@ -394,6 +399,11 @@ class ImageFolders(MultipleDomainDataset):
             raise FileNotFoundError(
                 f"{cls.__name__}: {folder} {problem}. Images belong in {folder}/<domain>/<class>/; "
                 "python -m domainbed_kd.scripts.download says what it can fetch.")
+        if not any(_subfolders(folder / name) for name in names):
+            raise FileNotFoundError(
+                f"{cls.__name__}: {folder} holds folders ({', '.join(names[:3])}"
+                f"{', ...' if names[3:] else ''}) without folders in them, where domains with "
+                f"classes should be. Images belong in {folder}/<domain>/<class>/.")
         return names
 
     def _check_domains(self, folder: Path, names: list[str]) -> None:
@@ -420,9 +430,11 @@ class ImageFolders(MultipleDomainDataset):
     def _check_images(self, domain) -> None:
         empty = sorted(set(range(len(domain.classes))) - set(domain.targets))
         if empty:
+            folder = Path(domain.root, domain.classes[empty[0]])
+            os.listdir(folder)  # torchvision passes over what may not be read
             raise FileNotFoundError(
-                f"{type(self).__name__}: {Path(domain.root, domain.classes[empty[0]])} holds no "
-                "images. Add some, or remove the class everywhere.")
+                f"{type(self).__name__}: {folder} holds no images. Add some, or remove the class "
+                "everywhere.")
 
 
 @register

@@ -433,7 +433,8 @@ def _visitor(cls: type, registry: ModuleType, dialect: Dialect) -> type:
             """The fork's own: defaults where seed is None, else its draw."""
             drawn = (registry.default_hparams(cls.__name__, dataset) if seed is None else
                      registry.random_hparams(cls.__name__, dataset, seed))
-            return {"class_balanced": False, **drawn}  # our loop reads it, and older forks lack it
+            # What our loop and data sets read, and forks may lack, as DomainBed has it.
+            return {"class_balanced": False, "data_augmentation": True, **drawn}
 
         def __init__(self, input_shape, num_classes, num_domains, hparams):
             super().__init__(input_shape, num_classes, num_domains, hparams)

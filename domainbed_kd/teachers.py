@@ -320,8 +320,8 @@ def _open_clip(name: str) -> tuple:
         reason = " ".join(str(error).split())[:200]
         raise OSError(
             f"clip_backbone: the weights of {name} cannot be loaded ({reason}). On a machine "
-            'without a network, pass a file: --hparams \'{"clip_backbone": "ViT-B-32/file.pt"}\'.'
-        ) from error
+            "without a network, pass a file: --hparams "
+            f"'{{\"clip_backbone\": \"{architecture}/file.pt\"}}'.") from error
     preprocessing = open_clip.get_model_preprocess_cfg(model)
     size = preprocessing["size"]
     return (model, open_clip.get_tokenizer(architecture),

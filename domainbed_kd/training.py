@@ -204,14 +204,22 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
 
 
 def choose_hparams(args: dict) -> dict:
-    """Defaults or a random draw, with --hparams merged on top."""
+    """Defaults or a random draw, with --hparams merged on top.
+
+    Raises:
+        ValueError: if a fork's lack what every run needs.
+    """
     if args["hparams_seed"] == 0:
         hparams = hparams_registry.default_hparams(args["algorithm"], args["dataset"])
     else:
         hparams = hparams_registry.random_hparams(
             args["algorithm"], args["dataset"],
             seed_hash(args["hparams_seed"], args["trial_seed"]))
-    return hparams_registry.override(hparams, args["hparams"])
+    hparams = hparams_registry.override(hparams, args["hparams"])
+    if "batch_size" not in hparams:
+        raise ValueError(f"{args['algorithm']}: its hparams hold no batch_size, which every run "
+                         "needs. Pass --hparams '{\"batch_size\": 32}'.")
+    return hparams
 
 
 def keep_freed_memory() -> None:

@@ -39,6 +39,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shutil.copytree(GOLDENS / "sweep_data", "results")
+    Path("classes", "dog").mkdir(parents=True)
     return tmp_path
 
 
@@ -181,6 +182,14 @@ def contents(folder):
     (TRAIN, ["--dataset", "Folder:../x", "--data_dir", "."], "without a path"),
     (TRAIN, ["--algorithm", "KDDG", "--teacher", "absent"], "no finished run"),
     (TRAIN, ["--algorithm", "KDDG", "--teacher", "results"], "no finished run"),
+    (TRAIN, ["--teacher", "absent"],
+     "ERM does not learn from a run. Leave the flag out, or choose one of FourDs, KD,"),
+    (TRAIN, ["--algorithm", "RISE", "--teacher", "absent"], "RISE does not learn from a run"),
+    (TRAIN, ["--fork", "absent"], "--fork: absent is no folder that holds a package domainbed."),
+    (LAUNCH, ["--fork", "results"], "--fork: results is no folder that holds a package domainbed."),
+    (TRAIN, ["--dataset", "Folder:classes", "--data_dir", "."],
+     "classes holds folders (dog) without folders in them, where domains with classes should be. "
+     "Images belong in classes/<domain>/<class>/."),
     (LAUNCH, ["--output_dir", "file"], "is a file"),
     (LAUNCH, ["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
     (LAUNCH, ["@absent.args"], "@absent.args: No such file"),
@@ -275,6 +284,51 @@ def images(tmp_path):
                                    ["--loader_processes", "1", "--fast"]])
 def test_a_corrupt_image_is_named_also_by_a_loader_process(flags, images, capsys):
     refused([*images, *flags], ".png cannot be read as an image. Replace it.\n", capsys)
+
+
+def not_root(*words):
+    """What a process without root's right to read everything says; its last line on stderr."""
+    less = "-dac_override,-dac_read_search"
+    drop = ["setpriv", f"--bounding-set={less}", f"--inh-caps={less}"] if os.getuid() == 0 else []
+    ran = subprocess.run([*drop, sys.executable, *words], capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    return ran.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def forbidden():
+    """A function that forbids to read a path until the test ends."""
+    changed = []
+
+    def forbid(path, mode=0):
+        changed.append((path, path.stat().st_mode))
+        path.chmod(mode)
+
+    yield forbid
+    for path, mode in reversed(changed):
+        path.chmod(mode)
+
+
+NOT_READ = "Permission denied. You may not read it: have its owner change that, as chmod does."
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="root reads all")
+def test_what_may_not_be_read_is_said_to_be_so_and_is_not_to_be_replaced(
+        images, forbidden, tmp_path):
+    image = tmp_path / "mine" / "a" / "dog" / "0.png"
+    load = ("from domainbed_kd import datasets, scripts\n"
+            "scripts.run_main(lambda: datasets.load_image('mine/a/dog/0.png'))")
+    forbidden(image)
+    assert not_root("-c", load) == f"error: mine/a/dog/0.png: {NOT_READ}"
+    forbidden(image.parent)
+    assert not_root("-m", "domainbed_kd", *images) == f"error: mine/a/dog: {NOT_READ}"
+    results = next(Path("results").glob("*/results.jsonl"))
+    forbidden(results)
+    forbidden(Path("results"), 0o555)  # may be read
+    assert not_root("-m", "domainbed_kd", *TRAIN[:-1], "results/x") == (
+        "error: results/x: Permission denied. Choose a folder in which you may write.")
+    forbidden(Path("results"))
+    assert not_root("-m", "domainbed_kd", *COLLECT) == f"error: results: {NOT_READ}"
 
 
 def test_a_corrupt_image_is_named_when_the_cache_is_built(images, capsys):

@@ -261,6 +261,29 @@ def test_a_forks_method_trains_in_our_loop_with_its_own_hparams(dialect, tmp_pat
     assert (tmp_path / "out" / "done").exists()
 
 
+def test_what_a_forks_hparams_lack_is_filled_in_or_named(tmp_path):
+    fork = make_fork(tmp_path / "fork", "DomainBed")
+    registry = fork / "domainbed" / "hparams_registry.py"
+    registry.write_text(registry.read_text() + """
+def default_hparams(algorithm, dataset):
+    return {"lr": 1e-3, "weight_decay": 0.0}
+""")
+    code = f"""
+from domainbed_kd import forks, training
+assert forks.load({str(fork)!r}) == ["Own"]
+args = {{"algorithm": "Own", "dataset": "DigitsDG", "hparams_seed": 0}}
+print(training.choose_hparams(args | {{"hparams": '{{"batch_size": 4}}'}}))
+training.choose_hparams(args | {{"hparams": None}})
+"""
+    process = python("-c", code, cwd=tmp_path, plugged=False)
+    assert process.stdout == str({
+        "class_balanced": False, "data_augmentation": True, "lr": 1e-3, "weight_decay": 0.0,
+        "batch_size": 4}) + "\n"
+    assert process.stderr.splitlines()[-1] == (
+        "ValueError: Own: its hparams hold no batch_size, which every run needs. Pass --hparams "
+        "'{\"batch_size\": 32}'.")
+
+
 @pytest.mark.slow
 def test_a_forks_method_stands_in_our_sweep_and_our_table_beside_ours(tmp_path):
     fork = make_fork(tmp_path / "fork", "DomainBed")

@@ -521,6 +521,7 @@ def test_a_damaged_file_is_refused_in_one_line(small_architecture, tmp_path):
         teachers.clip(
             {"clip_backbone": f"{small_architecture}/{tmp_path / 'clip.pt'}"}, (3, 28, 28))
     assert "\n" not in str(error.value)
+    assert f'"clip_backbone": "{small_architecture}/file.pt"' in str(error.value)
 
 
 class Archive(nn.Module):

@@ -14,7 +14,6 @@ USER_ERRORS = (ValueError, OSError, NotImplementedError)
 HINTS = {
     errno.ENOSPC: ". Free some space there; the same command goes on from what is whole.",
     errno.EDQUOT: ". Free some space there; the same command goes on from what is whole.",
-    errno.EACCES: ". Choose a folder in which you may write.",
     errno.EROFS: ". Choose a folder in which you may write.",
 }
 
@@ -88,9 +87,15 @@ def add_flags_of_runs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                        help="module or .py file with algorithms, data sets or, for sweeps, "
                             "launchers of your own; may be given again")
-    group.add_argument("--fork", dest="plugin", action="append", metavar="FOLDER",
+    group.add_argument("--fork", dest="plugin", action="append", metavar="FOLDER", type=_fork,
                        help="folder of a DomainBed fork, which holds its package domainbed: its "
                             "algorithms can be named too; ours keep their names")
+
+
+def _fork(folder: str) -> str:
+    if not os.path.isdir(os.path.join(folder, "domainbed")):
+        raise argparse.ArgumentTypeError(f"{folder} is no folder that holds a package domainbed.")
+    return folder
 
 
 def check_compile(compile_: bool | None, fast: bool | None) -> None:
@@ -124,8 +129,21 @@ def one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        text = f"{where}{error.strerror}{HINTS.get(error.errno, '.')}"
+        hint = may_not(error.filename) if error.errno == errno.EACCES else HINTS.get(error.errno)
+        text = f"{where}{error.strerror}{hint or '.'}"
     return f"error: {text}"
+
+
+def may_not(path: str | os.PathLike | None) -> str:
+    """What to do about a path whose permissions forbid what was tried with it."""
+    if not path:
+        return ""
+    found = os.path.abspath(path)
+    while not os.path.exists(found):
+        found = os.path.dirname(found)
+    if not os.access(found, os.R_OK | (os.X_OK if os.path.isdir(found) else 0)):
+        return ". You may not read it: have its owner change that, as chmod does."
+    return HINTS[errno.EROFS]
 
 
 def run_main(main: Callable[[], int]) -> None:

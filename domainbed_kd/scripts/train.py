@@ -193,6 +193,12 @@ def check_names(args: argparse.Namespace) -> None:
 
     extensions.load(args.plugin, [args.algorithm, args.dataset])
     algorithms.check_name(args.algorithm)
+    name = algorithms.canonical_name(args.algorithm)
+    if args.teacher is not None and name in algorithms.SHIPPED and (
+            not algorithms.learns_from_run(name)):
+        taught = ", ".join(filter(algorithms.learns_from_run, algorithms.ALGORITHMS))
+        raise ValueError(f"--teacher {args.teacher}: {args.algorithm} does not learn from a run. "
+                         f"Leave the flag out, or choose one of {taught}.")
     cls = datasets.get_dataset_class(args.dataset, args.data_dir)
     folders = cls.domain_folders(args.data_dir) if hasattr(cls, "domain_folders") else None
     if names := cls.ENVIRONMENTS or folders:
