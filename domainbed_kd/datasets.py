@@ -284,17 +284,21 @@ class RotatedMNIST(_MNIST):
         return TensorDataset(x, digits)
 
 
-def load_image(path: str):
+def load_image(path: str, whole: bool = False):
     """The image as RGB; a truncated file gives what there is of it, as in DomainBed.
+
+    Args:
+        path: of the file.
+        whole: refuse a truncated one; not while another thread wants the other.
 
     Raises:
         FileNotFoundError: if the file has been taken away since the folder was listed.
         OSError: if the system does not let it be read.
-        ValueError: if the file is not an image.
+        ValueError: if the file is not an image, or not all of one.
     """
     from PIL import Image, ImageFile
 
-    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    ImageFile.LOAD_TRUNCATED_IMAGES = not whole
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

@@ -113,8 +113,13 @@ def _opened(dataset_name: str, paths: list[str], folder: Path) -> ImageCache:
         cache, valid = _look_up(path, root, stamps)
         if not valid:
             print(f"Decoding the images of {dataset_name} into {path}.", file=sys.stderr)
-            images = _decoded(root, stamps, cache)
+            cut = []
+            images = _decoded(root, stamps, cache, cut)
             checkpoints.write_atomically(path, lambda beside: _write(beside, stamps, images))
+            if cut:
+                print(f"{len(cut)} of its {len(stamps)} image files are cut short or damaged, and "
+                      "are used as far as they can be read, as in DomainBed: "
+                      f"{', '.join(cut[:3])}{', ...' if cut[3:] else '.'}", file=sys.stderr)
             cache = ImageCache(path, root)
     return cache
 
@@ -128,17 +133,29 @@ def _look_up(path: Path, root: Path, stamps: dict) -> tuple[ImageCache | None, b
     return cache, all(cache.holds(name, stamp) for name, stamp in stamps.items())
 
 
-def _decoded(root: Path, stamps: dict, old: ImageCache | None) -> Iterator[np.ndarray]:
-    """The sources' pixels in turn; those that have not changed come from the old file."""
+def _decoded(root: Path, stamps: dict, old: ImageCache | None, cut: list[str]
+             ) -> Iterator[np.ndarray]:
+    """The sources' pixels in turn; those that have not changed come from the old file.
+
+    The paths of those that are not whole go into `cut`.
+    """
     def pixels(name):
         if old and old.holds(name, stamps[name]):
             return old.array(str(root / name))
-        return np.asarray(datasets.load_image(str(root / name)))
+        try:
+            return np.asarray(datasets.load_image(str(root / name), whole=True))
+        except ValueError:
+            return None
 
     names = list(stamps)
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(names), _AT_ONCE):
-            yield from pool.map(pixels, names[i:i + _AT_ONCE])
+            some = names[i:i + _AT_ONCE]
+            for name, image in zip(some, list(pool.map(pixels, some))):
+                if image is None:  # it is cut short or, if this fails too, no image
+                    image = np.asarray(datasets.load_image(str(root / name)))
+                    cut.append(str(root / name))
+                yield image
 
 
 def _write(path: Path, stamps: dict, images: Iterable[np.ndarray]) -> None:

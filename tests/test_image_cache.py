@@ -135,6 +135,26 @@ def test_a_file_that_is_no_image_is_named_and_nothing_is_left_half_built(root, t
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+def test_images_that_are_cut_short_are_counted_once_and_read_as_without_a_cache(
+        root, tmp_path, capsys):
+    noise = Image.effect_noise((120, 90), 80).convert("RGB")
+    cut = root / "shapes" / "b" / "ring"
+    for torn in root.rglob("torn.jpg"):
+        torn.unlink()
+    for name in ("cut.jpg", "cut.png"):
+        noise.save(cut / name)
+        content = (cut / name).read_bytes()
+        (cut / name).write_bytes(content[:len(content) // 3])
+    n_images = sum(1 for path in (root / "shapes").rglob("*.*") if path.is_file())
+    plain = pictures(read(root))
+    for _ in range(2):
+        assert_same(pictures(read(root, tmp_path / "cache")), plain)
+    _, line = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"2 of its {n_images} image files are cut short or damaged, and are used as far as they "
+        f"can be read, as in DomainBed: {cut / 'cut.jpg'}, {cut / 'cut.png'}.")
+
+
 def test_a_file_in_place_of_the_folder_is_refused(root, tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file; it takes a folder"):
