@@ -138,7 +138,7 @@ def test_a_table_tells_fast_cells_from_exact_ones(tmp_path, capsys):
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line for line in printed.splitlines() if "+/-" in line}
     assert "!" in rows["CORAL"] and "!" not in rows["ERM"] and "!" not in rows["MMD"]
-    assert "Debug28, CORAL: fast True (3 runs)" in printed
+    assert "Debug28, CORAL: fast mode (3 runs)" in printed
 
 
 def test_a_sweep_passes_the_flag_on_and_keeps_fast_runs_apart(tmp_path, capsys):
