@@ -344,9 +344,11 @@ class Job:
                     file.write(reason + "\n")
 
     @staticmethod
-    def launch(jobs: list["Job"], launcher_fn: Callable) -> list["Job"]:
+    def launch(jobs: list["Job"], launcher_fn: Callable, later: list["Job"] | tuple = ()
+               ) -> list["Job"]:
         """Makes the jobs' folders and hands their commands to a launcher.
 
+        Folders of jobs that come `later` are made too, so that tables know of them.
         Returns the jobs that failed or were stopped; none if the launcher returns no exit statuses.
         One that another launcher has finished, or is at, has not failed.
         Folders in which nothing has begun when the launcher gives up are removed, so that their
@@ -355,7 +357,7 @@ class Job:
         new = {sweep for job in jobs if not os.path.isdir(sweep := os.path.dirname(job.output_dir))}
         print("Launching...")
         print("Making job directories:")
-        for job in jobs:
+        for job in [*jobs, *later]:
             os.makedirs(job.output_dir, exist_ok=True)
             run_folders.leave_args(job.output_dir, job.train_args)
             job.has_folder = True
@@ -363,7 +365,7 @@ class Job:
         try:
             statuses = launcher_fn([job.command_str for job in jobs])
         except BaseException:
-            for folder in [*(job.output_dir for job in jobs), *new]:
+            for folder in [*(job.output_dir for job in [*jobs, *later]), *new]:
                 if not set(os.listdir(folder)) - {_PLUGINS, run_folders.ARGS}:
                     shutil.rmtree(folder)
             raise

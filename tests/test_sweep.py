@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pty
@@ -13,7 +14,7 @@ from conftest import GOLDENS
 
 from domainbed_kd import algorithms, claims, command_launchers, datasets, workers
 from domainbed_kd.jobs import Job
-from domainbed_kd.scripts import run_main, sweep
+from domainbed_kd.scripts import collect_results, run_main, sweep
 
 SMALL = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--n_trials", "1",
          "--hparams", '{"batch_size": 4}', "--steps", "3"]
@@ -566,6 +567,33 @@ def test_it_is_said_how_many_wait_for_their_teachers_and_who_need_not_wait_does_
         capsys.readouterr().err)
     sweep.main([*args, "2"])
     assert waves[2:] == [["KDDG"] * 3] and "wait for their teachers" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_students_whose_teachers_fail_are_known_to_tables_but_not_of_a_launch_that_is_stopped(
+        tmp_path, monkeypatch, capsys, is_stopped):
+    def fail(commands):
+        if commands and is_stopped:
+            raise KeyboardInterrupt
+        return [1] * len(commands)
+
+    monkeypatch.setitem(command_launchers.REGISTRY, "fail", fail)
+    monkeypatch.setattr(command_launchers, "BLOCKING", (fail,))
+    args = flags("launch", tmp_path, "--command_launcher", "fail", "--single_test_envs",
+                 "--algorithms", "ERM", "KDDG", "--n_hparams", "1")
+    with pytest.raises(KeyboardInterrupt) if is_stopped else contextlib.nullcontext():
+        assert sweep.main(args) == 1
+    folders = list(tmp_path.iterdir())
+    if is_stopped:
+        assert folders == []
+        return
+    names = [json.loads((path / "args.json").read_text())["algorithm"] for path in folders]
+    assert sorted(names) == ["ERM"] * 3 + ["KDDG"] * 3
+    assert "3 jobs are not launched, as their teachers have not finished" in capsys.readouterr().err
+    assert collect_results.main(["--input_dir", str(tmp_path)]) == 0
+    assert "Debug28, KDDG, all test envs: trial 0, hparams 0\n" in capsys.readouterr().out
+    sweep.main(args)
+    assert "About to launch 6 jobs." in capsys.readouterr().out
 
 
 def test_what_another_launcher_took_first_has_not_failed(tmp_path, monkeypatch, capsys):

@@ -339,7 +339,9 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
         print(f"{len(taught)} of them wait for their teachers and are counted after these.",
               file=sys.stderr)
     waiting = {id(job) for job in taught}
-    failed = run([job for job in new if id(job) not in waiting], launcher, args.retry)
+    # Of another launcher such folders would seem to wait in its queue.
+    later = taught if launcher.func in command_launchers.BLOCKING else []
+    failed = run([job for job in new if id(job) not in waiting], launcher, args.retry, later)
     ready = [job for job in taught if job.teacher.is_done()]
     if ready and not any(job.was_stopped for job in failed):
         failed += run(ready, launcher, args.retry)
@@ -357,12 +359,13 @@ def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
     return 1 if failed or len(ready) < len(taught) else 0
 
 
-def run(some: list[Job], launcher: Callable, retry: int) -> list[Job]:
+def run(some: list[Job], launcher: Callable, retry: int, later: list[Job] | tuple = ()
+        ) -> list[Job]:
     """Launches the jobs, those that fail up to `retry` times more; returns what did not end well.
 
     Once somebody has stopped jobs, nothing is launched again.
     """
-    ended = Job.launch(some, launcher)
+    ended = Job.launch(some, launcher, later)
     for _ in range(retry):
         if not ended or any(job.was_stopped for job in ended):
             break
