@@ -349,7 +349,7 @@ def test_the_command_that_completes_a_sweep_launches_the_absent_runs_only(
     out, _ = run(capsys, tmp_path)
     commands = [shlex.split(line) for line in out.splitlines() if "sweep launch" in line]
     launched = []
-    monkeypatch.setattr(sweep.Job, "launch", lambda new, launcher: launched.extend(new) or [])
+    monkeypatch.setattr(sweep.Job, "launch", lambda new, *_: launched.extend(new) or [])
     for command in commands:
         assert command[:4] == ["python", "-m", "domainbed_kd.scripts.sweep", "launch"]
         assert sweep.main([*command[3:], "--skip_confirmation"]) == 0
