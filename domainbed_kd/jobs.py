@@ -366,8 +366,11 @@ class Job:
             statuses = launcher_fn([job.command_str for job in jobs])
         except BaseException:
             for folder in [*(job.output_dir for job in [*jobs, *later]), *new]:
-                if not set(os.listdir(folder)) - {_PLUGINS, run_folders.ARGS}:
-                    shutil.rmtree(folder)
+                if (found := set(os.listdir(folder))) <= {_PLUGINS, run_folders.ARGS}:
+                    for name in found:
+                        os.unlink(os.path.join(folder, name))
+                    with contextlib.suppress(OSError):  # another launcher has just begun here
+                        os.rmdir(folder)
             raise
         print(f"Launched {len(jobs)} jobs!")
         if not isinstance(statuses, list):
