@@ -1,9 +1,8 @@
 """Records of runs as columns: what the tables are made of, at a fraction of the memory."""
 
 import functools
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,12 +53,12 @@ def of_records(records: Iterable[dict], broken: list[int] | None = None) -> list
         if broken is not None and not is_record(record):
             broken.append(number)
             continue
-        names, values = columns(tuple(record))
+        names = columns(tuple(record))
         of_curve = record["args"], record["hparams"], record.get("selection"), names
         if of_curve != last:
             last, rows = of_curve, []
             found.append((*of_curve, rows, teacher_problem(record)))
-        rows.append(values(record))
+        rows.append([record[name] for name in names])
     return [Curve(*settings, dict(zip(names, zip(*rows))), problem)
             for *settings, names, rows, problem in found]
 
@@ -74,10 +73,9 @@ def teacher_problem(record: dict) -> str | None:
 
 
 @functools.cache
-def columns(keys: tuple[str, ...]) -> tuple[tuple[str, ...], Callable]:
-    """What is kept of records with these keys, and what takes it out of one."""
-    names = "step", *(key for key in keys if key.endswith("_acc"))
-    return names, operator.itemgetter(*names)  # at least the step and an accuracy
+def columns(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """What is kept of records with these keys."""
+    return "step", *(key for key in keys if key.endswith("_acc"))
 
 
 def describe_broken(path: str | Path, numbers: list[int]) -> str:

@@ -180,7 +180,7 @@ def _decoder(keys: tuple[str, ...]) -> tuple[tuple, msgspec.json.Decoder, Callab
 
     It decodes steps and accuracies; the rest stays text, of which settings must be equal.
     """
-    names, _ = curves.columns(keys)
+    names = curves.columns(keys)  # at least the step and an accuracy
     fields = {key: f"field{i}" for i, key in enumerate(keys)}  # a key need be no identifier
     types = {name: float for name in names} | {"step": int}
     record = msgspec.defstruct(

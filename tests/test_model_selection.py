@@ -33,6 +33,7 @@ def test_names_are_domainbeds():
 @pytest.mark.parametrize("method", model_selection.METHODS)
 def test_no_records_have_no_accuracy(method):
     assert method.run_acc([]) is None
+    assert method.run_acc([{"step": 0, "hparams": {}, "args": record()["args"]}]) is None
     assert method.hparams_accs(Cell()) == []
     assert method.sweep_acc(Cell()) is None
 
