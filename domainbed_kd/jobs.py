@@ -141,20 +141,20 @@ def plugins_of(sweep_output_dir: str, dataset: str, algorithm: str) -> list[str]
 
     Where that never happened, those that came with either, of what this package lacks.
     """
-    path = os.path.join(sweep_output_dir, _PLUGINS)
-    if not os.path.isfile(path):
+    try:
+        with open(os.path.join(sweep_output_dir, _PLUGINS), "rb") as file:
+            lines = file.readlines()
+    except OSError:  # there is none, or it is a colleague's who keeps it to himself
         return []
     of_pair, of_name = {}, {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                found = json.loads(line)
-                names, plugins = [*found["datasets"], *found["algorithms"]], found["plugins"]
-                of_pair |= {(d, a): plugins for d in found["datasets"]
-                            for a in found["algorithms"]}
-            except (ValueError, LookupError, TypeError):
-                continue  # torn by a machine that broke down
-            of_name |= {name: plugins for name in names}
+    for line in lines:
+        try:
+            found = json.loads(line)
+            names, plugins = [*found["datasets"], *found["algorithms"]], found["plugins"]
+            of_pair |= {(d, a): plugins for d in found["datasets"] for a in found["algorithms"]}
+        except (ValueError, LookupError, TypeError):
+            continue  # torn by a machine that broke down
+        of_name |= {name: plugins for name in names}
     lacking = [name for name, known in ((dataset, datasets.DATASETS),
                                         (algorithm, algorithms.SHIPPED)) if name not in known]
     return of_pair.get((dataset, algorithm)) or list(dict.fromkeys(

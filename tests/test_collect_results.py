@@ -422,6 +422,8 @@ def test_word_of_plugins_may_be_torn_or_deleted_and_is_left_once(brought, capsys
     assert "--plugin" in completing(capsys)[0]
     word.unlink()
     assert "--plugin" not in completing(capsys)[0]
+    word.mkdir()  # unreadable even to root
+    assert "--plugin" not in completing(capsys)[0]
 
 
 def test_the_command_that_completes_a_sweep_names_a_fork_as_such(brought, capsys):
