@@ -41,6 +41,18 @@ def test_commands_run_in_order_one_at_a_time_and_their_statuses_are_returned(tmp
     assert log.read_text() == "0301"
 
 
+def test_children_of_a_warm_server_may_use_a_gpu():
+    # CUDA cannot begin in a child whose parent has asked for a GPU, with or without one.
+    code = """if True:
+        import os
+        import domainbed_kd.warm, torch
+        child = os.fork()
+        if child == 0:
+            os._exit(int(torch.cuda._is_in_bad_fork()))
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_no_shell_reads_a_command(tmp_path):
     target = tmp_path / "a'; touch b; $(touch c) `touch d` * \"e\".txt"
     assert local([python("import sys; open(sys.argv[1], 'w')", target)]) == [0]
