@@ -53,7 +53,8 @@ def dialect_of(module: ModuleType) -> Dialect:
                          f"known. Expected {EXPECTED}.")
     if predicts_dict:
         return Dialect("domainbedv2", False, True)
-    if any(isinstance(cls, type) and "step" in _parameters(getattr(cls, "update", None))
+    # Only the fork's own: builtins that it imports (OrderedDict) have an update without signature.
+    if any(isinstance(cls, type) and issubclass(cls, base) and "step" in _parameters(cls.update)
            for cls in vars(module).values()):
         return Dialect("SCMD", False, False)
     return Dialect("DomainBed" if "unlabeled" in names else "older DomainBed", False, False)
@@ -355,7 +356,8 @@ def _with_stages(featurizer, input_shape):
         return featurizer
     x = torch.linspace(-1, 1, 2 * torch.Size(input_shape).numel()).view(2, *input_shape)
     mode, own = featurizer.training, type(featurizer)
-    expected = featurizer.eval()(x)
+    featurizer.eval()  # a statement: the train() of many forks returns None
+    expected = featurizer(x)
     if isinstance(expected, torch.Tensor):  # MIRO's may return the maps too
         for cls in (networks.ResNet, networks.WideResNet, networks.MNIST_CNN):
             # A class of its own, since methods bound to an instance would follow its copies.
@@ -369,7 +371,8 @@ def _with_stages(featurizer, input_shape):
                 if found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5):
                     break
             featurizer.__class__ = own
-    return featurizer.train(mode)
+    featurizer.train(mode)
+    return featurizer
 
 
 def _root(module: ModuleType) -> str:

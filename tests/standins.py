@@ -31,6 +31,10 @@ class MNIST_CNN(nn.Module):
         x = self.bn2(F.relu(self.conv3(x)))
         return self.bn3(F.relu(self.conv4(x))).mean(dim=(2, 3))
 
+    def train(self, mode=True):
+        """Returns None, as the ResNet of DomainBed does."""
+        super().train(mode)
+
 
 def Featurizer(input_shape, hparams):
     {network_reads}
@@ -75,6 +79,7 @@ def get_dataset_class(name):
 '''
 ALGORITHMS = '''
 import copy
+from collections import OrderedDict, defaultdict  # their update has no signature
 import torch
 import torch.nn.functional as F
 from domainbed import networks
