@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from domainbed_kd import __version__
-from domainbed_kd.scripts import Parser, run_main
+from domainbed_kd.console import Parser, run_main
 
 COMMANDS = {
     "train": "train one algorithm on one data set, holding out test domains",

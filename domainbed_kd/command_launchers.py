@@ -8,9 +8,9 @@ and `ray` in clusters.py.
 import importlib
 from collections.abc import Callable
 
-from domainbed_kd.clusters import ray, slurm
-from domainbed_kd.user_input import did_you_mean
-from domainbed_kd.workers import local, multi_gpu
+from domainbed_kd.console import did_you_mean
+from domainbed_kd.sweep.clusters import ray, slurm
+from domainbed_kd.sweep.workers import local, multi_gpu
 
 
 def dummy(commands: list[str], *, jobs_per_device: int = 1,

@@ -39,7 +39,7 @@ def load(modules: Iterable[str] = (), wanted: Iterable[str] = ()) -> None:
     """
     for module in modules:
         if os.path.isdir(os.path.join(module, "domainbed")):
-            from domainbed_kd import forks  # it needs torch
+            from domainbed_kd.plugin import forks
 
             forks.load(os.path.abspath(module))
         else:

@@ -11,8 +11,8 @@ import numpy as np
 
 from domainbed_kd import algorithms
 from domainbed_kd.algorithms.base import SMALL_IMAGES, fixed
+from domainbed_kd.console import did_you_mean, parse_hparams
 from domainbed_kd.seeds import seed_hash
-from domainbed_kd.user_input import did_you_mean, parse_hparams
 
 # Hparams that change behaviour when given with --hparams and are in no draw: {name: meaning}.
 OPTIONAL = {

@@ -46,7 +46,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
         ValueError: if it trained on another data set, on a domain the student is tested on, on
             images of another shape or on other classes, or if its weights do not all fit.
     """
-    from domainbed_kd import algorithms  # they import this module
+    from domainbed_kd import algorithms
 
     if not (folder / "done").exists():
         raise FileNotFoundError(f"{folder} holds no finished run. Train the teacher there first.")

@@ -26,7 +26,7 @@ def golden(name: str):
 
 def records_of_sweep(folder) -> list[dict]:
     """What is kept of the records of a sweep's runs."""
-    from domainbed_kd.records import Folder
+    from domainbed_kd.results.records import Folder
 
     return [record for curve in Folder(folder).curves() for record in curve.records()]
 

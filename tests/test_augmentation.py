@@ -9,7 +9,8 @@ from test_image_cache import read, root, run  # noqa: F401
 from torchvision import transforms as T
 from torchvision.transforms import functional
 
-from domainbed_kd import augmentation, datasets
+from domainbed_kd import datasets
+from domainbed_kd.run import augmentation
 
 MEAN = torch.tensor(datasets.IMAGENET_MEAN).view(3, 1, 1)
 STD = torch.tensor(datasets.IMAGENET_STD).view(3, 1, 1)

@@ -14,8 +14,9 @@ from conftest import GOLDENS
 from PIL import Image
 
 from domainbed_kd import __main__ as cli
-from domainbed_kd import algorithms, training
-from domainbed_kd.scripts import run_main
+from domainbed_kd import algorithms
+from domainbed_kd.console import run_main
+from domainbed_kd.run import training
 
 TRAIN = ["train", "--dataset", "Debug28", "--steps", "1", "--hparams", '{"batch_size": 4}',
          "--output_dir", "run"]
@@ -316,8 +317,8 @@ NOT_READ = "Permission denied. You may not read it: have its owner change that, 
 def test_what_may_not_be_read_is_said_to_be_so_and_is_not_to_be_replaced(
         images, forbidden, tmp_path):
     image = tmp_path / "mine" / "a" / "dog" / "0.png"
-    load = ("from domainbed_kd import datasets, scripts\n"
-            "scripts.run_main(lambda: datasets.load_image('mine/a/dog/0.png'))")
+    load = ("from domainbed_kd import console, datasets\n"
+            "console.run_main(lambda: datasets.load_image('mine/a/dog/0.png'))")
     forbidden(image)
     assert not_root("-c", load) == f"error: mine/a/dog/0.png: {NOT_READ}"
     forbidden(image.parent)

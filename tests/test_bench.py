@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from domainbed_kd import curves, datasets, records
+from domainbed_kd import datasets
+from domainbed_kd.folder import curves
+from domainbed_kd.results import records
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))  # also where bench starts processes
 bench = importlib.import_module("bench")

@@ -9,8 +9,9 @@ import torch
 from clips import Teacher
 from PIL import Image
 
-from domainbed_kd import canonical_view, datasets, loaders, networks, training
-from domainbed_kd.canonical_view import CanonicalViews
+from domainbed_kd import datasets, networks
+from domainbed_kd.run import canonical_view, loaders, training
+from domainbed_kd.run.canonical_view import CanonicalViews
 from domainbed_kd.scripts import sweep, train
 
 HPARAMS = {"wrn_depth": 10, "wrn_widen": 1, "batch_size": 8}

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from domainbed_kd import claims
+from domainbed_kd.folder import claims
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_folder_is_held_by_one_at_a_time_and_free_afterwards(tmp_path):
 
 
 def test_a_killed_process_frees_its_folder_at_once_on_its_machine(tmp_path):
-    code = ("import sys, time; from pathlib import Path; from domainbed_kd import claims\n"
+    code = ("import sys, time; from pathlib import Path; from domainbed_kd.folder import claims\n"
             "with claims.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)],
                                stdout=subprocess.PIPE, text=True)

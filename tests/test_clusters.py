@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from domainbed_kd import claims, clusters
+from domainbed_kd.folder import claims
 from domainbed_kd.scripts import sweep
+from domainbed_kd.sweep import clusters
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("chaos", ROOT / "tools" / "chaos.py")

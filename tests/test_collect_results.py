@@ -9,15 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS, golden
 
-from domainbed_kd import (
-    algorithms,
-    claims,
-    command_launchers,
-    jobs,
-    record_cache,
-    run_folders,
-)
+from domainbed_kd import algorithms, command_launchers
+from domainbed_kd.folder import claims, files
+from domainbed_kd.results import record_cache
 from domainbed_kd.scripts import collect_results, sweep, train
+from domainbed_kd.sweep import jobs
 
 
 def run(capsys, folder, *flags):
@@ -230,7 +226,7 @@ def without_results(folder, reason=""):
     args = json.loads(path.read_text().splitlines()[0])["args"]
     path.unlink()
     (folder / "done").unlink(missing_ok=True)
-    run_folders.leave_args(folder, args)
+    files.leave_args(folder, args)
     if reason:
         (folder / "failed").write_text(reason)
         (folder / "out.txt").touch()
@@ -339,7 +335,7 @@ def test_the_command_that_completes_a_sweep_launches_the_absent_runs_only(
             continue
         folder.mkdir()
         if i == 6:
-            run_folders.leave_args(folder, train_args)
+            files.leave_args(folder, train_args)
             continue
         accs = {f"env{k}_{split}_acc": .5 for k in range(3) for split in ("in", "out")}
         args = train_args | {"output_dir": str(folder)}

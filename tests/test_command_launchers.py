@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from domainbed_kd import cores, workers
+from domainbed_kd import machine
 from domainbed_kd.command_launchers import dummy, get_launcher, local, multi_gpu
+from domainbed_kd.sweep import workers
 
 TRAIN = "python -m domainbed_kd.scripts.train"
 
@@ -45,7 +46,7 @@ def test_children_of_a_warm_server_may_use_a_gpu():
     # CUDA cannot begin in a child whose parent has asked for a GPU, with or without one.
     code = """if True:
         import os
-        import domainbed_kd.warm, torch
+        import domainbed_kd.scripts._warm, torch
         child = os.fork()
         if child == 0:
             os._exit(int(torch.cuda._is_in_bad_fork()))
@@ -99,7 +100,7 @@ def test_with_several_at_a_time_each_job_gets_one_line_and_its_last_error(capfd)
 
 def test_threads_are_shared_out_evenly_unless_given(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cores, "available", lambda: 9)
+    monkeypatch.setattr(machine, "available", lambda: 9)
     code = "import os, sys; open(sys.argv[1], 'w').write(os.environ.get('OMP_NUM_THREADS', '-'))"
 
     def threads(n, **options):
@@ -181,8 +182,8 @@ def test_an_unknown_launcher_is_named(name, message):
 
 PARENT = """
 import sys
-from domainbed_kd import command_launchers, scripts
-scripts.run_main(lambda: command_launchers.local(sys.argv[1:], jobs_per_device=2))
+from domainbed_kd import command_launchers, console
+console.run_main(lambda: command_launchers.local(sys.argv[1:], jobs_per_device=2))
 """
 
 
@@ -220,7 +221,7 @@ def test_a_label_says_what_is_trained():
 def test_a_run_finds_all_that_it_imports_in_the_warm_server(tmp_path):
     code = f"""
 import sys
-import domainbed_kd.warm, domainbed_kd.scripts.train
+import domainbed_kd.scripts._warm, domainbed_kd.scripts.train
 known = set(sys.modules)
 domainbed_kd.scripts.train.main(["--dataset", "Debug28", "--steps", "1", "--hparams",
                                  '{{"batch_size": 4}}', "--output_dir", {str(tmp_path)!r}])

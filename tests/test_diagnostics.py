@@ -8,7 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch import nn
 
-from domainbed_kd import datasets, diagnostics, training
+from domainbed_kd import datasets
+from domainbed_kd.run import diagnostics, training
 from domainbed_kd.scripts import train
 
 FLAGS = ["--dataset", "Debug28", "--steps", "9", "--checkpoint_freq", "3", "--test_envs", "2",

@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from domainbed_kd import datasets, digits
+from domainbed_kd import datasets
+from domainbed_kd.datasets import digits
 
 # Of plain, colour, texture, sketch. Results depend on them: they change with a new version only.
 HASHES = ["b0d9073d17fa751e", "481ac07a6a763fab", "3a4d04bc194f5cde", "9fbe5146a4454662"]

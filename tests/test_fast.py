@@ -6,8 +6,12 @@ import pytest
 import torch
 from test_algorithms import ALGORITHMS, EARLY, SMALL, build, hparams_of, minibatches
 
-from domainbed_kd import curves, datasets, fast, jobs, model_selection, records
+from domainbed_kd import datasets
+from domainbed_kd.folder import curves
+from domainbed_kd.results import records, selection
+from domainbed_kd.run import precision
 from domainbed_kd.scripts import collect_results, sweep, train
+from domainbed_kd.sweep import jobs
 
 CPU = torch.device("cpu")
 TINY = '{"wrn_depth": 10, "wrn_widen": 1, "batch_size": 8}'
@@ -22,13 +26,13 @@ def run(folder, *flags):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_method_updates_in_fast_mode(name):
-    algorithm = fast.laid_out(build(name, hparams=hparams_of(name, **EARLY)), True)
+    algorithm = precision.laid_out(build(name, hparams=hparams_of(name, **EARLY)), True)
     for step in range(4):
-        with fast.precision(CPU, True):
+        with precision.autocast(CPU, True):
             values = algorithm.update(minibatches(seed=step))
         assert all(type(value) is float and math.isfinite(value) for value in values.values())
     algorithm.eval()
-    with torch.no_grad(), fast.precision(CPU, True):
+    with torch.no_grad(), precision.autocast(CPU, True):
         logits = algorithm.predict(torch.randn(5, *SMALL))
     assert logits.shape == (5, 2) and logits.isfinite().all()
     assert all(p.dtype != torch.bfloat16 for p in algorithm.parameters())
@@ -36,9 +40,9 @@ def test_every_method_updates_in_fast_mode(name):
 
 def test_layers_compute_in_bfloat16_only_when_it_is_asked_for():
     layer, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
-    with fast.precision(CPU, False):
+    with precision.autocast(CPU, False):
         assert layer(x).dtype == torch.float32
-    with fast.precision(CPU, True):
+    with precision.autocast(CPU, True):
         assert layer(x).dtype == torch.bfloat16
         assert torch.backends.cuda.matmul.allow_tf32
     assert layer(x).dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
@@ -46,7 +50,7 @@ def test_layers_compute_in_bfloat16_only_when_it_is_asked_for():
 
 def test_weights_that_change_within_an_update_are_the_ones_that_compute():
     layer, x = torch.nn.Linear(1, 1, bias=False), torch.ones(1, 1)
-    with fast.precision(CPU, True):
+    with precision.autocast(CPU, True):
         layer(x)
         with torch.no_grad():
             layer.weight.fill_(3)
@@ -70,7 +74,7 @@ def test_only_what_selection_reads_is_evaluated_and_the_mode_goes_on_record(tmp_
 
 def test_a_fast_run_stopped_halfway_ends_in_the_same_numbers(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", "--fast")
-    real, calls = fast.precision, []
+    real, calls = precision.autocast, []
 
     def fails_at_the_last_step(device, enabled):
         calls.append(enabled)
@@ -78,10 +82,10 @@ def test_a_fast_run_stopped_halfway_ends_in_the_same_numbers(tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(device, enabled)
 
-    monkeypatch.setattr(fast, "precision", fails_at_the_last_step)
+    monkeypatch.setattr(precision, "autocast", fails_at_the_last_step)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "halved", "--fast")
-    monkeypatch.setattr(fast, "precision", real)
+    monkeypatch.setattr(precision, "autocast", real)
     for a, b in zip(whole, run(tmp_path / "halved", "--fast"), strict=True):
         for record in (a, b):
             del record["step_time"], record["args"]["output_dir"]
@@ -117,8 +121,8 @@ def test_fast_records_are_selected_from_like_exact_ones(tmp_path):
     loaded = records.Folder(tmp_path).curves()
     assert len(loaded) == 2
     (cell,) = curves.by_cell(loaded).values()
-    for method in (model_selection.IIDAccuracySelectionMethod,
-                   model_selection.OracleSelectionMethod):
+    for method in (selection.IIDAccuracySelectionMethod,
+                   selection.OracleSelectionMethod):
         assert method.sweep_acc(cell) == 0.75
 
 
@@ -173,7 +177,7 @@ def test_optimisers_take_their_fused_step_and_stay_close_to_the_plain_one():
         optimizers = [torch.optim.Adam(layer.parameters(), lr=0.1),
                       torch.optim.SGD(layer.parameters(), lr=0.1)]
         layer(x).square().sum().backward()
-        with fast.precision(CPU, enabled):
+        with precision.autocast(CPU, enabled):
             for optimizer in optimizers:
                 optimizer.step()
         fused = [group["fused"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -183,7 +187,7 @@ def test_optimisers_take_their_fused_step_and_stay_close_to_the_plain_one():
 
 
 def test_outside_fast_mode_no_hook_is_left():
-    with fast.precision(CPU, True):
+    with precision.autocast(CPU, True):
         pass
     layer = torch.nn.Linear(2, 2)
     optimizer = torch.optim.Adam(layer.parameters())
@@ -205,7 +209,7 @@ def test_compiling_goes_on_record_and_belongs_to_fast_mode(tmp_path, monkeypatch
 def test_a_machine_without_a_compiler_is_refused_in_a_line(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="there is no C\\+\\+ compiler \\(no-such-compiler\\)"):
-        fast.compile_featurizer(build("ERM"))
+        precision.compile_featurizer(build("ERM"))
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ import PIL
 import pytest
 from PIL import Image
 
-from domainbed_kd import cores, datasets, image_cache, training
+from domainbed_kd import datasets, machine
+from domainbed_kd.run import image_cache, training
 from domainbed_kd.scripts import sweep, train
 
 FLAGS = ["--dataset", "Folder:shapes", "--test_envs", "1", "--steps", "3", "--checkpoint_freq", "2",
@@ -182,7 +183,7 @@ def run(folder, root, *more):
 
 @pytest.fixture
 def eight_cores(monkeypatch):
-    monkeypatch.setattr(cores, "available", lambda: 8)
+    monkeypatch.setattr(machine, "available", lambda: 8)
 
 
 def test_a_run_is_the_same_to_the_bit_with_1_2_or_8_workers_and_with_a_cache(
@@ -199,7 +200,7 @@ def test_a_run_is_the_same_to_the_bit_with_1_2_or_8_workers_and_with_a_cache(
 def test_a_sweep_is_the_same_to_the_bit_with_1_2_or_8_jobs_at_once_and_with_a_cache(
         root, tmp_path):
     cache = ["--image_cache", str(tmp_path / "cache")]
-    cores_here = str(cores.available())
+    cores_here = str(machine.available())
 
     def launched(name, n_jobs, *more):
         assert sweep.main([

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS, golden
 
-from domainbed_kd import claims, datasets, jobs
-from domainbed_kd.jobs import Job
+from domainbed_kd import datasets
+from domainbed_kd.folder import claims
+from domainbed_kd.sweep import jobs
+from domainbed_kd.sweep.jobs import Job
 
 CASES = golden("jobs.json")["cases"]
 SHIPPED = next(case for case in CASES if case["label"] == "test_sweep_data")

@@ -14,7 +14,8 @@ import torch
 from conftest import golden, seed_everything
 from torch.utils.data import TensorDataset
 
-from domainbed_kd import cores, datasets, loaders
+from domainbed_kd import datasets, machine
+from domainbed_kd.run import loaders
 from domainbed_kd.seeds import seed_hash
 
 CASES = golden("loader_streams.json")["cases"]
@@ -329,7 +330,7 @@ def test_workers_draw_from_streams_of_their_own():
 
 @pytest.fixture
 def many_cores(monkeypatch):
-    monkeypatch.setattr(cores, "available", lambda: 64)
+    monkeypatch.setattr(machine, "available", lambda: 64)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 10])
@@ -361,7 +362,7 @@ def test_loaders_in_turn_share_processes_and_keep_their_own_streams(folder, many
 
 
 def test_processes_are_no_more_than_the_cores_and_start_when_a_batch_is_asked_for(monkeypatch):
-    monkeypatch.setattr(cores, "available", lambda: 2)
+    monkeypatch.setattr(machine, "available", lambda: 2)
     before = set(multiprocessing.active_children())
     with loaders.Readers(8) as readers:
         made = [loaders.InfiniteDataLoader(Noisy(10), None, 3, 8, readers) for _ in range(5)]
@@ -396,8 +397,9 @@ def test_a_pass_reads_each_item_once_and_nothing_of_the_next_pass(processes, tmp
 
 def test_processes_that_read_end_when_their_run_is_killed(tmp_path):
     code = ("import os, signal, sys, torch\n"
-            "from domainbed_kd import cores, loaders\n"
-            "cores.available = lambda: 3\n"
+            "from domainbed_kd import machine\n"
+            "from domainbed_kd.run import loaders\n"
+            "machine.available = lambda: 3\n"
             "class Numbers:\n"
             "    def __len__(self): return 9\n"
             "    def __getitem__(self, i): return torch.tensor(os.getpid())\n"

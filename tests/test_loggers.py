@@ -7,7 +7,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from domainbed_kd import model_selection, training
+from domainbed_kd.results import selection
+from domainbed_kd.run import training
 from domainbed_kd.scripts import sweep, train
 
 FLAGS = ["--dataset", "Debug28", "--steps", "10", "--checkpoint_freq", "3", "--test_envs", "2",
@@ -70,7 +71,7 @@ def test_the_selected_accuracies_are_those_of_model_selection_so_far(open_run):
     folder, records = open_run
     drawn = curves(folder)
     for n, record in enumerate(records, 1):
-        chosen = model_selection.IIDAccuracySelectionMethod.run_acc(records[:n])
+        chosen = selection.IIDAccuracySelectionMethod.run_acc(records[:n])
         assert drawn["selected/validation"][record["step"]] == pytest.approx(chosen["val_acc"])
         assert drawn["selected/test"][record["step"]] == pytest.approx(chosen["test_acc"])
 
@@ -111,7 +112,7 @@ def test_a_restarted_run_has_one_value_a_step_and_one_row(tmp_path, monkeypatch)
     records = run(tmp_path)
     drawn = curves(tmp_path)
     assert list(drawn["selected/validation"]) == [0, 3, 6, 9]
-    best = model_selection.IIDAccuracySelectionMethod.run_acc(records)["val_acc"]
+    best = selection.IIDAccuracySelectionMethod.run_acc(records)["val_acc"]
     assert drawn["selected/validation"][9] == pytest.approx(best)
     assert len(hparams_pages(tmp_path)[0]) == 1
 

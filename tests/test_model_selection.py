@@ -4,9 +4,9 @@ import random
 import pytest
 from conftest import GOLDENS
 
-from domainbed_kd import model_selection, records
-from domainbed_kd.curves import Cell, by_cell, of_records
-from domainbed_kd.model_selection import (
+from domainbed_kd.folder.curves import Cell, by_cell, of_records
+from domainbed_kd.results import records, selection
+from domainbed_kd.results.selection import (
     IIDAccuracySelectionMethod,
     IIDAutoLRAccuracySelectionMethod,
     LeaveOneOutSelectionMethod,
@@ -23,14 +23,14 @@ def record(step=0, out=(0, 0, 0), in_=(0, 0, 0), test_envs=(0,), hparams_seed=0,
 
 
 def test_names_are_domainbeds():
-    assert [method.name for method in model_selection.METHODS] == [
+    assert [method.name for method in selection.METHODS] == [
         "training-domain validation set", "leave-one-domain-out cross-validation",
         "test-domain validation set (oracle)"]
     assert (IIDAutoLRAccuracySelectionMethod.name
             == "auto lr training-domain validation set")
 
 
-@pytest.mark.parametrize("method", model_selection.METHODS)
+@pytest.mark.parametrize("method", selection.METHODS)
 def test_no_records_have_no_accuracy(method):
     assert method.run_acc([]) is None
     assert method.run_acc([{"step": 0, "hparams": {}, "args": record()["args"]}]) is None
@@ -184,7 +184,7 @@ def test_iid_and_oracle_equal_a_naive_loop_on_the_golden_sweep():
 
 def test_outcomes_keep_a_cells_trials_and_coverage():
     found = records.Folder(GOLDENS / "sweep_data").curves()
-    outcomes = model_selection.outcomes(
+    outcomes = selection.outcomes(
         by_cell(found), records.Grid(found), LeaveOneOutSelectionMethod)
     assert list(outcomes) == [("VLCS", "ERM", env) for env in range(4)]
     assert set(outcomes["VLCS", "ERM", 0].accs) == {0, 1}

@@ -14,7 +14,7 @@ def checkout(folder, seed_hash="from domainbed_kd.seeds import seed_hash"):
         "lib/misc.py": seed_hash,
         "hparams_registry.py": "from domainbed_kd.hparams_registry import *",
         "algorithms.py": "ALGORITHMS = ['ERM', 'CORAL']",
-        "scripts/sweep.py": "from domainbed_kd.jobs import *",
+        "scripts/sweep.py": "from domainbed_kd.sweep.jobs import *",
     }
     for name, text in files.items():
         path = folder / "domainbed" / name

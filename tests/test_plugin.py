@@ -9,7 +9,7 @@ import pytest
 from standins import DIALECTS, make_fork
 
 from domainbed_kd import plugin
-from domainbed_kd.forks import METHODS
+from domainbed_kd.plugin.forks import METHODS
 
 ROOT = Path(__file__).parents[1]
 FIVE = ("KDDG", "SCMD", "RISE", "MosaicKD", "FourDs")
@@ -269,7 +269,8 @@ def default_hparams(algorithm, dataset):
     return {"lr": 1e-3, "weight_decay": 0.0}
 """)
     code = f"""
-from domainbed_kd import forks, training
+from domainbed_kd.plugin import forks
+from domainbed_kd.run import training
 assert forks.load({str(fork)!r}) == ["Own"]
 args = {{"algorithm": "Own", "dataset": "DigitsDG", "hparams_seed": 0}}
 print(training.choose_hparams(args | {{"hparams": '{{"batch_size": 4}}'}}))
@@ -301,7 +302,8 @@ def test_a_forks_method_stands_in_our_sweep_and_our_table_beside_ours(tmp_path):
 
 RESTART = """
 import pathlib, torch
-from domainbed_kd import algorithms, checkpoints, forks, hparams_registry
+from domainbed_kd import algorithms, checkpoints, hparams_registry
+from domainbed_kd.plugin import forks
 assert forks.load({fork!r}) == ["Own"]
 hparams = hparams_registry.default_hparams("Own", "DigitsDG")
 def make(seed):

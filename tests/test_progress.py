@@ -6,7 +6,8 @@ import shlex
 import subprocess
 import sys
 
-from domainbed_kd import command_launchers, datasets, progress
+from domainbed_kd import command_launchers, console, datasets
+from domainbed_kd.sweep import workers
 
 TRAIN = [sys.executable, "-m", "domainbed_kd.scripts.train", "--dataset", "Debug28", "--steps", "4",
          "--checkpoint_freq", "2", "--hparams", '{"batch_size": 8}']
@@ -53,8 +54,8 @@ def test_a_run_shows_a_bar_on_a_terminal_and_none_in_its_files(tmp_path):
 
 
 def test_where_stderr_is_no_terminal_there_is_no_bar(capfd):
-    assert list(progress.bar(range(3))) == [0, 1, 2]
-    with progress.lifted():
+    assert list(console.bar(range(3))) == [0, 1, 2]
+    with console.lifted():
         print("row")
     assert capfd.readouterr() == ("row\n", "")
 
@@ -62,7 +63,7 @@ def test_where_stderr_is_no_terminal_there_is_no_bar(capfd):
 def test_a_line_tells_how_far_a_run_is(tmp_path, monkeypatch):
     terminal = see(monkeypatch)
     flags = {"output_dir": str(tmp_path), "steps": "12"}
-    line = progress.JobLine("ERM Debug28", flags, position=1)
+    line = workers.JobLine("ERM Debug28", flags, position=1)
     assert "ERM Debug28" in terminal.getvalue() and "0/12" in terminal.getvalue()
     with (tmp_path / "results.jsonl").open("w") as file:
         file.write(json.dumps({"step": 0, "hparams": {"steps": 7}}) + "\n")
@@ -73,11 +74,11 @@ def test_a_line_tells_how_far_a_run_is(tmp_path, monkeypatch):
 
 
 def test_a_command_without_steps_makes_its_data_sets_number():
-    assert progress.n_steps({"dataset": "DomainNet"}) == datasets.get_dataset_class(
+    assert workers.n_steps({"dataset": "DomainNet"}) == datasets.get_dataset_class(
         "DomainNet").N_STEPS
-    assert progress.n_steps({}) == progress.n_steps({"steps": "0"}) == 5001
-    assert progress.n_steps({"dataset": "SomebodysOwn"}) is None
-    assert progress.n_steps({"dataset": "SomebodysOwn", "steps": "3"}) == 3
+    assert workers.n_steps({}) == workers.n_steps({"steps": "0"}) == 5001
+    assert workers.n_steps({"dataset": "SomebodysOwn"}) is None
+    assert workers.n_steps({"dataset": "SomebodysOwn", "steps": "3"}) == 3
 
 
 def test_jobs_side_by_side_have_a_line_each(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 import pytest
 
-from domainbed_kd import hparams_registry, protocols
-from domainbed_kd.curves import of_records
-from domainbed_kd.records import Grid
+from domainbed_kd import hparams_registry
+from domainbed_kd.folder.curves import of_records
+from domainbed_kd.results import protocols
+from domainbed_kd.results.records import Grid
 
 DEFAULTS = hparams_registry.default_hparams("ERM", "PACS")
 

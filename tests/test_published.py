@@ -5,11 +5,12 @@ import subprocess
 import pytest
 from conftest import GOLDENS
 
-from domainbed_kd import datasets, published, tables
-from domainbed_kd.model_selection import METHODS, Outcome
-from domainbed_kd.model_selection import IIDAccuracySelectionMethod as IID
-from domainbed_kd.protocols import Protocol
-from domainbed_kd.records import Coverage
+from domainbed_kd import datasets
+from domainbed_kd.results import published, tables
+from domainbed_kd.results.protocols import Protocol
+from domainbed_kd.results.records import Coverage
+from domainbed_kd.results.selection import METHODS, Outcome
+from domainbed_kd.results.selection import IIDAccuracySelectionMethod as IID
 from domainbed_kd.scripts import collect_results, report
 
 # That of DomainBed's own table.

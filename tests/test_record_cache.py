@@ -6,7 +6,7 @@ import pytest
 from conftest import GOLDENS, golden, records_of_sweep
 from test_records import line, write
 
-from domainbed_kd import record_cache, records
+from domainbed_kd.results import record_cache, records
 from domainbed_kd.scripts import collect_results, list_top_hparams
 
 WHOLE = records_of_sweep(GOLDENS / "sweep_data")  # too small for a cache

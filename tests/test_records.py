@@ -3,7 +3,8 @@ import json
 import pytest
 from conftest import GOLDENS, records_of_sweep
 
-from domainbed_kd import curves, records
+from domainbed_kd.folder import curves
+from domainbed_kd.results import records
 
 
 def line(step=0, **args):

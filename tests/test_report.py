@@ -255,7 +255,8 @@ def test_misuse_is_an_error_of_one_line(flags, words, page, tmp_path):
 
 def test_a_missing_library_is_named_with_what_to_install(tmp_path):
     code = ("import sys; sys.modules['matplotlib'] = None\n"
-            "from domainbed_kd.scripts import report, run_main\n"
+            "from domainbed_kd.console import run_main\n"
+            "from domainbed_kd.scripts import report\n"
             f"run_main(lambda: report.main(['--input_dir', {str(tmp_path)!r}]))")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr == (

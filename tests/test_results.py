@@ -10,7 +10,11 @@ import torch
 from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 
-from domainbed_kd import curves, datasets, loaders, model_selection, records, results, training
+from domainbed_kd import datasets
+from domainbed_kd.folder import curves
+from domainbed_kd.results import logits as results
+from domainbed_kd.results import records, selection
+from domainbed_kd.run import evaluation, loaders, training
 from domainbed_kd.scripts import train
 
 FLAGS = ["--dataset", "Debug28", "--steps", "13", "--checkpoint_freq", "3",
@@ -62,8 +66,8 @@ def test_accuracies_counted_from_logits_equal_the_recorded_ones(name, sweep):
         assert all(ours[k] == theirs[k] for k in ours)
 
 
-@pytest.mark.parametrize("method", [model_selection.IIDAccuracySelectionMethod,
-                                    model_selection.OracleSelectionMethod])
+@pytest.mark.parametrize("method", [selection.IIDAccuracySelectionMethod,
+                                    selection.OracleSelectionMethod])
 @pytest.mark.parametrize("name", ["a", "b", "swad"])
 def test_selection_rules_choose_from_logits_as_from_records(name, method, sweep):
     chosen = method.run_acc(results.records(sweep / name))
@@ -74,7 +78,7 @@ def test_leave_one_out_selection_works_from_logits_too(sweep, tmp_path):
     folders = [sweep / "a"]
     run(tmp_path / "12", "--save_logits", "--test_envs", "1", "2")
     folders += [sweep / "pair", tmp_path / "12"]
-    method = model_selection.LeaveOneOutSelectionMethod
+    method = selection.LeaveOneOutSelectionMethod
     chosen = method.run_acc([r for folder in folders for r in results.records(folder)])
     assert chosen == method.run_acc([r for folder in folders for r in records_in(folder)])
     assert chosen is not None
@@ -106,7 +110,7 @@ def kept(logits, labels):
 
 
 def written(tmp_path, logits, labels):
-    results.save_logits(tmp_path / "logits" / "step0.npz", *kept(logits, labels))
+    evaluation.save_logits(tmp_path / "logits" / "step0.npz", *kept(logits, labels))
     return results.load_logits(tmp_path, 0)["env0_out"]
 
 
@@ -235,7 +239,7 @@ def test_the_frame_says_what_is_selected_by_the_rule_of_model_selection(sweep):
     frame = results.to_frame(sweep)
     for name in ("a", "b", "swad"):
         row, = frame[(frame.run == name) & frame.selected].to_dict("records")
-        chosen = model_selection.IIDAccuracySelectionMethod.run_acc(records_in(sweep / name))
+        chosen = selection.IIDAccuracySelectionMethod.run_acc(records_in(sweep / name))
         assert (row["val_acc"], row["test_acc"]) == pytest.approx(
             (chosen["val_acc"], chosen["test_acc"]))
         if name == "swad":

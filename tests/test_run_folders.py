@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from domainbed_kd import run_folders
+from domainbed_kd.folder import files
 
 ARGS = {"algorithm": "KDDG", "checkpoint_freq": None, "data_dir": "./my: data", "dataset": "PACS",
         "fast": True, "holdout_fraction": 0.2, "hparams": '{"lr": 1, "name": null}',
@@ -12,7 +12,7 @@ ARGS = {"algorithm": "KDDG", "checkpoint_freq": None, "data_dir": "./my: data", 
 
 
 def found(sweep):
-    return run_folders.without_results(sweep, sorted(path.name for path in sweep.iterdir()))
+    return files.without_results(sweep, sorted(path.name for path in sweep.iterdir()))
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def printed(args, capsys):
-    from domainbed_kd import training
+    from domainbed_kd.run import training
 
     training.print_settings("Environment", {"Python": "3"})
     training.print_settings("Args", args)
@@ -31,7 +31,7 @@ def printed(args, capsys):
 
 
 def test_what_a_job_is_to_train_is_read_back(folder):
-    run_folders.leave_args(folder, ARGS)
+    files.leave_args(folder, ARGS)
     assert found(folder.parent) == [ARGS | {"output_dir": str(folder)}]
 
 
@@ -39,7 +39,7 @@ def test_what_a_run_printed_last_tells_where_no_sweep_did(folder, capsys):
     out = printed(ARGS | {"steps": 5}, capsys) + printed(ARGS, capsys)
     (folder / "out.txt").write_text(out)
     assert found(folder.parent) == [ARGS | {"output_dir": str(folder)}]
-    run_folders.leave_args(folder, ARGS | {"steps": 7})
+    files.leave_args(folder, ARGS | {"steps": 7})
     assert found(folder.parent)[0]["steps"] == 7
     (folder / "args.json").write_text("")  # as a full disk leaves it
     assert found(folder.parent)[0]["steps"] == 12
@@ -63,8 +63,8 @@ def test_damaged_output_counts_for_nothing(folder, capsys, old, new):
 
 
 def test_the_reason_of_a_failure_is_a_line_even_if_the_disk_was_full(folder):
-    assert run_folders.failure(folder) is None
+    assert files.failure(folder) is None
     (folder / "failed").write_text("error: No memory.\n")
-    assert run_folders.failure(folder) == "error: No memory."
+    assert files.failure(folder) == "error: No memory."
     (folder / "failed").write_text("")
-    assert "no space was left" in run_folders.failure(folder)
+    assert "no space was left" in files.failure(folder)

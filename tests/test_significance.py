@@ -6,9 +6,9 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from domainbed_kd import significance
-from domainbed_kd.model_selection import Outcome
-from domainbed_kd.records import Coverage
+from domainbed_kd.results import significance
+from domainbed_kd.results.records import Coverage
+from domainbed_kd.results.selection import Outcome
 
 WHOLE = Coverage(1, 1, frozenset())
 

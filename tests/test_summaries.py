@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from domainbed_kd import summaries
-from domainbed_kd.curves import by_cell, of_records
-from domainbed_kd.model_selection import IIDAccuracySelectionMethod as IID
+from domainbed_kd.folder.curves import by_cell, of_records
+from domainbed_kd.results import summaries
+from domainbed_kd.results.selection import IIDAccuracySelectionMethod as IID
 
 
 def record(algorithm="ERM", env=0, trial=0, draw=0, step=0, acc=.5, **more):

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS
 
-from domainbed_kd import algorithms, claims, command_launchers, datasets, workers
-from domainbed_kd.jobs import Job
-from domainbed_kd.scripts import collect_results, run_main, sweep
+from domainbed_kd import algorithms, command_launchers, datasets
+from domainbed_kd.console import run_main
+from domainbed_kd.folder import claims
+from domainbed_kd.scripts import collect_results, sweep
+from domainbed_kd.sweep import workers
+from domainbed_kd.sweep.jobs import Job
 
 SMALL = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--n_trials", "1",
          "--hparams", '{"batch_size": 4}', "--steps", "3"]

@@ -7,10 +7,11 @@ import subprocess
 import numpy as np
 import pytest
 
-from domainbed_kd import algorithms, datasets, tables
-from domainbed_kd.model_selection import IIDAccuracySelectionMethod as IID
-from domainbed_kd.model_selection import Outcome
-from domainbed_kd.records import Coverage
+from domainbed_kd import algorithms, datasets
+from domainbed_kd.results import tables
+from domainbed_kd.results.records import Coverage
+from domainbed_kd.results.selection import IIDAccuracySelectionMethod as IID
+from domainbed_kd.results.selection import Outcome
 
 USUAL = ("11", "None", "None")
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import GOLDENS, golden
 
-from domainbed_kd import claims, datasets, training
+from domainbed_kd import datasets
+from domainbed_kd.folder import claims
+from domainbed_kd.run import training
 from domainbed_kd.scripts import train
 
 COMMANDS = dict(line.split(": ", 1) for line in golden("train/COMMANDS.txt").splitlines())

@@ -33,9 +33,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from domainbed_kd import algorithms, datasets, jobs
-from domainbed_kd.scripts import Parser, run_main
+from domainbed_kd import algorithms, datasets
+from domainbed_kd.console import Parser, run_main
 from domainbed_kd.seeds import seed_hash
+from domainbed_kd.sweep import jobs
 
 METHODS = ("ERM", "CORAL", "SWAD", "KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs")
 ROOT = Path(__file__).parents[1]
@@ -331,7 +332,7 @@ def count_crops(data_dir: Path, cache: str | None, fast: bool, batch_size: int,
     """Augmented images of PACS per CPU second, after each domain's first batch."""
     import torch
 
-    from domainbed_kd import augmentation, image_cache, loaders, training
+    from domainbed_kd.run import augmentation, image_cache, loaders, training
 
     torch.set_num_threads(1)
     dataset = datasets.get_dataset_class("PACS")(data_dir, [3], {"data_augmentation": True})

@@ -14,10 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from domainbed_kd import hparams_registry, jobs, seeds
+from domainbed_kd import hparams_registry, seeds
 from domainbed_kd.algorithms import ALGORITHMS
+from domainbed_kd.console import Parser, run_main
 from domainbed_kd.datasets import DATASETS
-from domainbed_kd.scripts import Parser, collect_results, run_main
+from domainbed_kd.scripts import collect_results
+from domainbed_kd.sweep import jobs
 
 SWEEP = Path(__file__).parents[1] / "tests" / "data" / "goldens" / "sweep_data"
 SHARED_DATASETS = [name for name in DATASETS if name != "DigitsDG"]

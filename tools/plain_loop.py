@@ -12,7 +12,8 @@ import sys
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from domainbed_kd import algorithms, datasets, hparams_registry, loaders
+from domainbed_kd import algorithms, datasets, hparams_registry
+from domainbed_kd.run import loaders
 
 N_WORKERS, HELD_OUT = 8, 3
 

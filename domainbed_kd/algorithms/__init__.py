@@ -8,7 +8,7 @@ import ast
 import importlib
 from pathlib import Path
 
-from domainbed_kd.user_input import did_you_mean
+from domainbed_kd.console import did_you_mean
 
 # The order of DomainBed's published table; files not named here follow in alphabetical order.
 _PUBLISHED_ORDER = (

@@ -8,21 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from domainbed_kd import (
-    claims,
-    curves,
-    datasets,
-    jobs,
-    model_selection,
-    protocols,
-    published,
-    run_folders,
-    significance,
-    tables,
-)
-from domainbed_kd import records as sweeps
-from domainbed_kd.curves import Curve
-from domainbed_kd.scripts import Parser, run_main
+from domainbed_kd import datasets
+from domainbed_kd.console import Parser, run_main
+from domainbed_kd.folder import claims, curves, files
+from domainbed_kd.folder.curves import Curve
+from domainbed_kd.results import protocols, published, selection, significance, tables
+from domainbed_kd.results import records as sweeps
+from domainbed_kd.sweep import jobs
 
 EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
 # What `sweep launch` assumes of the arguments that all runs of a sweep share.
@@ -101,7 +93,7 @@ def at_work(folder: sweeps.Folder, unfinished: list[str]) -> str:
                     if os.path.exists(f"{path}/out.txt"))
     if not n_running:
         return ""
-    n_waiting = sum(map(run_folders.is_waiting, paths))
+    n_waiting = sum(map(files.is_waiting, paths))
     return (f"The sweep is at work: {n_running} of its runs are in training and {n_waiting} more "
             "wait for their turn. What is absent may come by itself; `sweep status` tells.")
 
@@ -120,9 +112,9 @@ def answer(folder: sweeps.Folder, args: argparse.Namespace, style: str) -> list[
     unfinished = unfinished_names(grid)
     failures = why_failed(folder, unfinished)
     n_records = curves.n_records(found)
-    methods = model_selection.METHODS
+    methods = selection.METHODS
     if args.auto_lr:
-        methods = (model_selection.IIDAutoLRAccuracySelectionMethod,)
+        methods = (selection.IIDAutoLRAccuracySelectionMethod,)
     made = make_tables(found, grid, methods, keep_unregistered=not args.upstream)
 
     merged, sources = with_published(made, grid) if args.published else (made, [])
@@ -146,9 +138,9 @@ def whole_grid(folder: sweeps.Folder, found: list[Curve]) -> sweeps.Grid:
     Raises:
         ValueError: if there are neither, nor any run that does not tell what it trains.
     """
-    planned = run_folders.without_results(folder.path, folder.without_results)
+    planned = files.without_results(folder.path, folder.without_results)
     if not found and not planned and not any(
-            run_folders.has_begun(folder.path / name) for name in folder.without_results):
+            files.has_begun(folder.path / name) for name in folder.without_results):
         raise ValueError(f"--input_dir {folder.path}: it holds no runs.")
     return sweeps.Grid(found, planned)
 
@@ -161,7 +153,7 @@ def unfinished_names(grid: sweeps.Grid) -> list[str]:
 
 def why_failed(folder: sweeps.Folder, names: Iterable[str]) -> dict[str, str]:
     """{name of a run's folder: why it failed} of those that have."""
-    reasons = ((name, run_folders.failure(f"{folder.path}/{name}")) for name in names)
+    reasons = ((name, files.failure(f"{folder.path}/{name}")) for name in names)
     return {name: " ".join(reason.split()).removeprefix("error: ")
             for name, reason in reasons if reason}
 
@@ -176,7 +168,7 @@ def make_tables(found: list[Curve], grid: sweeps.Grid, methods: Iterable[type],
     if not keep_unregistered:
         columns = [name for name in columns if name in datasets.DATASETS]
     cells = curves.by_cell(found)
-    made = {method: tables.build(method, model_selection.outcomes(cells, grid, method),
+    made = {method: tables.build(method, selection.outcomes(cells, grid, method),
                                  rows, columns, grid.n_envs)
             for method in methods}
     known = protocols.of_runs(grid)
@@ -215,7 +207,7 @@ def compare(found: list[Curve], grid: sweeps.Grid, methods: Iterable[type], refe
     for method in methods:
         if needs_pairs(method, grid):
             continue
-        scores = significance.by_pair(model_selection.outcomes(cells, grid, method))
+        scores = significance.by_pair(selection.outcomes(cells, grid, method))
         scores = {name: scores[name] for name in tables.row_order(scores)}
         title = f"Differences to {tables.display_name(reference)}, model selection method: "
         differences = significance.differences(scores, reference)

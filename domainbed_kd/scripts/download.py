@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from domainbed_kd import datasets
-from domainbed_kd.scripts import Parser, run_main
+from domainbed_kd.console import Parser, run_main
 
 CHUNK = 1 << 20  # bytes
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}

@@ -5,10 +5,10 @@ import contextlib
 import io
 import sys
 
-from domainbed_kd import model_selection, protocols, tables
-from domainbed_kd import records as sweeps
-from domainbed_kd.curves import PROTOCOL, Cell, Curve, by_cell, n_records
-from domainbed_kd.scripts import Parser, run_main
+from domainbed_kd.console import Parser, run_main
+from domainbed_kd.folder.curves import PROTOCOL, Cell, Curve, by_cell, n_records
+from domainbed_kd.results import protocols, selection, tables
+from domainbed_kd.results import records as sweeps
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def answer(folder: sweeps.Folder, args: argparse.Namespace) -> str:
     cells = find_cells(by_cell(curves), args)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         print(f"Total records: {n_records(curves)}")
-        for method in model_selection.METHODS:
+        for method in selection.METHODS:
             print(f"Model selection: {method.name}")
             for trial_seed, cell in cells.items():
                 print(f"trial_seed: {trial_seed}")

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import domainbed_kd
-from domainbed_kd import model_selection, progress, results, significance, summaries, tables
-from domainbed_kd import records as sweeps
-from domainbed_kd.curves import Curve, by_cell, n_records
-from domainbed_kd.scripts import Parser, collect_results, run_main
+from domainbed_kd import console
+from domainbed_kd.console import Parser, run_main
+from domainbed_kd.folder.curves import Curve, by_cell, n_records
+from domainbed_kd.results import logits, selection, significance, summaries, tables
+from domainbed_kd.results import records as sweeps
+from domainbed_kd.scripts import collect_results
 
 TEMPLATE = Path(domainbed_kd.__file__).parent / "assets" / "report.html"
 #: By which method the runs behind all pictures were selected.
-SELECTION = model_selection.IIDAccuracySelectionMethod
+SELECTION = selection.IIDAccuracySelectionMethod
 
 
 class Section(NamedTuple):
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
                          "tells what is known of its runs.")
     failures = collect_results.why_failed(folder, collect_results.unfinished_names(grid))
     made = collect_results.make_tables(
-        curves, grid, model_selection.METHODS, keep_unregistered=True)
+        curves, grid, selection.METHODS, keep_unregistered=True)
     sections = [*compare(curves, grid, args.compare, list(made[SELECTION][0].rows)),
                 *make_sections(args.input_dir, curves, made[SELECTION])]
 
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         merged, sources = collect_results.with_published(made, grid)
     images.mkdir(parents=True, exist_ok=True)
     plots = [plot for section in sections for plot in section.plots]
-    for plot in progress.bar(plots, desc="writing plots", unit="plot"):
+    for plot in console.bar(plots, desc="writing plots", unit="plot"):
         plot.save(images)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page.write_text(environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -133,10 +135,10 @@ def compare(curves: list[Curve], grid: sweeps.Grid, reference: str | None, rows:
         reference: with which to compare; None for ERM or, without it, the first that has scores.
         rows: the algorithms in order.
     """
-    from domainbed_kd import plots
+    from domainbed_kd.results import plots
 
     scores = significance.by_pair(
-        model_selection.outcomes(by_cell(curves), grid, SELECTION))
+        selection.outcomes(by_cell(curves), grid, SELECTION))
     scores = {name: scores[name] for name in rows if name in scores}
     if not reference:
         reference = next((name for name in ("ERM", *scores) if name in scores), None)
@@ -168,9 +170,9 @@ def make_sections(input_dir: str, curves: list[Curve], made: list[tables.Table]
         curves: of its runs, for model selection.
         made: the tables of `SELECTION`.
     """
-    from domainbed_kd import plots
+    from domainbed_kd.results import plots
 
-    frame = summaries.single(results.to_frame(input_dir, skipped=[]))  # `curves` named them
+    frame = summaries.single(logits.to_frame(input_dir, skipped=[]))  # `curves` named them
     if frame.empty:
         return
     chosen = summaries.chosen(frame, by_cell(curves), SELECTION)

@@ -21,26 +21,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from domainbed_kd import (
-    algorithms,
-    claims,
-    clusters,
-    command_launchers,
-    costs,
-    datasets,
-    extensions,
-    jobs,
-    user_input,
-    workers,
-)
-from domainbed_kd.jobs import Job
-from domainbed_kd.scripts import (
-    Parser,
-    add_flags_of_runs,
-    check_compile,
-    check_teacher_cache,
-    run_main,
-)
+from domainbed_kd import algorithms, command_launchers, console, datasets, extensions
+from domainbed_kd.console import Parser, run_main
+from domainbed_kd.folder import claims
+from domainbed_kd.folder.args import add_flags_of_runs, check_compile, check_teacher_cache
+from domainbed_kd.sweep import clusters, costs, jobs, workers
+from domainbed_kd.sweep.jobs import Job
 
 # Data sets that need no files; DigitsDG is not DomainBed's, so no default sweep has it.
 FILELESS = ("Debug28", "Debug224", "DigitsDG")
@@ -57,7 +43,7 @@ class _Parser(Parser):
             if word.startswith("@") and not os.path.isfile(word[1:]):
                 there = glob.glob(os.path.join(glob.escape(os.path.dirname(word[1:])), "*.args"))
                 self.error(f"{word}: No such file. After the @ comes the path of one that holds "
-                           f"flags.{user_input.did_you_mean(word, [f'@{path}' for path in there])}")
+                           f"flags.{console.did_you_mean(word, [f'@{path}' for path in there])}")
         return super()._read_args_from_files(arg_strings)
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
@@ -188,7 +174,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--task domain_adaptation needs unlabeled images of the test domains. "
                          "Pass --uda_holdout_fraction, for example 0.5.")
     if args.hparams is not None:
-        user_input.parse_hparams(args.hparams)
+        console.parse_hparams(args.hparams)
     clusters.parse_extra(args.slurm_extra)
     check_compile(args.compile, args.fast)
     check_teacher_cache(args.teacher_cache, args.hparams)
@@ -293,9 +279,9 @@ def warn_of_unread(args: argparse.Namespace) -> None:
     if args.hparams is None or args.plugin or not set(args.algorithms) <= set(algorithms.SHIPPED):
         return
     known = algorithms.hparam_names()
-    for name in user_input.parse_hparams(args.hparams):
+    for name in console.parse_hparams(args.hparams):
         if name not in known:
-            print(f"--hparams: nothing here reads {name!r}.{user_input.did_you_mean(name, known)}",
+            print(f"--hparams: nothing here reads {name!r}.{console.did_you_mean(name, known)}",
                   file=sys.stderr)
 
 

@@ -8,16 +8,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from domainbed_kd import claims, user_input
-from domainbed_kd.scripts import (
-    USER_ERRORS,
-    Parser,
-    add_flags_of_runs,
-    check_compile,
-    check_teacher_cache,
-    one_line,
-    run_main,
-)
+from domainbed_kd import console
+from domainbed_kd.console import USER_ERRORS, Parser, one_line, run_main
+from domainbed_kd.folder import claims
+from domainbed_kd.folder.args import add_flags_of_runs, check_compile, check_teacher_cache
 
 # Flags of ours that go on record, but only when they are given: DomainBed's records know none.
 OPTIONAL = ("teacher", "allow_bad_teacher", "diagnostics", "save_logits", "fast", "compile",
@@ -98,7 +92,7 @@ def check(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed is {args.seed}; it takes a number from 0 to {2**32 - 1}.")
     if args.hparams is not None:
-        user_input.parse_hparams(args.hparams)
+        console.parse_hparams(args.hparams)
     check_compile(args.compile, args.fast)
     check_teacher_cache(args.teacher_cache, args.hparams)
 
@@ -221,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
             del on_record[name]
     with claims.held(folder, args.wait), output_kept_in(folder):
         check_names(args)
-        from domainbed_kd import training
+        from domainbed_kd.run import training
 
         with hparams_blamed(args.algorithm, args.hparams):
             return training.train(on_record, args.resume, args.loader_processes,

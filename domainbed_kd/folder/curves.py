@@ -1,6 +1,10 @@
 """Records of runs as columns: what the tables are made of, at a fraction of the memory."""
 
 import functools
+import json
+import math
+import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -162,3 +166,64 @@ def by_cell(curves: Iterable[Curve]) -> dict[tuple[int, str, str, int], Cell]:
         for env in args["test_envs"]:
             cells[args["trial_seed"], args["dataset"], args["algorithm"], env].append(curve)
     return dict(sorted(cells.items()))
+
+
+# Records as they stand in results.jsonl, and which of a run's counts.
+
+
+def read_records(run: str | Path, skipped: list[str] | None = None) -> list[dict]:
+    """A run's records with every value; `skipped` is as for `to_frame`."""
+    path, found, broken = Path(run, "results.jsonl"), [], []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if is_record(record):
+                found.append(record)
+            else:
+                broken.append(number)
+    left_out = [describe_broken(path, broken)] if broken else []
+    if skipped is None:
+        say_skipped(left_out)
+    else:
+        skipped += left_out
+    return found
+
+
+def say_skipped(left_out: list[str]) -> None:
+    """Names on stderr what was left out, a line each."""
+    for line in left_out:
+        print(f"skipped {line}", file=sys.stderr)
+
+
+def selected(records: list[dict]) -> dict | None:
+    """Which of a run's records training-domain validation selects.
+
+    The first of the best or, if they say `"selection": "last"` (SWAD), the last; None if no
+    validation accuracy is a number.
+    """
+    candidates = [record for record in records if not math.isnan(validation_accuracy(record))]
+    if any(record.get("selection") == "last" for record in candidates):
+        candidates = sorted(candidates, key=lambda record: record["step"])[-1:]
+    return max(candidates, key=validation_accuracy, default=None)
+
+
+def validation_accuracy(record: dict) -> float:
+    """Mean accuracy on the training domains' out-splits; NaN if the record has none."""
+    tested = {f"env{i}_out_acc" for i in record["args"]["test_envs"]}
+    return _mean(record, (n for n in record if re.fullmatch(r"env\d+_out_acc", n)
+                          and n not in tested))
+
+
+def test_accuracy(record: dict) -> float:
+    """Mean accuracy on the test domains' in-splits; NaN if the record lacks one."""
+    return _mean(record, (f"env{i}_in_acc" for i in record["args"]["test_envs"]))
+
+
+def _mean(record: dict, names: Iterable[str]) -> float:
+    import numpy as np
+
+    values = [record.get(name, math.nan) for name in names]
+    return float(np.mean(values)) if values else math.nan

@@ -21,11 +21,11 @@ from typing import BinaryIO
 
 import msgspec
 
-from domainbed_kd.curves import Curve
+from domainbed_kd.folder.curves import Curve
 
 LEAST_RUNS = 500
 _FORMAT = 3
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:

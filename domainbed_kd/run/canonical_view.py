@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from domainbed_kd import checkpoints, datasets, networks, progress
+from domainbed_kd import checkpoints, console, datasets, networks
 
 
 def check(algorithm: nn.Module) -> None:
@@ -134,5 +134,5 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def _outputs(teacher, dataset, batches: Callable) -> np.ndarray:
-    whole = progress.bar(batches(dataset), desc="teacher", unit="batch", leave=False)
+    whole = console.bar(batches(dataset), desc="teacher", unit="batch", leave=False)
     return torch.cat([teacher(x).float().cpu() for x, _ in whole]).numpy()

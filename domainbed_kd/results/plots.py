@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from domainbed_kd import significance, summaries, tables
+from domainbed_kd.results import significance, summaries, tables
 
 WIDTH = 4.6  # inches
 # Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow; then Tol's.

@@ -33,23 +33,25 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from domainbed_kd import (
     algorithms,
-    augmentation,
     averaging,
-    canonical_view,
     checkpoints,
+    console,
     datasets,
-    diagnostics,
-    fast,
     hparams_registry,
-    image_cache,
-    loaders,
-    loggers,
-    progress,
-    results,
     teachers,
 )
 from domainbed_kd.algorithms.base import forked_rng
-from domainbed_kd.claims import STOPPED
+from domainbed_kd.folder.claims import STOPPED
+from domainbed_kd.run import (
+    augmentation,
+    canonical_view,
+    diagnostics,
+    evaluation,
+    image_cache,
+    loaders,
+    loggers,
+    precision,
+)
 from domainbed_kd.seeds import seed_hash
 
 
@@ -106,10 +108,10 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
     algorithm = make_algorithm(args, hparams, dataset, training, n_steps).to(device)
     if hparams.get("canonical_view"):
         canonical_view.check(algorithm)
-    algorithm = fast.laid_out(algorithm, is_fast)
+    algorithm = precision.laid_out(algorithm, is_fast)
     if args.get("compile"):
-        fast.compile_featurizer(algorithm)
-    precision = functools.partial(fast.precision, device, is_fast)
+        precision.compile_featurizer(algorithm)
+    autocast = functools.partial(precision.autocast, device, is_fast)
     evaluated = splits_to_keep(splits, args) if is_fast else load.evaluation
     validate = functools.partial(validation_loss, algorithm, splits, training, device)
     batches = functools.partial(
@@ -129,7 +131,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
     teacher = audit_teacher(algorithm, splits, training, device, args) if not first_step else None
     views = None
     if hparams.get("canonical_view"):
-        with precision():
+        with autocast():
             views = canonical_view.CanonicalViews(
                 algorithm, [splits.in_[i] for i in training],
                 functools.partial(in_order, device=device), teacher_cache,
@@ -137,7 +139,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
     header, divergence = None, Divergence(args["algorithm"])
     with stop_signals() as stopped, readers, loggers.watching(
             folder, args, hparams, first_step, log_test_domains, wandb) as logger:
-        for step in progress.bar(
+        for step in console.bar(
                 range(first_step, n_steps), initial=first_step, total=n_steps, unit="step"):
             start, last = time.time(), step == n_steps - 1
             minibatches = [to_device(batch, device, is_fast) for batch in map(next, load.train)]
@@ -146,7 +148,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                 unlabeled = [to_device(batch, device, is_fast)[0]
                              for batch in map(next, load.uda)]
             recalled = views.recalled(load.train) if views else contextlib.nullcontext()
-            with precision(), recalled:
+            with autocast(), recalled:
                 values = algorithm.update(minibatches, unlabeled)
             values["step_time"] = time.time() - start
             for name, value in values.items():
@@ -159,7 +161,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
             at_checkpoint = step % checkpoint_freq == 0 or last
             if at_checkpoint:
                 logits = {name: [] for name in kept}
-                with precision():
+                with autocast():
                     accuracies = {
                         f"{name}_acc": accuracy(
                             algorithm, loader, device, is_fast, logits.get(name))
@@ -169,7 +171,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                     **{name: float(np.mean(v)) for name, v in pending.items()},
                     **accuracies,
                     "mem_gb": peak_memory_gb(device)}
-                with progress.lifted():
+                with console.lifted():
                     header = print_record(record, header)
                     divergence.tell()
                 if algorithm.selects_last:
@@ -179,7 +181,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                 if measures:
                     record["diagnostics"] = measures.measure()
                 if kept:
-                    results.save_logits(folder / "logits" / f"step{step}.npz", logits, kept)
+                    evaluation.save_logits(folder / "logits" / f"step{step}.npz", logits, kept)
                 record |= {"hparams": hparams, "args": args}
                 append_record(folder, record)
                 save_cost(folder, device, time.monotonic() - began, step + 1, divergence.first)

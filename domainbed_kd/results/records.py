@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from domainbed_kd import curves, record_cache
-from domainbed_kd.curves import PROTOCOL, Curve
+from domainbed_kd.folder import curves
+from domainbed_kd.folder.curves import PROTOCOL, Curve
+from domainbed_kd.results import record_cache
 
 # What collect_results and report leave beside the runs.
 _OURS = ("results.txt", "results.tex", "results.csv", "results.md", "report.html", "report")

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
-from domainbed_kd import results
+from domainbed_kd.folder import curves
 
 
 class TensorBoard:
@@ -105,11 +105,11 @@ class Logger:
 
     def _selected(self) -> dict[str, float]:
         """Accuracies of the checkpoint that training-domain validation selects so far."""
-        chosen = results.selected(self.records)
+        chosen = curves.selected(self.records)
         if chosen is None:  # no accuracy is a number
             return {}
         names = ["validation", "test"] if self.test_domains else ["validation"]
-        of = {"validation": results.validation_accuracy, "test": results.test_accuracy}
+        of = {"validation": curves.validation_accuracy, "test": curves.test_accuracy}
         return {f"selected/{name}": of[name](chosen) for name in names}
 
 
@@ -122,7 +122,7 @@ def scalars(record: dict, test_domains: bool) -> dict[str, float]:
     """
     hidden = () if test_domains else tuple(f"env{i}_" for i in record["args"]["test_envs"])
     known = {"step_time": "time/step_s", "mem_gb": "memory/gb", "epoch": "epoch"}
-    values = {"acc/validation": results.validation_accuracy(record)}
+    values = {"acc/validation": curves.validation_accuracy(record)}
     for name, value in record.items():
         if name.startswith("env") and name.endswith("_acc"):
             if not name.startswith(hidden):
@@ -154,7 +154,7 @@ def watching(folder: Path, args: dict, hparams: dict, first_step: int, test_doma
         test_domains: whether to show accuracies on test domains.
         wandb: whether to log to Weights & Biases too.
     """
-    before = results.read_records(folder) if first_step else []
+    before = curves.read_records(folder) if first_step else []
     backends = [WandB(folder, args, settings(args, hparams))] if wandb else []
     backends.append(TensorBoard(folder, first_step))
     try:

@@ -17,8 +17,9 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from domainbed_kd import claims, workers
-from domainbed_kd.claims import STOPPED
+from domainbed_kd.folder import claims
+from domainbed_kd.folder.claims import STOPPED
+from domainbed_kd.sweep import workers
 
 # How long a job that goes on elsewhere waits until its first process has lost the folder.
 WAIT = f" --wait {claims.STALE_S + 60}"

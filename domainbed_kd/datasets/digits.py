@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-ASSET = Path(__file__).parent / "assets" / "digits.npz"
+ASSET = Path(__file__).parents[1] / "assets" / "digits.npz"
 SIZE = 32
 
 

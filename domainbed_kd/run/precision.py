@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 @contextlib.contextmanager
-def precision(device: torch.device, enabled: bool) -> Iterator[None]:
+def autocast(device: torch.device, enabled: bool) -> Iterator[None]:
     """Inside, if enabled, layers compute in bfloat16, and what stays float32 may use TF32.
 
     Weights and optimiser states stay float32 (Micikevicius et al., "Mixed Precision Training",

@@ -5,21 +5,15 @@ checkpoint, are the predictions on the `out` split of every domain and on the `i
 test domains: what model selection looks at. See docs/analysis.md.
 """
 
-import json
 import os
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from domainbed_kd import curves
-
-# float16 after each image's largest logit is subtracted: no softmax and no order of classes changes
-# but for differences below 3e-8, and close to the largest the steps are finest.
-LOGITS_DTYPE = np.float16
+from domainbed_kd.folder import curves
 
 
 class Predictions(NamedTuple):
@@ -57,11 +51,11 @@ def to_frame(input_dir: str | Path, skipped: list[str] | None = None):
     rows, left_out = [], [] if skipped is None else skipped
     for run in _runs(Path(input_dir)):
         try:
-            rows += _with_choice(run.name, read_records(run, left_out))
+            rows += _with_choice(run.name, curves.read_records(run, left_out))
         except OSError as error:
             left_out.append(f"{run / 'results.jsonl'}: {error.strerror}")
     if skipped is None:
-        _name(left_out)
+        curves.say_skipped(left_out)
     frame = pd.json_normalize(rows)
     for name in filter(lambda name: pd.api.types.is_object_dtype(frame[name]), frame):
         frame[name] = frame[name].map(lambda v: tuple(v) if isinstance(v, list) else v)
@@ -76,102 +70,16 @@ def _runs(folder: Path) -> list[Path]:
     return found
 
 
-def read_records(run: str | Path, skipped: list[str] | None = None) -> list[dict]:
-    """A run's records with every value; `skipped` is as for `to_frame`."""
-    path, found, broken = Path(run, "results.jsonl"), [], []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if curves.is_record(record):
-                found.append(record)
-            else:
-                broken.append(number)
-    left_out = [curves.describe_broken(path, broken)] if broken else []
-    if skipped is None:
-        _name(left_out)
-    else:
-        skipped += left_out
-    return found
-
-
-def _name(left_out: list[str]) -> None:
-    for line in left_out:
-        print(f"skipped {line}", file=sys.stderr)
-
-
 def _with_choice(run: str, records: list[dict]) -> list[dict]:
     """The records with `run`, `val_acc`, `test_acc` and `selected`."""
-    chosen = selected(records)
+    chosen = curves.selected(records)
     shares = [{"selected_share": r["selected"]} if "selected" in r else {} for r in records]
-    return [{"run": run, **record, **share, "val_acc": validation_accuracy(record),
-             "test_acc": test_accuracy(record), "selected": record is chosen}
+    return [{"run": run, **record, **share, "val_acc": curves.validation_accuracy(record),
+             "test_acc": curves.test_accuracy(record), "selected": record is chosen}
             for record, share in zip(records, shares)]
 
 
-def selected(records: list[dict]) -> dict | None:
-    """Which of a run's records training-domain validation selects.
-
-    The first of the best or, if they say `"selection": "last"` (SWAD), the last; None if no
-    validation accuracy is a number.
-    """
-    candidates = [record for record in records if not np.isnan(validation_accuracy(record))]
-    if any(record.get("selection") == "last" for record in candidates):
-        candidates = sorted(candidates, key=lambda record: record["step"])[-1:]
-    return max(candidates, key=validation_accuracy, default=None)
-
-
-def validation_accuracy(record: dict) -> float:
-    """Mean accuracy on the training domains' out-splits; NaN if the record has none."""
-    tested = {f"env{i}_out_acc" for i in record["args"]["test_envs"]}
-    return _mean(record, (n for n in record if re.fullmatch(r"env\d+_out_acc", n)
-                          and n not in tested))
-
-
-def test_accuracy(record: dict) -> float:
-    """Mean accuracy on the test domains' in-splits; NaN if the record lacks one."""
-    return _mean(record, (f"env{i}_in_acc" for i in record["args"]["test_envs"]))
-
-
-def _mean(record: dict, names: Iterable[str]) -> float:
-    values = [record.get(name, np.nan) for name in names]
-    return float(np.mean(values)) if values else np.nan
-
-
 # Logits that a run kept.
-
-
-def save_logits(path: Path, kept: dict[str, list[tuple]], keys: dict[str, list[int]]) -> None:
-    """Writes a checkpoint's predictions, compressed and whole or not at all.
-
-    Args:
-        path: of the .npz file; its folder is made.
-        kept: {split: [(indices within the split, labels (B,), logits (B, C)), ...]}, as tensors.
-        keys: {split: its items' numbers in their domain}.
-    """
-    from domainbed_kd import checkpoints
-
-    arrays = {}
-    for name, batches in kept.items():
-        index, labels, logits = (
-            np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*batches))
-        if logits.shape[1] == 1:
-            logits = np.pad(logits, ((0, 0), (1, 0)))
-        index = np.asarray(keys[name], dtype=np.int32)[index]
-        order = index.argsort()
-        shifted = np.maximum(logits - logits.max(axis=1, keepdims=True),
-                             np.finfo(LOGITS_DTYPE).min)
-        arrays |= {f"{name}.logits": shifted[order].astype(LOGITS_DTYPE),
-                   f"{name}.labels": labels[order].astype(np.int32), f"{name}.index": index[order]}
-    path.parent.mkdir(exist_ok=True)
-
-    def write(beside: Path) -> None:
-        with beside.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-
-    checkpoints.write_atomically(path, write)
 
 
 def steps(run: str | Path) -> list[int]:
@@ -199,7 +107,7 @@ def load_logits(run: str | Path, step: int | None = None) -> dict[str, Predictio
     """
     known = steps(run)
     if step is None:
-        step = selected(records(run))["step"]
+        step = curves.selected(records(run))["step"]
     if step not in known:
         raise FileNotFoundError(f"{run} kept no logits at step {step}, but at "
                                 f"{', '.join(map(str, known))}.")
@@ -216,7 +124,7 @@ def records(run: str | Path) -> list[dict]:
     They have `step`, `args`, `hparams`, `selection` if there is one, and the accuracies of the
     splits whose logits are kept.
     """
-    recorded = {record["step"]: record for record in read_records(run)}
+    recorded = {record["step"]: record for record in curves.read_records(run)}
     return [{name: recorded[step][name] for name in ("step", "args", "hparams", "selection")
              if name in recorded[step]}
             | {f"{name}_acc": accuracy(p) for name, p in load_logits(run, step).items()}

@@ -16,8 +16,9 @@ import signal
 import time
 from collections.abc import Callable
 
-from domainbed_kd import algorithms, claims, datasets, run_folders
-from domainbed_kd.claims import STOPPED
+from domainbed_kd import algorithms, datasets
+from domainbed_kd.folder import claims, files
+from domainbed_kd.folder.claims import STOPPED
 from domainbed_kd.seeds import seed_hash
 
 # Arguments that make a run what it is, with what DomainBed's records mean where they are absent.
@@ -320,7 +321,7 @@ class Job:
 
     def why_failed(self) -> str:
         """Why it ended without being done, in a line."""
-        if reason := run_folders.failure(self.output_dir):
+        if reason := files.failure(self.output_dir):
             return reason
         if self.exit_status == -signal.SIGKILL:
             return "killed by SIGKILL, as a system does that runs out of memory"
@@ -359,14 +360,14 @@ class Job:
         print("Making job directories:")
         for job in [*jobs, *later]:
             os.makedirs(job.output_dir, exist_ok=True)
-            run_folders.leave_args(job.output_dir, job.train_args)
+            files.leave_args(job.output_dir, job.train_args)
             job.has_folder = True
         _keep_plugins(jobs)
         try:
             statuses = launcher_fn([job.command_str for job in jobs])
         except BaseException:
             for folder in [*(job.output_dir for job in [*jobs, *later]), *new]:
-                if (found := set(os.listdir(folder))) <= {_PLUGINS, run_folders.ARGS}:
+                if (found := set(os.listdir(folder))) <= {_PLUGINS, files.ARGS}:
                     for name in found:
                         os.unlink(os.path.join(folder, name))
                     with contextlib.suppress(OSError):  # another launcher has just begun here

@@ -9,10 +9,10 @@ import csv
 from pathlib import Path
 from typing import NamedTuple
 
-from domainbed_kd.protocols import Protocol
-from domainbed_kd.tables import Cell, Table
+from domainbed_kd.results.protocols import Protocol
+from domainbed_kd.results.tables import Cell, Table
 
-PATH = Path(__file__).parent / "assets" / "published.csv"
+PATH = Path(__file__).parents[1] / "assets" / "published.csv"
 #: By which method results are taken to be selected whose source does not state it; they are marked.
 USUAL_SELECTION = "training-domain validation set"
 

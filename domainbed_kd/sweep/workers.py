@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -18,13 +19,13 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from domainbed_kd import cores
+from domainbed_kd import console, machine
 
 # What the fork server imports, and the command that gains from it.
-WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.warm"]
+WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
 # How long a job may take to save its state when the sweep is interrupted.
 GRACE_S = 10
 
@@ -91,8 +92,6 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
 
     Returns the exit statuses; a negative one is the signal that killed the command.
     """
-    from domainbed_kd import progress
-
     if not slots:
         raise ValueError("jobs_per_device takes a number from 1 up.")
     if not commands:
@@ -101,16 +100,16 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
     argvs = [words(command) for command in commands]
     quiet = len(slots) > 1
     if threads is None and quiet and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, cores.available() // len(slots))
+        threads = max(1, machine.available() // len(slots))
     variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
 
     waiting, free = deque(enumerate(argvs)), deque(enumerate(slots, 1))
     running: dict[int, _Running] = {}
-    lines = {}  # {sentinel: progress.JobLine}
+    lines = {}  # {sentinel: JobLine}
     statuses: list[int] = [0] * len(argvs)
     sys.stdout.flush()
     with interruptible(), _stopping(running), _fork_server(argvs) as context, (
-            progress.bar(total=len(argvs), unit="job") if quiet
+            console.bar(total=len(argvs), unit="job") if quiet
             else contextlib.nullcontext()) as bar:
         while waiting or running:
             while waiting and free:
@@ -124,7 +123,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
                 running[process.sentinel] = _Running(
                     index, process, slot, time.monotonic(), errors)
                 if quiet and sys.stderr.isatty() and _is_warm(argv):
-                    lines[process.sentinel] = progress.JobLine(
+                    lines[process.sentinel] = JobLine(
                         _label_of(argv), _flags(argv), position=slot[0])
             # Lines are looked up every second, where there are any.
             ended = multiprocessing.connection.wait(list(running), 1 if lines else None)
@@ -140,7 +139,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
                 if bar is not None:
                     bar.update()
                 done = len(argvs) - len(waiting) - len(running)
-                with progress.lifted():
+                with console.lifted():
                     print(f"[{done}/{len(argvs)}] {_outcome(job, argvs[job.index])}",
                           file=sys.stderr)
                 if job.errors:
@@ -301,3 +300,47 @@ def _end_with_parent() -> None:
     """Waits for the sweep's process; if it dies, even by SIGKILL, the job saves and ends too."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+class JobLine:
+    """A line about a run in another process: its steps, their rate and the time left.
+
+    Args:
+        label: what is trained.
+        flags: of its train command, by name.
+        position: of the line, below the bar at 0.
+    """
+
+    def __init__(self, label: str, flags: Mapping[str, str], position: int):
+        self.path = os.path.join(flags.get("output_dir", "train_output"), "results.jsonl")
+        self.bar = console.bar(desc=label, total=n_steps(flags), initial=steps_done(self.path),
+                       unit="step", position=position, leave=False)
+
+    def refresh(self) -> None:
+        """Looks up how far the run is, by its last evaluation."""
+        self.bar.update(steps_done(self.path) - self.bar.n)
+        self.bar.refresh()
+
+    def close(self) -> None:
+        """Takes the line away."""
+        self.bar.close()
+
+
+def n_steps(flags: Mapping[str, str]) -> int | None:
+    """How many updates a train command makes; None if its data set is not known here."""
+    from domainbed_kd import datasets
+
+    if steps := int(flags.get("steps") or 0):
+        return steps
+    name = flags.get("dataset", "RotatedMNIST")
+    known = name in datasets.DATASETS or name.startswith("Folder:")
+    return datasets.get_dataset_class(name).N_STEPS if known else None
+
+
+def steps_done(path: str) -> int:
+    """The updates before a run's last record; 0 if it has none yet."""
+    if not os.path.exists(path):
+        return 0
+    with open(path, "rb") as file:
+        steps = re.findall(rb'"step": (\d+)', file.read())
+    return int(steps[-1]) + 1 if steps else 0

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from domainbed_kd import curves
+from domainbed_kd.folder import curves
 
 ARGS = "args.json"
 # Arguments in out.txt that are no text; the others are shown as they are.

@@ -43,7 +43,7 @@ def install_on_import() -> None:
 
 
 def _teach_algorithms(module: ModuleType) -> None:
-    from domainbed_kd import forks
+    from domainbed_kd.plugin import forks
 
     module.__taught__ = forks.teach(module)
     kept = [name for name, fate in module.__taught__.items() if fate != "added"]
@@ -53,14 +53,14 @@ def _teach_algorithms(module: ModuleType) -> None:
 
 
 def _teach_hparams(module: ModuleType) -> None:
-    from domainbed_kd import forks
+    from domainbed_kd.plugin import forks
 
     module.__taught__ = True
     forks.teach_hparams(module)
 
 
 def _teach_datasets(module: ModuleType) -> None:
-    from domainbed_kd import forks
+    from domainbed_kd.plugin import forks
 
     module.__taught__ = True
     forks.watch_datasets(module)
@@ -106,7 +106,7 @@ def run(command: list[str]) -> None:
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(f"{command[0]}: there is no such program. After `--` comes a "
                                 "command, such as python -m domainbed.scripts.train --help.")
-    paths = [str(PACKAGE / "hook"), os.environ.get("PYTHONPATH", ""), str(PACKAGE.parent)]
+    paths = [str(PACKAGE / "hook"), os.environ.get("PYTHONPATH", ""), str(PACKAGE.parents[1])]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     sys.stdout.flush()
     os.execvp(command[0], command)
@@ -121,7 +121,7 @@ def doctor() -> int:
         print(f"No fork: there is no package domainbed in {os.getcwd()} nor among the installed.\n"
               "Next: run this in the folder that holds your fork's domainbed/.")
         return 1
-    from domainbed_kd import forks
+    from domainbed_kd.plugin import forks
 
     print(f"Fork:     {next(iter(spec.submodule_search_locations))}")
     try:
@@ -171,9 +171,3 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     raise ValueError(f"found {' '.join(argv) or 'no command'}. Expected `-- COMMAND ...` or "
                      "`doctor` (see --help).")
-
-
-if __name__ == "__main__":
-    from domainbed_kd.scripts import run_main
-
-    run_main(main)

@@ -33,7 +33,7 @@ from torch.utils.data import (
 )
 from torch.utils.data._utils.worker import _generate_state
 
-from domainbed_kd import cores
+from domainbed_kd import machine
 from domainbed_kd.seeds import seed_hash
 
 
@@ -420,7 +420,7 @@ class Readers:
     """
 
     def __init__(self, n: int):
-        self.n = min(n, cores.available())
+        self.n = min(n, machine.available())
         self._datasets: list = []
         self._pool: ProcessPoolExecutor | None = None
         self._end: multiprocessing.connection.Connection | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from domainbed_kd import datasets
-from domainbed_kd.image_cache import ImageCache
+from domainbed_kd.run.image_cache import ImageCache
 
 # Shares of red, green and blue in an image's gray (ITU-R 601).
 _LUMA = (0.299, 0.587, 0.114)

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from domainbed_kd import datasets
-from domainbed_kd import records as sweeps
-from domainbed_kd.tables import display_name, row_order
+from domainbed_kd.results import records as sweeps
+from domainbed_kd.results.tables import display_name, row_order
 
 _SIDES = {"Debug28": 28, "RotatedMNIST": 28, "ColoredMNIST": 28, "DigitsDG": 32}
 _UNKNOWN = "not recorded"

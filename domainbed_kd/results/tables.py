@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from domainbed_kd import algorithms, datasets
-from domainbed_kd.model_selection import Outcome, SelectionMethod
+from domainbed_kd.results.selection import Outcome, SelectionMethod
 
 # Names that tables show instead of the class's.
 DISPLAY_NAMES = {"FourDs": "4Ds"}

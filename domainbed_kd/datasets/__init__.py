@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from domainbed_kd.user_input import did_you_mean
+from domainbed_kd.console import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -801,7 +801,7 @@ class DigitsDG(MultipleDomainDataset):
         import torch
         from torch.utils.data import TensorDataset
 
-        from domainbed_kd import digits
+        from domainbed_kd.datasets import digits
 
         self.input_shape = self.INPUT_SHAPE
         self.num_classes = 10

@@ -1,0 +1,142 @@
+"""What commands share in talking to people: parsers, one-line errors, exit status, progress."""
+
+import argparse
+import difflib
+import errno
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+# What a user can mend: a missing folder, an unknown name, a value out of range.
+USER_ERRORS = (ValueError, OSError, NotImplementedError)
+# What to do about an error of the system's.
+HINTS = {
+    errno.ENOSPC: ". Free some space there; the same command goes on from what is whole.",
+    errno.EDQUOT: ". Free some space there; the same command goes on from what is whole.",
+    errno.EROFS: ". Choose a folder in which you may write.",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage, which --help shows."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, and names the known flag that is nearest to one that is not.
+
+        That comes first: argparse itself would rather miss the flag that was meant.
+        """
+        known = self._option_string_actions
+        for word in sys.argv[1:] if args is None else args:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and not any(each.startswith(flag) for each in known):
+                self._refuse([word])
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:  # no flags, or in an @FILE
+            self._refuse(unknown)
+        return parsed
+
+    def _refuse(self, words):
+        self.error(f"unrecognized arguments: {' '.join(words)}."
+                   + did_you_mean(words[0].split("=")[0], self._option_string_actions))
+
+    def _check_value(self, action, value):
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices))
+            raise
+
+    def error(self, message: str):
+        """Prints the message and exits with 2."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def one_line(error: Exception) -> str:
+    """An error as the line that a user sees."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        hint = may_not(error.filename) if error.errno == errno.EACCES else HINTS.get(error.errno)
+        text = f"{where}{error.strerror}{hint or '.'}"
+    return f"error: {text}"
+
+
+def may_not(path: str | os.PathLike | None) -> str:
+    """What to do about a path whose permissions forbid what was tried with it."""
+    if not path:
+        return ""
+    found = os.path.abspath(path)
+    while not os.path.exists(found):
+        found = os.path.dirname(found)
+    if not os.access(found, os.R_OK | (os.X_OK if os.path.isdir(found) else 0)):
+        return ". You may not read it: have its owner change that, as chmod does."
+    return HINTS[errno.EROFS]
+
+
+def run_main(main: Callable[[], int]) -> None:
+    """Runs a command and exits with its status: 0 done, 1 some jobs failed, 2 misuse.
+
+    A user's error is said in one line; DOMAINBED_KD_TRACEBACK=1 shows where it was raised.
+    """
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        status = 130
+    except USER_ERRORS as error:
+        if os.environ.get("DOMAINBED_KD_TRACEBACK"):
+            raise
+        print(one_line(error), file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """" Did you mean X?" with the nearest known name, whatever its case; empty if none is near."""
+    known = {each.casefold(): each for each in known}
+    near = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.5)
+    return f" Did you mean {known[near[0]]}?" if near else ""
+
+
+def parse_hparams(text: str) -> dict:
+    """The hparams of a JSON object, such as '{"lr": 0.001}'.
+
+    Raises:
+        ValueError: if the text is no JSON object, or holds a number that is not finite.
+    """
+    def finite(number):
+        if not math.isfinite(float(number)):
+            raise ValueError(f"--hparams: {number} is no finite number: {text}")
+        return float(number)
+
+    try:
+        changes = json.loads(text, parse_float=finite, parse_constant=finite)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"--hparams is not JSON ({error}): {text[:200]}") from None
+    if not isinstance(changes, dict):
+        raise ValueError(f'--hparams takes a JSON object such as {{"lr": 0.001}}; found {text}')
+    return changes
+
+
+# Progress on long work: bars on stderr if that is a terminal, nothing in logs and in CI.
+
+
+def bar(*args, **options):
+    """Tqdm's bar on the terminal itself: what copies stderr to a file does not see it."""
+    from tqdm import tqdm
+
+    return tqdm(*args, file=sys.__stderr__, disable=not sys.stderr.isatty(), **options)
+
+
+def lifted() -> AbstractContextManager:
+    """Inside, bars make room for lines that are printed."""
+    from tqdm import tqdm
+
+    return tqdm.external_write_mode(file=sys.__stderr__)
