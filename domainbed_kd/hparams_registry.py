@@ -18,7 +18,7 @@ from domainbed_kd.seeds import seed_hash
 OPTIONAL = {
     "image_size": "side in pixels of an image folder's images (224)",
     "weights": "initial weights: a file, 'none', or a torchvision name such as IMAGENET1K_V2",
-    "backbone": "any timm model, by name",
+    "backbone": "any timm model, by name; 'small_vit' for images under 32 pixels",
     "wrn_depth": "depth of the network for 32-pixel images (16)",
     "wrn_widen": "width factor of the network for 32-pixel images (2)",
     "averaging": "'sma' or 'swad': average the weights of any algorithm",

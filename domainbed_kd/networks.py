@@ -18,13 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: The `backbone` that is ours: a transformer for small images, of 16 pixels or more.
+SMALL_VIT = "small_vit"
+
 
 def Featurizer(input_shape, hparams) -> nn.Module:
     """The network that turns inputs (B, *input_shape) into features (B, n_outputs).
 
     Vectors get an MLP; square images a small CNN from 16 pixels, a wide ResNet from 32, and from
-    64 what the hparams name: a ResNet, DINOv2, or any timm model (`backbone`, from 32 pixels).
-    Those for images have `stages()` and `pool`, DINOv2 excepted.
+    64 what the hparams name: a ResNet, DINOv2, or any timm model (`backbone`, from 32 pixels;
+    our own "small_vit" from 16). Those for images have `stages()` and `pool`, DINOv2 excepted.
 
     Raises:
         NotImplementedError: if no network takes this shape.
@@ -332,7 +335,7 @@ def _refuse_contradictions(side: int, hparams) -> None:
     """Raises ValueError if the hparams name two networks, or an option of one not named."""
     backbone, vit = hparams.get("backbone"), hparams["vit"]
     for contradiction, mend in (
-        (backbone and side < 32,
+        (backbone not in (None, SMALL_VIT) and side < 32,
          f"backbone takes images of 32 pixels or more, and these have {side}"),
         (backbone and (hparams["resnet18"] or vit or hparams["dinov2"]),
          f"backbone {backbone!r} leaves no room for resnet18, vit or dinov2: drop one"),
@@ -386,8 +389,16 @@ def _torchvision_network(name: str, weights: str | None) -> tuple[nn.Module, int
 
 def _timm_network(name: str, side: int, weights: str | None) -> tuple[nn.Module, int, str]:
     import timm
-    from timm.models import is_model_pretrained
+    from timm.models import VisionTransformer, is_model_pretrained
 
+    if name == SMALL_VIT:
+        if side % 4 or weights not in (None, "none"):
+            raise ValueError("backbone 'small_vit' takes a side that 4 divides, and starts at "
+                             f"random; found {side} pixels and weights {weights!r}.")
+        width = 64
+        network = VisionTransformer(
+            img_size=side, patch_size=4, num_classes=0, embed_dim=width, depth=6, num_heads=4)
+        return network, width, "patch_embed.proj"
     if not timm.is_model(name) or "." in name and not is_model_pretrained(name):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
         raise ValueError(f"backbone: timm has no {name!r}. Near it: {', '.join(near) or 'none'}.")

@@ -532,3 +532,18 @@ def test_importing_networks_needs_neither_torchvision_nor_timm():
     code = "import sys, domainbed_kd.networks; print({'timm', 'torchvision'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 28, 28), (1, 32, 32)])
+def test_the_small_transformer_cuts_small_images_into_patches_of_4_pixels(shape):
+    featurizer = networks.Featurizer(shape, hparams(backbone="small_vit"))
+    x = torch.randn(2, *shape)
+    assert featurizer(x).shape == (2, featurizer.n_outputs)
+    assert featurizer.network.patch_embed.num_patches == (shape[1] // 4) ** 2
+
+
+def test_the_small_transformer_refuses_sides_and_weights_that_do_not_fit():
+    with pytest.raises(ValueError, match="small_vit.*found 30 pixels"):
+        networks.Featurizer((3, 30, 30), hparams(backbone="small_vit"))
+    with pytest.raises(ValueError, match="small_vit.*weights 'IMAGENET1K_V1'"):
+        networks.Featurizer((3, 32, 32), hparams(backbone="small_vit", weights="IMAGENET1K_V1"))

@@ -32,7 +32,7 @@ def student(dataset: str, hparams: dict) -> tuple[str, str]:
     """
     side, backbone = _SIDES.get(dataset, hparams.get("image_size", 224)), hparams.get("backbone")
     if backbone:
-        name, weights = backbone, "timm"
+        name, weights = backbone, "random" if backbone == "small_vit" else "timm"
     elif side < 32:
         name, weights = "small CNN", "random"
     elif side < 64:
