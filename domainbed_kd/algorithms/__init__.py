@@ -10,24 +10,31 @@ from pathlib import Path
 
 from domainbed_kd.console import did_you_mean
 
-# The order of DomainBed's published table; files not named here follow in alphabetical order.
-_PUBLISHED_ORDER = (
+# DomainBed's algorithms in its order, that of the rows of its tables.
+DOMAINBED = (
     "ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN",
-    "CDANN", "MTL", "SagNet", "ARM", "VREx", "RSC", "SD", "Fishr", "SMA", "SWAD")
+    "CDANN", "MTL", "SagNet", "ARM", "VREx", "RSC", "SD", "ANDMask", "SANDMask", "IGA", "SelfReg",
+    "Fishr", "TRM", "IB_ERM", "IB_IRM", "CAD", "CondCAD", "Transfer", "CausIRL_CORAL",
+    "CausIRL_MMD", "EQRM", "RDM", "ADRMX", "URM")
+# Files not named here follow in alphabetical order.
+_ORDER = (*DOMAINBED, "SMA", "SWAD")
 # Files whose classes other methods build on; they are no methods themselves.
 _ABSTRACT = ("base", "annealed", "taught")
 # Names that a class cannot have, or that users type in another form.
 _ALIASES = {"4Ds": "FourDs"}
 
 
-def _discover() -> tuple[dict[str, str], set[str]]:
-    """{class name: module} of this folder's public algorithms, and those that are Taught."""
-    bases, files = {}, {}
+def _discover() -> tuple[dict[str, str], set[str], dict[str, str]]:
+    """{class: module} of this folder's public algorithms, those that are Taught, {class: shown}."""
+    bases, files, shown = {}, {}, {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 bases[node.name] = {ast.unparse(base).split(".")[-1] for base in node.bases}
                 files[node.name] = path.stem
+                shown |= ((node.name, ast.literal_eval(line.value)) for line in node.body
+                          if isinstance(line, ast.Assign)
+                          and ast.unparse(line.targets[0]) == "display_name")
 
     def descendants(root):
         found = {root}
@@ -36,15 +43,15 @@ def _discover() -> tuple[dict[str, str], set[str]]:
         return found
 
     known = descendants("Algorithm")
-    order = {name: i for i, name in enumerate(_PUBLISHED_ORDER)}
+    order = {name: i for i, name in enumerate(_ORDER)}
     methods = sorted(
         (name for name in known if not name.startswith("_") and files[name] not in _ABSTRACT),
         key=lambda name: (order.get(name, len(order)), name))
     modules = {name: f"{__name__}.{files[name]}" for name in methods}
-    return modules, descendants("Taught")
+    return modules, descendants("Taught"), shown
 
 
-_MODULES, _TAUGHT = _discover()
+_MODULES, _TAUGHT, _DISPLAY_NAMES = _discover()
 _REGISTERED: dict[str, type] = {}
 SHIPPED = tuple(_MODULES)
 ALGORITHMS = list(SHIPPED)
@@ -61,6 +68,13 @@ def register(cls: type) -> type:
 def canonical_name(name: str) -> str:
     """The class's name for any form in which users type it: "4Ds" is FourDs."""
     return _ALIASES.get(name, name)
+
+
+def display_name(name: str) -> str:
+    """The name that tables show: the class's `display_name` or, without one, its own; no torch."""
+    if name in _REGISTERED:
+        return getattr(_REGISTERED[name], "display_name", None) or name
+    return _DISPLAY_NAMES.get(name, name)
 
 
 def learns_from_run(name: str) -> bool:
