@@ -7,12 +7,13 @@ from domainbed_kd import __version__
 from domainbed_kd.console import Parser, run_main
 
 COMMANDS = {
-    "train": "train one algorithm on one data set, holding out test domains",
-    "sweep": "launch many runs, count them, tell what they will cost",
+    "demo": "train a small sweep on digits that ship, in minutes, and report on it",
+    "train": "train one algorithm on one dataset, holding out test domains",
+    "sweep": "launch many runs, count them, estimate what they will cost",
     "collect_results": "print a sweep's tables",
     "list_top_hparams": "list the hparams that model selection chose",
     "report": "write the tables and plots of a sweep as one HTML page",
-    "download": "fetch data sets and verify them",
+    "download": "fetch datasets and verify them",
 }
 
 

@@ -194,7 +194,7 @@ def contents(folder):
     (LAUNCH, ["--output_dir", "file"], "is a file"),
     (LAUNCH, ["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
     (LAUNCH, ["@absent.args"], "@absent.args: No such file"),
-    (LAUNCH, [f"@{SWEEPS}/smok.args"], "smoke.args?"),
+    (LAUNCH, [f"@{SWEEPS}/pacs_smal.args"], "pacs_small.args?"),
     (LAUNCH, ["@results"], "@results: No such file"),
     (STATUS, [], "--output_dir sweep: there is no such folder"),
     (DELETE, [], "--output_dir sweep: there is no such folder"),
