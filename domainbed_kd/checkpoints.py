@@ -6,41 +6,26 @@ with `weights_only=True`: no pickled code is ever run.
 
 import io
 import json
-import os
 import pickle
 import random
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from domainbed_kd.folder import files
+
 # Which global a refused pickle asks for, in torch's message.
 REFUSED = re.compile(r"GLOBAL \S+|[Uu]nsupported operand \d+|[Ii]nvalid load key[^.]*")
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary neighbour of `path`, then renames it into place."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails does not say where
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def save(path: Path, content: dict) -> None:
     """torch.save, atomically; the bytes depend on the content alone, not on the file's name."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, lambda beside: beside.write_bytes(buffer.getbuffer()))
+    files.write_atomically(path, lambda beside: beside.write_bytes(buffer.getbuffer()))
 
 
 def save_safetensors(path: Path, content: dict) -> None:
@@ -54,13 +39,7 @@ def save_safetensors(path: Path, content: dict) -> None:
     tensors = {name: value.contiguous().clone() for name, value in content["model_dict"].items()
                if isinstance(value, torch.Tensor)}
     metadata = {name: json.dumps(value) for name, value in content.items() if name != "model_dict"}
-    write_atomically(path, lambda beside: beside.write_bytes(as_bytes(tensors, metadata)))
-
-
-def remove_half_written(folder: Path) -> None:
-    """Deletes what `write_atomically` left in a folder when it was killed."""
-    for beside in folder.glob("*.tmp"):
-        beside.unlink()
+    files.write_atomically(path, lambda beside: beside.write_bytes(as_bytes(tensors, metadata)))
 
 
 def load(path: Path) -> dict:

@@ -14,9 +14,9 @@ from conftest import GOLDENS
 from PIL import Image
 
 from domainbed_kd import __main__ as cli
-from domainbed_kd import algorithms
+from domainbed_kd import algorithms, checkpoints
 from domainbed_kd.console import run_main
-from domainbed_kd.run import training
+from domainbed_kd.folder import files
 
 TRAIN = ["train", "--dataset", "Debug28", "--steps", "1", "--hparams", '{"batch_size": 4}',
          "--output_dir", "run"]
@@ -186,8 +186,8 @@ def contents(folder):
     (TRAIN, ["--teacher", "absent"],
      "ERM does not learn from a run. Leave the flag out, or choose one of FourDs, KD,"),
     (TRAIN, ["--algorithm", "RISE", "--teacher", "absent"], "RISE does not learn from a run"),
-    (TRAIN, ["--fork", "absent"], "--fork: absent is no folder that holds a package domainbed."),
-    (LAUNCH, ["--fork", "results"], "--fork: results is no folder that holds a package domainbed."),
+    (TRAIN, ["--fork", "absent"], "--fork: absent is not a folder that holds a package domainbed."),
+    (LAUNCH, ["--fork", "results"], "--fork: results is not a folder that holds a package domainbed."),
     (TRAIN, ["--dataset", "Folder:classes", "--data_dir", "."],
      "classes holds folders (dog) without folders in them, where domains with classes should be. "
      "Images belong in classes/<domain>/<class>/."),
@@ -345,14 +345,14 @@ def test_a_data_folder_that_is_deleted_ends_the_run_which_goes_on_when_it_is_bac
     for i in range(8):
         shutil.copy(folder / "a" / "dog" / f"{i}.png", folder / "b" / "dog")
     command = [*images, "--steps", "4", "--checkpoint_freq", "2"]
-    append = training.append_record
+    append = files.append_record
 
     def append_and_delete(*args):
         append(*args)
         folder.rename(tmp_path / "deleted")
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "append_record", append_and_delete)
+        patched.setattr(files, "append_record", append_and_delete)
         refused(command, "is not there any more. Put the images back", capsys)
     first = results.read_text()
     assert first.count("\n") == 1
@@ -371,7 +371,7 @@ def test_a_loader_process_that_is_killed_is_said(images, monkeypatch, capsys):
 
 def train_until(steps, monkeypatch, capsys, *flags):
     """A run that is cut short after its second record; returns what its folder holds."""
-    append, calls = training.append_record, []
+    append, calls = files.append_record, []
 
     def die(*args):
         append(*args)
@@ -380,7 +380,7 @@ def train_until(steps, monkeypatch, capsys, *flags):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "append_record", die)
+        patch.setattr(files, "append_record", die)
         status, *_ = said([*TRAIN, "--steps", str(steps), "--checkpoint_freq", "1", *flags], capsys)
         assert status == 130
 
@@ -392,8 +392,8 @@ RESUMED = [*TRAIN, "--steps", "3", "--checkpoint_freq", "1"]
     (lambda path: path.write_bytes(b""), "damaged"),
     (lambda path: path.write_bytes(path.read_bytes()[:2000]), "damaged"),
     (lambda path: path.write_bytes(b"cos\nsystem\n(S'touch hacked'\ntR."), "could run code"),
-    (lambda path: training.checkpoints.save(path, {"args": {}}), "holds another run"),
-    (lambda path: training.checkpoints.save(path, [1]), "does not fit this run"),
+    (lambda path: checkpoints.save(path, {"args": {}}), "holds another run"),
+    (lambda path: checkpoints.save(path, [1]), "does not fit this run"),
 ])
 def test_a_corrupt_state_is_refused_and_loses_no_record(
         damage, message, tmp_path, monkeypatch, capsys):
@@ -457,10 +457,10 @@ def test_a_folder_that_has_become_read_only_is_named_and_keeps_its_records(
 def test_records_are_appended_after_the_last_whole_line(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": ' + b"2" * 200_000)
-    training.append_record(tmp_path, {"c": 3})
+    files.append_record(tmp_path, {"c": 3})
     assert path.read_bytes() == b'{"a": 1}\n{"c": 3}\n'
     path.write_bytes(b"torn")
-    training.append_record(tmp_path, {"c": 3})
+    files.append_record(tmp_path, {"c": 3})
     assert path.read_bytes() == b'{"c": 3}\n'
 
 
@@ -468,7 +468,7 @@ def test_a_finished_run_with_a_first_line_that_is_none_is_refused(tmp_path, caps
     assert said(TRAIN, capsys)[0] == 0
     for text in ("\n", '{"step": 1}\n', "[]\n", "torn"):
         (tmp_path / "run" / "results.jsonl").write_text(text)
-        refused(TRAIN, "is no record", capsys)
+        refused(TRAIN, "is not a record", capsys)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\3\4", b"cos\nsystem\n(S'touch hacked'\ntR.",

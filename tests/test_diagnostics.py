@@ -9,6 +9,7 @@ from sklearn.metrics import log_loss
 from torch import nn
 
 from domainbed_kd import datasets
+from domainbed_kd.folder import files
 from domainbed_kd.run import diagnostics, training
 from domainbed_kd.scripts import train
 
@@ -94,14 +95,14 @@ def test_the_weight_distance_is_the_sum_of_steps_between_saved_weights(
 
 def test_a_stopped_run_goes_on_with_its_distance(tmp_path, monkeypatch):
     quiet = run(tmp_path / "quiet", "--diagnostics")
-    append, calls = training.append_record, []
+    append, calls = files.append_record, []
 
     def append_and_die(*args):
         calls.append(append(*args))
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "append_record", append_and_die)
+    monkeypatch.setattr(files, "append_record", append_and_die)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped", "--diagnostics")
     monkeypatch.undo()

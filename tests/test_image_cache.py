@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from domainbed_kd import datasets, machine
+from domainbed_kd.folder import files
 from domainbed_kd.run import image_cache, training
 from domainbed_kd.scripts import sweep, train
 
@@ -237,7 +238,7 @@ def test_an_evaluation_reads_every_image_once_whatever_its_split(root, tmp_path,
 
     monkeypatch.setattr(datasets, "load_image", counted)
     monkeypatch.setattr(training, "accuracy", noted)
-    monkeypatch.setattr(training, "append_record", lambda *args: (
+    monkeypatch.setattr(files, "append_record", lambda *args: (
         evaluations.append(dict(read)), read.clear()))
     train.main([*FLAGS, "--data_dir", str(root), "--output_dir", str(tmp_path / "run")])
     everything = {path for domain in datasets.get_dataset_class("Folder:shapes")(root, [], {

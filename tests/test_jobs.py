@@ -9,7 +9,7 @@ import pytest
 from conftest import GOLDENS, golden
 
 from domainbed_kd import datasets
-from domainbed_kd.folder import claims
+from domainbed_kd.folder import claims, files
 from domainbed_kd.sweep import jobs
 from domainbed_kd.sweep.jobs import Job
 
@@ -137,10 +137,10 @@ def test_a_torn_first_record_belongs_to_no_job(tmp_path):
 
 def test_a_finished_run_is_preferred_to_an_unfinished_one_of_the_same_arguments(tmp_path):
     args = make(SHIPPED, tmp_path)[0].train_args
-    for name, files in (("a", []), ("b", ["done"]), ("c", [])):
+    for name, left in (("a", []), ("b", ["done"]), ("c", [])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.jsonl").write_text(json.dumps({"args": args}) + "\n")
-        for file in files:
+        for file in left:
             (tmp_path / name / file).write_text("done")
     job = make(SHIPPED, tmp_path, data_dir="/elsewhere")[0]
     assert (job.output_dir, job.state) == (str(tmp_path / "b"), "Done")
@@ -190,11 +190,11 @@ def test_deleting_removes_the_folders_of_these_jobs_only(tmp_path, capsys):
 
 def test_the_last_error_is_the_last_line_with_something_in_it(tmp_path):
     job = make(CASES[1], tmp_path)[0]
-    assert job.last_error() == ""
+    assert files.last_error(job.output_dir) == ""
     os.makedirs(job.output_dir)
     with open(os.path.join(job.output_dir, "err.txt"), "w") as file:
         file.write("Traceback\n  deep\nerror: no such thing\n\n")
-    assert job.last_error() == "error: no such thing"
+    assert files.last_error(job.output_dir) == "error: no such thing"
 
 
 def test_a_job_that_found_no_space_to_say_why_says_that(tmp_path):

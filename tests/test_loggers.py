@@ -7,8 +7,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from domainbed_kd.folder import files
 from domainbed_kd.results import selection
-from domainbed_kd.run import training
 from domainbed_kd.scripts import sweep, train
 
 FLAGS = ["--dataset", "Debug28", "--steps", "10", "--checkpoint_freq", "3", "--test_envs", "2",
@@ -97,14 +97,14 @@ def test_test_domains_are_shown_only_on_request(tmp_path):
 
 
 def test_a_restarted_run_has_one_value_a_step_and_one_row(tmp_path, monkeypatch):
-    append, calls = training.append_record, []
+    append, calls = files.append_record, []
 
     def append_and_die(*args):
         calls.append(append(*args))
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "append_record", append_and_die)
+    monkeypatch.setattr(files, "append_record", append_and_die)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert hparams_pages(tmp_path) == ([], [])

@@ -6,7 +6,10 @@ import shlex
 import subprocess
 import sys
 
+import pytest
+
 from domainbed_kd import command_launchers, console, datasets
+from domainbed_kd.folder import args
 from domainbed_kd.sweep import workers
 
 TRAIN = [sys.executable, "-m", "domainbed_kd.scripts.train", "--dataset", "Debug28", "--steps", "4",
@@ -62,8 +65,8 @@ def test_where_stderr_is_no_terminal_there_is_no_bar(capfd):
 
 def test_a_line_tells_how_far_a_run_is(tmp_path, monkeypatch):
     terminal = see(monkeypatch)
-    flags = {"output_dir": str(tmp_path), "steps": "12"}
-    line = workers.JobLine("ERM Debug28", flags, position=1)
+    run = args.of_words(["--dataset", "Debug28", "--output_dir", str(tmp_path), "--steps", "12"])
+    line = workers.JobLine(run, position=1)
     assert "ERM Debug28" in terminal.getvalue() and "0/12" in terminal.getvalue()
     with (tmp_path / "results.jsonl").open("w") as file:
         file.write(json.dumps({"step": 0, "hparams": {"steps": 7}}) + "\n")
@@ -73,12 +76,12 @@ def test_a_line_tells_how_far_a_run_is(tmp_path, monkeypatch):
     line.close()
 
 
-def test_a_command_without_steps_makes_its_data_sets_number():
-    assert workers.n_steps({"dataset": "DomainNet"}) == datasets.get_dataset_class(
-        "DomainNet").N_STEPS
-    assert workers.n_steps({}) == workers.n_steps({"steps": "0"}) == 5001
-    assert workers.n_steps({"dataset": "SomebodysOwn"}) is None
-    assert workers.n_steps({"dataset": "SomebodysOwn", "steps": "3"}) == 3
+@pytest.mark.parametrize("words, expected", [
+    (["--dataset", "DomainNet"], datasets.get_dataset_class("DomainNet").N_STEPS), ([], 5001),
+    (["--steps", "0"], 5001), (["--dataset", "SomebodysOwn"], None),
+    (["--dataset", "SomebodysOwn", "--steps", "3"], 3)])
+def test_a_command_without_steps_makes_its_datasets_number(words, expected):
+    assert workers.n_steps(args.of_words(words)) == expected
 
 
 def test_jobs_side_by_side_have_a_line_each(tmp_path, monkeypatch):

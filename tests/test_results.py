@@ -11,7 +11,7 @@ from scipy.special import softmax
 from sklearn.metrics import confusion_matrix
 
 from domainbed_kd import datasets
-from domainbed_kd.folder import curves
+from domainbed_kd.folder import curves, files
 from domainbed_kd.results import logits as results
 from domainbed_kd.results import records, selection
 from domainbed_kd.run import evaluation, loaders, training
@@ -282,12 +282,12 @@ def test_files_that_cannot_be_read_are_named_and_left_out(sweep, tmp_path, capsy
         shutil.copy(sweep / name / "results.jsonl", tmp_path / name)
 
     def refuse(path, *args, **kwargs):  # root may read anything, so no chmod
-        if path.parent.name == "a":
+        if Path(path).parent.name == "a":
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *args, **kwargs)
 
-    opened = Path.open
-    monkeypatch.setattr(Path, "open", refuse)
+    opened = files.open_regular
+    monkeypatch.setattr(files, "open_regular", refuse)
     frame = results.to_frame(tmp_path)
     assert set(frame["run"]) == {"b"}
     assert capsys.readouterr().err == f"skipped {tmp_path}/a/results.jsonl: Permission denied\n"

@@ -220,6 +220,32 @@ def test_what_was_stopped_has_not_failed_and_nothing_more_is_launched(
         line.split() for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.parametrize("flag", ["--diagnostics", "--save_logits", "--format",
+                                  "--allow_bad_teacher"])
+def test_a_sweep_goes_on_whatever_its_runs_are_to_keep_and_finished_runs_that_lack_it_are_named(
+        flag, tmp_path, launched, capsys):
+    args = flags("launch", tmp_path, "--command_launcher", "pretend")
+    sweep.main(args)
+    for command in launched:
+        run = command_of(command)
+        record = {"step": 2, "args": json.loads(
+            (Path(run["output_dir"][0]) / "args.json").read_text())}
+        (Path(run["output_dir"][0]) / "results.jsonl").write_text(json.dumps(record) + "\n")
+    begun = left_by_a_killed_job(tmp_path, launched)
+    more = [flag, *(["safetensors"] if flag == "--format" else [])]
+    capsys.readouterr()
+    assert sweep.main(["status", *args[1:], *more]) == 0
+    out, err = capsys.readouterr()
+    assert ["ERM", "5", "0", "1", "0", "0"] in [line.split() for line in out.splitlines()]
+    assert sweep.main([*args, *more]) == 0
+    assert [command_of(command)["output_dir"] for command in launched[6:]] == [[str(begun)]]
+    if flag == "--allow_bad_teacher":
+        assert err == ""
+    else:
+        assert err.startswith(f"{flag}: 5 finished runs were trained without it and lack what ")
+        assert err.count(f"{tmp_path}/") == 3 and "and 2 more. To have it, delete their" in err
+
+
 def test_running_jobs_are_not_deleted(tmp_path, launched, capsys):
     sweep.main(flags("launch", tmp_path, "--command_launcher", "pretend"))
     for command in launched[:2]:
@@ -234,8 +260,8 @@ def test_running_jobs_are_not_deleted(tmp_path, launched, capsys):
 def args_list_of(args):
     return sweep.jobs.make_args_list(
         args.n_trials, args.datasets, args.algorithms, args.n_hparams_from, args.n_hparams,
-        args.steps, args.data_dir, args.task, args.holdout_fraction, args.single_test_envs,
-        args.hparams)
+        args.data_dir, args.task, args.holdout_fraction, args.single_test_envs, steps=args.steps,
+        hparams=args.hparams)
 
 
 def test_incomplete_jobs_are_kept_and_named_at_launch_and_deleted_on_demand(

@@ -11,7 +11,7 @@ import torch
 from conftest import GOLDENS, golden
 
 from domainbed_kd import datasets
-from domainbed_kd.folder import claims
+from domainbed_kd.folder import claims, files
 from domainbed_kd.run import training
 from domainbed_kd.scripts import train
 
@@ -114,14 +114,14 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(algorithm, tmp_path, monke
     quiet = run(tmp_path / "quiet", *flags)
 
     stopped = tmp_path / "stopped"
-    update, calls = training.append_record, []
+    update, calls = files.append_record, []
 
     def append_and_die(*args):
         calls.append(update(*args))
         if len(calls) == 3:
             raise KeyboardInterrupt  # after the record, before the state is saved
 
-    monkeypatch.setattr(training, "append_record", append_and_die)
+    monkeypatch.setattr(files, "append_record", append_and_die)
     with pytest.raises(KeyboardInterrupt):
         train.main([*flags, "--output_dir", str(stopped)])
     monkeypatch.undo()

@@ -1,78 +1,294 @@
-"""The flags of a run that `train` takes and `sweep` hands on."""
+"""Every flag of a run, declared once: what `train` takes, `sweep` hands on and records keep."""
 
 import argparse
+import functools
+import math
 import os
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 from domainbed_kd.console import parse_hparams
 
+# Whether a flag's value stands among the args of each record: always, as DomainBed's do; only if
+# it is given, since DomainBed's records do not know it; or never.
+ALWAYS, IF_GIVEN, NEVER = "always", "if given", "never"
 
-def add_flags_of_runs(group: argparse._ArgumentGroup) -> None:
-    """Flags of ours that `train` takes and `sweep` hands on; absent switches are None."""
-    def switch(flag, text):
-        group.add_argument(flag, action="store_const", const=True, help=text)
 
-    switch("--allow_bad_teacher", "go on with a teacher that is near chance or has other classes")
-    switch("--diagnostics",
-           "record weight distance, mutual information, calibration and agreement with the "
-           "teacher at each evaluation; see docs/analysis.md")
-    switch("--save_logits",
-           "keep the predictions that model selection looks at, at each evaluation, in "
-           "logits/stepN.npz (float16); see docs/analysis.md")
-    switch("--log_test_domains", "show accuracies on the test domains in TensorBoard too")
-    switch("--wandb", "log to Weights & Biases too, offline unless WANDB_MODE=online")
-    switch("--fast",
-           "train in bfloat16, channels last, with augmentation as tensor operations, and "
-           "evaluate only what model selection reads; see docs/speed.md")
-    switch("--compile", "with --fast: compile each run's featurizer, for a minute or two; needs a "
-                        "C++ compiler")
-    group.add_argument("--image_cache", metavar="DIR",
-                       help="folder where decoded images are kept for all runs, 3 bytes a pixel; "
-                            "results do not depend on it; see docs/speed.md")
-    group.add_argument("--teacher_cache", metavar="DIR",
-                       help="keep what frozen teachers make of images without augmentation, for "
-                            "all runs; needs the hparam canonical_view; see docs/speed.md")
-    group.add_argument("--loader_processes", type=int, metavar="N",
-                       help="processes that read a run's images, no more than there are cores; "
-                            "default: 0, but on a GPU as many as the run has threads, up to 8; "
-                            "results do not depend on it")
-    group.add_argument("--format", choices=["safetensors"],
-                       help="also write model.safetensors: the tensors by name, and all else that "
-                            "model.pkl has as JSON in the file's metadata")
-    group.add_argument("--plugin", action="append", default=[], metavar="MODULE",
-                       help="module or .py file with algorithms, data sets or, for sweeps, "
-                            "launchers of your own; may be given again")
-    group.add_argument("--fork", dest="plugin", action="append", metavar="FOLDER", type=_fork,
-                       help="folder of a DomainBed fork, which holds its package domainbed: its "
-                            "algorithms can be named too; ours keep their names")
+class Flag(NamedTuple):
+    """A flag of a run."""
+
+    name: str
+    help: str
+    #: Of its value; bool for a switch.
+    type: Callable = str
+    #: What a run does without it, and what is meant where a record lacks it.
+    default: object = None
+    #: ALWAYS, IF_GIVEN or NEVER.
+    on_record: str = ALWAYS
+    #: Whether runs that differ in it are different runs: one cannot continue the other.
+    is_identity: bool = False
+    #: Whether runs of one cell of a table must agree in it for their accuracies to be compared.
+    is_protocol: bool = False
+    #: Whether a sweep takes it for all of its runs. What is on record is part of a folder's name:
+    #: with ALWAYS in any case, else if it is given.
+    in_sweep: str | None = None
+    #: Further arguments of `add_argument`.
+    options: Mapping = {}
 
 
 def _fork(folder: str) -> str:
     if not os.path.isdir(os.path.join(folder, "domainbed")):
-        raise argparse.ArgumentTypeError(f"{folder} is no folder that holds a package domainbed.")
+        raise argparse.ArgumentTypeError(
+            f"{folder} is not a folder that holds a package domainbed.")
     return folder
 
 
-def check_compile(compile_: bool | None, fast: bool | None) -> None:
-    """Refuses to compile in exact mode, whose numbers a compiler would change.
+DOMAINBEDS = (
+    Flag("data_dir", "folder that holds the datasets", in_sweep=ALWAYS),
+    Flag("dataset", "a dataset by name, or Folder:NAME for images of your own in "
+                    "DATA_DIR/NAME/DOMAIN/CLASS/", default="RotatedMNIST", is_identity=True),
+    Flag("algorithm", "an algorithm by name", default="ERM", is_identity=True),
+    Flag("steps", "updates in a run; the dataset's own number if absent or, as in DomainBed, 0",
+         int, is_identity=True, is_protocol=True, in_sweep=IF_GIVEN, options={"metavar": "N"}),
+    Flag("hparams", "JSON object merged over the chosen hparams", is_identity=True,
+         is_protocol=True, in_sweep=IF_GIVEN, options={"metavar": "JSON"}),
+    Flag("task", "domain_adaptation also gives unlabeled test-domain images to update",
+         default="domain_generalization", is_identity=True, is_protocol=True, in_sweep=ALWAYS,
+         options={"choices": ["domain_generalization", "domain_adaptation"]}),
+    Flag("hparams_seed", "seed of the random hparams; 0 takes the defaults", int, 0,
+         is_identity=True),
+    Flag("trial_seed", "seed of the splits and, with hparams_seed, of the random hparams", int, 0,
+         is_identity=True),
+    Flag("seed", "seed of everything else", int, 0, is_identity=True),
+    Flag("checkpoint_freq", "steps between evaluations; the dataset's own if absent or 0", int,
+         is_identity=True, in_sweep=IF_GIVEN, options={"metavar": "N"}),
+    Flag("test_envs", "numbers of the domains to hold out", int, [0], is_identity=True,
+         options={"nargs": "+"}),
+    Flag("output_dir", "folder of this run", default="train_output"),
+    Flag("holdout_fraction", "share of each domain kept for validation", float, 0.2,
+         is_identity=True, in_sweep=ALWAYS, options={"metavar": "SHARE"}),
+    Flag("uda_holdout_fraction", "share of the test domains given to update without labels",
+         float, 0, is_identity=True, in_sweep=IF_GIVEN, options={"metavar": "SHARE"}),
+    Flag("skip_model_save", "write no model.pkl", bool, False, is_identity=True,
+         in_sweep=IF_GIVEN),
+    Flag("save_model_every_checkpoint", "write model_stepN.pkl at each evaluation", bool, False),
+)
+OURS = (
+    Flag("teacher", "finished run whose model teaches, for methods that learn from one",
+         on_record=IF_GIVEN, is_identity=True, options={"metavar": "FOLDER"}),
+    Flag("resume", "auto continues an unfinished run; never starts again and appends",
+         default="auto", on_record=NEVER, options={"choices": ["auto", "never"]}),
+    Flag("wait", "how long to wait for another process that trains in the folder", float, 2,
+         on_record=NEVER, options={"metavar": "SECONDS"}),
+    Flag("allow_bad_teacher", "go on with a teacher that is near chance or has other classes",
+         bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
+    Flag("diagnostics", "record weight distance, mutual information, calibration and agreement "
+                        "with the teacher at each evaluation; see docs/analysis.md",
+         bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
+    Flag("save_logits", "keep the predictions that model selection looks at, at each evaluation, "
+                        "in logits/stepN.npz (float16); see docs/analysis.md",
+         bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
+    Flag("log_test_domains", "show accuracies on the test domains in TensorBoard too",
+         bool, False, NEVER, in_sweep=IF_GIVEN),
+    Flag("wandb", "log to Weights & Biases too, offline unless WANDB_MODE=online",
+         bool, False, NEVER, in_sweep=IF_GIVEN),
+    Flag("fast", "train in bfloat16, channels last, with augmentation as tensor operations, and "
+                 "evaluate only what model selection reads; see docs/speed.md",
+         bool, False, IF_GIVEN, is_identity=True, is_protocol=True, in_sweep=IF_GIVEN),
+    Flag("compile", "with --fast: compile each run's featurizer, for a minute or two; needs a C++ "
+                    "compiler", bool, False, IF_GIVEN, is_identity=True, in_sweep=IF_GIVEN),
+    Flag("image_cache", "folder where decoded images are kept for all runs, 3 bytes a pixel; "
+                        "results do not depend on it; see docs/speed.md",
+         on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "DIR"}),
+    Flag("teacher_cache", "keep what frozen teachers make of images without augmentation, for all "
+                          "runs; needs the hparam canonical_view; see docs/speed.md",
+         on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "DIR"}),
+    Flag("loader_processes", "processes that read a run's images, no more than there are cores; "
+                             "default: 0, but on a GPU as many as the run has threads, up to 8; "
+                             "results do not depend on it",
+         int, on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "N"}),
+    Flag("format", "also write model.safetensors: the tensors by name, and all else that "
+                   "model.pkl has as JSON in the file's metadata",
+         on_record=IF_GIVEN, in_sweep=IF_GIVEN, options={"choices": ["safetensors"]}),
+    Flag("plugin", "module or .py file with algorithms, datasets or, for sweeps, launchers of "
+                   "your own; may be given again",
+         default=[], on_record=NEVER, in_sweep=IF_GIVEN,
+         options={"action": "append", "metavar": "MODULE"}),
+    Flag("fork", "folder of a DomainBed fork, which holds its package domainbed: its algorithms "
+                 "can be named too; ours keep their names",
+         _fork, [], NEVER, in_sweep=IF_GIVEN,
+         options={"action": "append", "metavar": "FOLDER", "dest": "plugin"}),
+)
+FLAGS = {flag.name: flag for flag in (*DOMAINBEDS, *OURS)}
+
+#: {name: default} of what all runs of a sweep have in common, as far as it is on record.
+OF_SWEEP = {flag.name: flag.default for flag in FLAGS.values()
+            if flag.in_sweep and flag.on_record != NEVER}
+#: Args in which runs of one cell must agree for their accuracies to be compared.
+PROTOCOL = tuple(flag.name for flag in FLAGS.values() if flag.is_protocol)
+# Args on record that are neither lists nor objects.
+_ONE_VALUE = tuple(flag.name for flag in FLAGS.values()
+                   if flag.on_record != NEVER and "nargs" not in flag.options)
+# More domains than this no dataset has; readers count up to the largest number.
+_MOST_ENVS = 1000
+
+
+def add_flags(group, flags: Iterable[Flag], for_sweep: bool = False) -> None:
+    """Adds flags to a parser or to one of its groups.
+
+    Args:
+        group: the parser or group.
+        flags: those to add.
+        for_sweep: take those that a sweep hands on; what is not given is then None.
+    """
+    for flag in flags:
+        if for_sweep and not flag.in_sweep:
+            continue
+        default = flag.default
+        if for_sweep and flag.in_sweep == IF_GIVEN and "action" not in flag.options:
+            default = None
+        shown = flag.default is not False and flag.default not in (None, [])
+        text = f"{flag.help}; default: {flag.default}" if shown else flag.help
+        if flag.type is bool:
+            group.add_argument(f"--{flag.name}", action="store_const", const=True,
+                               default=default, help=text)
+        else:
+            group.add_argument(f"--{flag.name}", type=flag.type, default=default, help=text,
+                               **flag.options)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses values that no run can use, of the flags of `train` or those that `sweep` shares.
 
     Raises:
-        ValueError: if so.
+        ValueError: naming the flag, what was found and what it takes.
     """
-    if compile_ and not fast:
+    if not args.output_dir:
+        raise ValueError("--output_dir is empty; it takes a folder.")
+    for name in ("steps", "checkpoint_freq", "loader_processes"):
+        if (value := getattr(args, name)) is not None and value < 0:
+            raise ValueError(f"--{name} is {value}; it takes a number from 0 up.")
+    if not 0 < args.holdout_fraction < 1:
+        raise ValueError(f"--holdout_fraction is {args.holdout_fraction}; it takes a share "
+                         "between 0 and 1, both excluded, as validation needs images too.")
+    if not 0 <= (args.uda_holdout_fraction or 0) < 1:
+        raise ValueError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}; it takes a "
+                         "share from 0 up to, but not including, 1.")
+    hparams = {} if args.hparams is None else parse_hparams(args.hparams)
+    if args.compile and not args.fast:
         raise ValueError("--compile needs --fast: compiled networks round otherwise than exact "
                          "mode must. Pass both, or neither.")
+    if args.teacher_cache is not None and not hparams.get("canonical_view"):
+        raise ValueError(
+            "--teacher_cache keeps what teachers make of images without augmentation, which "
+            "changes results. Ask for that too: --hparams '{\"canonical_view\": true}'.")
 
 
-def check_teacher_cache(folder: str | None, hparams: str | None) -> None:
-    """Refuses a folder in which nothing would be kept.
+def check_run(args: argparse.Namespace) -> None:
+    """Refuses values that no run can use, of flags that only `train` takes, and then as `check`.
 
     Raises:
-        ValueError: if --teacher_cache is given without the hparam that it serves.
+        ValueError: naming the flag, what was found and what it takes.
     """
-    if folder is None:
-        return
-    if hparams and parse_hparams(hparams).get("canonical_view"):
-        return
-    raise ValueError("--teacher_cache keeps what teachers make of images without augmentation, "
-                     "which moves results. Ask for that too: --hparams '{\"canonical_view\": "
-                     "true}'.")
+    check(args)
+    if not 0 <= args.wait < math.inf:
+        raise ValueError(f"--wait is {args.wait}; it takes a number of seconds from 0 up.")
+    if len(set(args.test_envs)) < len(args.test_envs):
+        raise ValueError(f"--test_envs names an environment twice: {args.test_envs}.")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed is {args.seed}; it takes a number from 0 to {2**32 - 1}.")
+
+
+def on_record(args: argparse.Namespace) -> dict:
+    """What a run's records keep of its flags, by name."""
+    values = {name: getattr(args, name) for name, flag in FLAGS.items() if flag.on_record != NEVER}
+    return {name: value for name, value in values.items()
+            if FLAGS[name].on_record == ALWAYS or value}
+
+
+def of_sweep(args: argparse.Namespace) -> dict:
+    """What a sweep's flags say of each run's records, by name; it makes the folders' names."""
+    return {name: value for name in OF_SWEEP
+            if (value := getattr(args, name)) is not None or FLAGS[name].in_sweep == ALWAYS}
+
+
+def off_record(args: argparse.Namespace) -> list[str]:
+    """The words of a train command for what a sweep's flags say beside `of_sweep`."""
+    return words({name: getattr(args, name) for name, flag in FLAGS.items()
+                  if flag.in_sweep and flag.on_record == NEVER and name != "fork"})
+
+
+def words(args: Mapping) -> list[str]:
+    """The flags of a command line that say these args, by name; None and False are left out."""
+    found = []
+    for name, value in args.items():
+        if isinstance(value, bool):
+            found += [f"--{name}"] if value else []
+        elif "action" in getattr(FLAGS.get(name), "options", {}):
+            found += [word for each in value for word in _words(name, each)]
+        elif isinstance(value, list):
+            found += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            found += _words(name, value)
+    return found
+
+
+def _words(name: str, value) -> list[str]:
+    # argparse takes a value that starts with a dash for a flag.
+    return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+
+
+def are_args(args) -> bool:
+    """Whether args from anywhere tell what a run trains, in values that every reader can bear."""
+    try:
+        envs = args["test_envs"]
+        if not all(isinstance(i, int) and 0 <= i < _MOST_ENVS for i in envs):
+            return False
+        if not {list, dict}.isdisjoint(map(type, map(args.get, _ONE_VALUE))):
+            return False
+        return (isinstance(args["dataset"], str) and isinstance(args["algorithm"], str)
+                and isinstance(args["trial_seed"], int) and isinstance(args["hparams_seed"], int)
+                and isinstance(args.get("steps"), (int, type(None)))
+                and len(set(envs)) == len(envs) > 0)
+    except (AttributeError, TypeError, KeyError):
+        return False
+
+
+def of_words(train: Iterable[str]) -> dict:
+    """The args of a train command, from its words after the module's name."""
+    return vars(_parser().parse_known_args(list(train))[0])
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    add_flags(parser, FLAGS.values())
+    return parser
+
+
+def identity(args: Mapping) -> dict[str, Hashable]:
+    """What makes a run the run that it is, from its args on record; equal for the same run.
+
+    Where data, results and teachers lie is not part of it, nor is what a run keeps beside its
+    records. A teacher counts by the name of its folder.
+    """
+    found = {}
+    for name, flag in FLAGS.items():
+        if flag.is_identity:
+            value = args.get(name)
+            is_absent = value is None or (value == 0 and flag.default is None)
+            found[name] = flag.default if is_absent else value
+    if found["teacher"] is not None:
+        found["teacher"] = Path(str(found["teacher"])).name
+    return {name: str(value) if isinstance(value, (list, dict)) else value
+            for name, value in found.items()}
+
+
+def label(args: Mapping) -> str:
+    """What a run trains, in words, from its args."""
+    args = {name: FLAGS[name].default for name in (
+        "algorithm", "dataset", "test_envs", "trial_seed", "hparams_seed")} | dict(args)
+    return (f"{args['algorithm']} {args['dataset']} test env "
+            f"{' '.join(map(str, args['test_envs']))}, trial {args['trial_seed']}, hparams "
+            f"{args['hparams_seed']}")

@@ -3,7 +3,8 @@
 The lock of out.txt is exact: the system frees it however its process ends. It reaches every
 process on a machine, and other machines over file systems that share locks (NFS 4, Lustre with
 `flock`). For those that do not, the process touches the file `heartbeat` every BEAT_S seconds; one
-of another machine counts until STALE_S seconds after its last beat, by clocks that should agree.
+of another machine counts until STALE_S seconds after its last beat, by clocks that should agree to
+within as many seconds.
 """
 
 import contextlib
@@ -17,10 +18,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from domainbed_kd.folder import files
+from domainbed_kd.folder.args import FLAGS
+
 BEAT_S = 20
 STALE_S = 120
 # How long a process waits for a claim: one that only asks whether it is held has it for a moment.
-WAIT_S = 2
+WAIT_S = FLAGS["wait"].default
 # Two that take over the same stale heartbeat both believe that they have it for less than this.
 SETTLE_S = 2
 # The exit status of a train that was told to stop, and has saved its state: 128 + SIGTERM, as a
@@ -33,11 +37,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def holder(folder: str | Path) -> str | None:
     """The machine of the process that trains in a folder, as of now; None if there is none."""
     beat = _beat(Path(folder))
-    try:
-        with Path(folder, "out.txt").open("rb") as file:
-            locked = _lock(file, fcntl.LOCK_SH)
-    except FileNotFoundError:
+    out = f"{folder}/{files.OUT}"
+    if not os.path.isfile(out):
         return None
+    with files.open_regular(out) as file:
+        locked = _lock(file, fcntl.LOCK_SH)
     if locked is False:
         return beat["host"] if beat else socket.gethostname()
     return beat["host"] if _counts(beat, locked) else None
@@ -45,7 +49,7 @@ def holder(folder: str | Path) -> str | None:
 
 def clear(folder: str | Path) -> None:
     """Removes the heartbeat that a process left which was killed in a folder nobody trains in."""
-    path = Path(folder, "heartbeat")
+    path = Path(folder, files.HEARTBEAT)
     if path.exists() and holder(folder) is None:
         path.unlink(missing_ok=True)
 
@@ -62,13 +66,18 @@ def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
         ValueError: if another process has it for longer.
     """
     deadline = time.monotonic() + wait_s
-    with (folder / "out.txt").open("ab") as file:
+    if (folder / files.OUT).exists() and not (folder / files.OUT).is_file():
+        raise ValueError(f"{folder / files.OUT} is not a regular file. Delete it, or choose "
+                         "another --output_dir.")
+    with files.open_to_write(folder / files.OUT, "ab") as file:
         while not _taken(file, folder):
             if time.monotonic() >= deadline:
-                raise ValueError(f"Another process trains in {folder}, on {holder(folder)}. Wait "
-                                 "for it, or choose another --output_dir.")
+                raise ValueError(
+                    f"Another process trains in {folder}, on {holder(folder)}. Wait for it, or "
+                    "choose another --output_dir. If you are sure that it is gone, delete "
+                    f"{folder / files.HEARTBEAT}.")
             time.sleep(0.1)
-        with _beating(folder / "heartbeat"):
+        with _beating(folder / files.HEARTBEAT):
             yield
 
 
@@ -93,20 +102,23 @@ def _boot() -> str:
 
 def _beat(folder: Path) -> dict | None:
     """The folder's heartbeat with its age in seconds; None if there is none."""
-    path = folder / "heartbeat"
+    path = folder / files.HEARTBEAT
     try:
         age = time.time() - path.stat().st_mtime
-        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    try:
+        found = files.read_json(path)
         return {"host": str(found["host"]), "boot": found["boot"], "pid": found["pid"], "age": age}
     except FileNotFoundError:
         return None
-    except (ValueError, LookupError, TypeError):  # being written, or damaged
+    except (OSError, ValueError, LookupError, TypeError):  # being written, or damaged
         return {"host": "another machine", "boot": None, "pid": None, "age": age}
 
 
 def _counts(beat: dict | None, locked: bool | None) -> bool:
     """Whether a heartbeat is of somebody at work, given that the lock is free or unknown."""
-    if beat is None or beat["age"] > STALE_S:
+    if beat is None or abs(beat["age"]) > STALE_S:  # from the future: by a clock that was wrong
         return False
     return locked is None or beat["boot"] != _boot()
 
@@ -116,7 +128,7 @@ def _taken(file, folder: Path) -> bool:
     locked = _lock(file, fcntl.LOCK_EX)
     if locked is False:
         return False
-    path, found = folder / "heartbeat", _beat(folder)
+    path, found = folder / files.HEARTBEAT, _beat(folder)
     if not _counts(found, locked):
         if found:
             path.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """Records of runs as columns: what the tables are made of, at a fraction of the memory."""
 
 import functools
-import json
 import math
 import re
 import sys
@@ -10,11 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-#: Arguments in which runs of one cell must agree for their accuracies to be compared.
-PROTOCOL = ("steps", "hparams", "task", "fast")
-# Arguments by which runs are compared or named.
-_ONE_VALUE = (*PROTOCOL, "data_dir", "output_dir", "holdout_fraction", "uda_holdout_fraction",
-              "checkpoint_freq", "skip_model_save")
+from domainbed_kd.folder import files
+from domainbed_kd.folder.args import are_args
 
 
 class Curve(NamedTuple):
@@ -104,21 +100,6 @@ def is_record(record) -> bool:
         return False
 
 
-def are_args(args) -> bool:
-    """Whether they tell what a run trains."""
-    try:
-        if not all(isinstance(i, int) for i in args["test_envs"]):
-            return False
-        if not {list, dict}.isdisjoint(map(type, map(args.get, _ONE_VALUE))):
-            return False
-        return (isinstance(args["dataset"], str) and isinstance(args["algorithm"], str)
-                and isinstance(args["trial_seed"], int) and isinstance(args["hparams_seed"], int)
-                and isinstance(args.get("steps"), (int, type(None)))
-                and len(set(args["test_envs"])) == len(args["test_envs"]) > 0)
-    except (AttributeError, TypeError, KeyError):
-        return False
-
-
 @functools.cache
 def _accuracies(names: tuple[str, ...], test_envs: tuple[int, ...],
                 splits: tuple[str, ...]) -> list[str]:
@@ -173,17 +154,16 @@ def by_cell(curves: Iterable[Curve]) -> dict[tuple[int, str, str, int], Cell]:
 
 def read_records(run: str | Path, skipped: list[str] | None = None) -> list[dict]:
     """A run's records with every value; `skipped` is as for `to_frame`."""
-    path, found, broken = Path(run, "results.jsonl"), [], []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if is_record(record):
-                found.append(record)
-            else:
-                broken.append(number)
+    path, found, broken = Path(run, files.RESULTS), [], []
+    for number, line in enumerate(files.read_bytes(path).splitlines(), 1):
+        try:
+            record = files.parse_json(line)
+        except ValueError:
+            record = None
+        if is_record(record):
+            found.append(record)
+        else:
+            broken.append(number)
     left_out = [describe_broken(path, broken)] if broken else []
     if skipped is None:
         say_skipped(left_out)

@@ -1,44 +1,287 @@
-"""What a run's folder tells besides its records: what it is to train, and why it failed.
+"""The files of a run: their names, one reader and one writer. Nothing else names them.
 
-A sweep leaves a job's arguments in `args.json` when it makes the folder. Runs of DomainBed, of
-`train` by itself and of sweeps before there was that file have them in out.txt once they begin.
+What stands in a folder may come from anybody: a file counts only if it is a regular one (a FIFO
+would hang the reader), and JSON only within bounds that every later step can bear.
 """
 
 import contextlib
+import errno
+import io
 import json
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
-from domainbed_kd.folder import curves
+from domainbed_kd.folder.args import FLAGS, NEVER, are_args
 
-ARGS = "args.json"
-# Arguments in out.txt that are no text; the others are shown as they are.
-_NO_TEXT = {"test_envs", "trial_seed", "hparams_seed", "seed", "steps", "checkpoint_freq",
-            "holdout_fraction", "uda_holdout_fraction"}
+#: A line of JSON for each evaluation; records of an attempt that cannot be continued.
+RESULTS, OLD_RESULTS = "results.jsonl", "results.jsonl.old"
+#: What a run prints. Who trains in the folder locks OUT.
+OUT, ERR = "out.txt", "err.txt"
+#: Why a run failed, in a line, until it is started again; there once it has finished.
+FAILED, DONE = "failed", "done"
+#: What a sweep wants to be trained in a folder; what the run took.
+ARGS, MEMORY = "args.json", "memory.json"
+#: The state that a restart needs; the predictor, also as safetensors; the kept predictions.
+STATE, MODEL, SAFETENSORS, LOGITS = "resume.pt", "model.pkl", "model.safetensors", "logits"
+#: Touched by the process that trains in the folder; see claims.py.
+HEARTBEAT = "heartbeat"
+
+# Of a file that is read whole, and of one line, in bytes.
+_MOST_BYTES = 2**26
+# Of JSON: the depth that is read, and the size of an integer.
+_MOST_NESTED, _MOST_BITS = 50, 63
+_BLOCK = 2**16
+# Arguments in out.txt that are not text; the others are shown as they are.
+_NOT_TEXT = {name for name, flag in FLAGS.items()
+             if flag.on_record != NEVER and flag.type in (int, float)}
 _WORDS = {"None": None, "True": True, "False": False}
+
+
+# Reading, whatever is there.
+
+
+def open_regular(path: str | Path) -> io.FileIO:
+    """A regular file, or a link to one, open for reading.
+
+    Raises:
+        OSError: if it cannot be opened or is anything else, such as a FIFO, on which it would
+            have to wait.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(number).st_mode
+        if not stat.S_ISREG(mode):
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+            what = os.strerror(code) if stat.S_ISDIR(mode) else "Not a regular file"
+            raise OSError(code, what, str(path))
+        return open(number, "rb", buffering=0)
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """What is in a regular file.
+
+    Raises:
+        OSError: as `open_regular`, and if it is larger than any file of a run.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return file.readall()
+
+
+def parse_json(text: bytes | str):
+    """What JSON from anywhere says, if whatever follows can bear it; NaN and Infinity are numbers.
+
+    Raises:
+        ValueError: in a few words, if it is not JSON, is nested too deeply, or holds an integer
+            of more than 63 bits or text that cannot be written as UTF-8.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [found]
+    for _ in range(_MOST_NESTED):
+        below = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, str):
+                value.encode()  # a lone surrogate is a ValueError
+            elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
+                raise ValueError("an integer of more than 63 bits")
+        if not below:
+            return found
+        level = below
+    raise ValueError("nested too deeply")
+
+
+def read_json(path: str | Path):
+    """What a file of JSON says.
+
+    Raises:
+        OSError: if it cannot be read or is not a regular file.
+        ValueError: as `parse_json`.
+    """
+    return parse_json(read_bytes(path))
+
+
+def _read_object(path: str | Path) -> dict:
+    """The JSON object in a file; empty if there is none."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# Writing; what a file is written to is never waited for.
+
+
+def open_to_write(path: str | Path, mode: str = "w") -> TextIO | BinaryIO:
+    """A file open for writing ("w") or appending ("a", "ab").
+
+    Raises:
+        OSError: if it cannot be opened, or is a FIFO that nobody reads.
+    """
+    return open(path, mode, encoding=None if "b" in mode else "utf-8",
+                errors=None if "b" in mode else "replace",
+                opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a temporary neighbour of `path`, then renames it into place."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not say where
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content) -> None:
+    """Writes a file of JSON, whole or not at all."""
+    text = json.dumps(content, sort_keys=True) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def remove_half_written(folder: Path) -> None:
+    """Deletes what `write_atomically` left in a folder when it was killed."""
+    for beside in folder.glob("*.tmp"):
+        beside.unlink()
+
+
+# Records.
+
+
+def append_record(folder: Path, record: dict) -> None:
+    """Adds a whole line to results.jsonl, on disk before this returns.
+
+    A torn last line, which a machine that broke down may have left, is cut off first; so is
+    what could be written of a line if the disk is full.
+
+    Raises:
+        OSError: if it cannot be written; the lines before it stay.
+    """
+    path = folder / RESULTS
+    line = (json.dumps(record, sort_keys=True) + "\n").encode()
+    with path.open("a+b", buffering=0) as file:
+        size = _whole_lines(file)
+        file.truncate(size)
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(size)
+            error.filename = str(path)
+            raise
+
+
+def _whole_lines(file) -> int:
+    """The size in bytes of a file without its last line, if that lacks its end."""
+    size = file.seek(0, os.SEEK_END)
+    while size:
+        start = max(size - _BLOCK, 0)
+        file.seek(start)
+        if end := file.read(size - start).rfind(b"\n") + 1:
+            return start + end
+        size = start
+    return 0
+
+
+def first_args(folder: str | Path) -> dict | None:
+    """The args on a run's first record; None if it has no record that tells them.
+
+    Raises:
+        OSError: if results.jsonl is there and cannot be read.
+    """
+    try:
+        with open_regular(f"{folder}/{RESULTS}") as file:
+            line = b""
+            while len(line) < _MOST_BYTES and (part := file.read(_BLOCK)):
+                before, end, _ = part.partition(b"\n")
+                line += before
+                if end:
+                    break
+    except FileNotFoundError:
+        return None
+    try:
+        args = parse_json(line)["args"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return args if are_args(args) else None
+
+
+def last_record(folder: str | Path) -> dict | None:
+    """A run's last whole record, found from the end of its file; None if there is none."""
+    try:
+        with open_regular(f"{folder}/{RESULTS}") as file:
+            size, n_read = file.seek(0, os.SEEK_END), _BLOCK
+            while True:
+                start = max(size - n_read, 0)
+                file.seek(start)
+                lines = file.read(size - start).split(b"\n")[:-1]  # the last one is torn, or empty
+                for line in reversed(lines[1:] if start else lines):
+                    with contextlib.suppress(ValueError):
+                        record = parse_json(line)
+                        if isinstance(record, dict) and type(record.get("step")) is int:
+                            return record
+                if not start or n_read >= _MOST_BYTES:
+                    return None
+                n_read *= 4
+    except OSError:
+        return None
+
+
+def steps_done(folder: str | Path) -> int:
+    """The updates before a run's last record; 0 if it has none yet."""
+    record = last_record(folder)
+    return record["step"] + 1 if record else 0
+
+
+# What a run is to train, how far it is, and why it failed.
 
 
 def leave_args(folder: str | Path, args: dict) -> None:
     """Says in a job's folder what it trains, for as long as it has no results."""
     with contextlib.suppress(OSError):  # it goes without, as it did in older sweeps
-        Path(folder, ARGS).write_text(json.dumps(args, sort_keys=True) + "\n", encoding="utf-8")
+        with open_to_write(f"{folder}/{ARGS}") as file:
+            file.write(json.dumps(args, sort_keys=True) + "\n")
 
 
 def without_results(sweep: str | Path, names: Iterable[str]) -> list[dict]:
     """The arguments of those of a sweep's folders that tell them; `output_dir` is the folder."""
-    found = ((f"{sweep}/{name}", _args(f"{sweep}/{name}")) for name in names)
+    found = ((f"{sweep}/{name}", planned_args(f"{sweep}/{name}")) for name in names)
     return [args | {"output_dir": folder} for folder, args in found if args]
 
 
-def _args(folder: str) -> dict | None:
-    for name, parse in ((ARGS, json.loads), ("out.txt", _last_args)):
+def planned_args(folder: str | Path) -> dict | None:
+    """What a run is to train that need not have a record yet; None if nothing tells.
+
+    A sweep leaves it in args.json when it makes the folder. Runs of DomainBed, of `train` by
+    itself and of sweeps before there was that file print it to out.txt when they begin.
+    """
+    for name, parse in ((ARGS, parse_json), (OUT, _last_args)):
         try:
-            with open(f"{folder}/{name}", "rb", buffering=0) as file:  # read whole: no buffer
-                args = parse(file.readall())
+            args = parse(read_bytes(f"{folder}/{name}"))
         except (OSError, ValueError):  # none there, or damaged: the other may tell
             continue
-        if curves.are_args(args):
+        if are_args(args):
             return args
     return None
 
@@ -53,13 +296,18 @@ def _last_args(printed: bytes) -> dict:
             break
         name = name.strip()
         args[name] = (_WORDS[value] if value in _WORDS
-                      else json.loads(value) if name in _NO_TEXT else value)
+                      else parse_json(value) if name in _NOT_TEXT else value)
     return args
+
+
+def is_done(folder: str | Path) -> bool:
+    """Whether a run has finished."""
+    return os.path.exists(f"{folder}/{DONE}")
 
 
 def has_begun(folder: str | Path) -> bool:
     """Whether a run has ever begun in a folder."""
-    return any(os.path.exists(f"{folder}/{name}") for name in ("out.txt", "results.jsonl"))
+    return any(os.path.exists(f"{folder}/{name}") for name in (OUT, RESULTS))
 
 
 def is_waiting(folder: str | Path) -> bool:
@@ -70,12 +318,63 @@ def is_waiting(folder: str | Path) -> bool:
 
 def failure(folder: str | Path) -> str | None:
     """Why a run failed, in a line; None if it has not."""
-    if not os.path.exists(f"{folder}/failed"):
-        return None
     try:
-        with open(f"{folder}/failed", encoding="utf-8", errors="replace") as file:
-            return file.read().strip() or "no space was left on the disk to say why"
-    except FileNotFoundError:  # it has just been started again
+        with open_regular(f"{folder}/{FAILED}") as file:
+            text = file.read(_BLOCK).decode(errors="replace")
+    except FileNotFoundError:
         return None
     except OSError as error:
         return f"why cannot be read ({error.strerror})"
+    return " ".join(text.split()) or "no space was left on the disk to say why"
+
+
+def note_failure(folder: str | Path, reason: str) -> None:
+    """Leaves the reason in the file `failed`, which stays empty if the disk is full."""
+    with contextlib.suppress(OSError):  # the first error is the one to report
+        with open_to_write(f"{folder}/{FAILED}") as file:
+            file.write(f"{reason}\n")
+
+
+def last_error(folder: str | Path) -> str:
+    """The last line in err.txt with something in it; empty if there is none."""
+    try:
+        with open_regular(f"{folder}/{ERR}") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _BLOCK, 0))
+            lines = file.read(_BLOCK).decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def cost(folder: str | Path) -> dict[str, float]:
+    """What a run has taken so far, by its memory.json; empty before its first record.
+
+    At most "rss_mb" and "gpu_mb" MiB of process and GPU, and "seconds" for "steps" updates,
+    which older runs lack. A damaged file counts as none: it is not a result.
+    """
+    found = _read_object(f"{folder}/{MEMORY}")
+    try:
+        found = {name: float(found[name]) for name in ("rss_mb", "gpu_mb", "seconds", "steps")
+                 if name in found}
+    except (ValueError, TypeError):
+        return {}
+    return found if all(0 <= value < float("inf") for value in found.values()) else {}
+
+
+def divergence(folder: str | Path) -> str | None:
+    """How a run's losses diverged, by its last record; None if they did not."""
+    found = _read_object(f"{folder}/{MEMORY}").get("diverged")
+    return str(found) if found else None
+
+
+def lacks(folder: str | Path, args: dict) -> list[str]:
+    """The flags that a finished run was not trained with, so that it lacks what they keep."""
+    found = []
+    if args.get("save_logits") and not os.path.isdir(f"{folder}/{LOGITS}"):
+        found.append("save_logits")
+    if (args.get("format") and not args.get("skip_model_save")
+            and not os.path.exists(f"{folder}/{SAFETENSORS}")):
+        found.append("format")
+    if args.get("diagnostics") and "diagnostics" not in (last_record(folder) or {}):
+        found.append("diagnostics")
+    return found

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import gc
 import itertools
-import json
 import operator
 import os
 import sys
@@ -15,8 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from domainbed_kd.folder import curves
-from domainbed_kd.folder.curves import PROTOCOL, Curve
+from domainbed_kd.folder import curves, files
+from domainbed_kd.folder.args import PROTOCOL
+from domainbed_kd.folder.curves import Curve
 from domainbed_kd.results import record_cache
 
 # What collect_results and report leave beside the runs.
@@ -136,7 +136,7 @@ class Folder:
 
 def _read(path: str, size: int) -> tuple[list[Curve], str]:
     """The curves in a file of `size` bytes (-1: all of it), and what is wrong with it, or ""."""
-    with open(path, "rb", buffering=0) as file:  # read whole, which needs no buffer
+    with files.open_regular(path) as file:
         content = file.read(size)
         if len(content) < size:  # as some network file systems have it
             content += file.readall()
@@ -152,7 +152,7 @@ def _read(path: str, size: int) -> tuple[list[Curve], str]:
 
 def _decode(line: bytes):
     """What a line says; None where it is not JSON."""
-    for decode in (msgspec.json.decode, json.loads):  # the second is slow and knows NaN
+    for decode in (msgspec.json.decode, files.parse_json):  # the second is slow and knows NaN
         with contextlib.suppress(ValueError, RecursionError):
             return decode(line)
     return None

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from domainbed_kd import checkpoints, console, datasets, networks
+from domainbed_kd import console, datasets, networks
+from domainbed_kd.folder import files
 
 
 def check(algorithm: nn.Module) -> None:
@@ -119,7 +120,7 @@ def _kept(folder: Path | None, teacher, dataset, batches: Callable, about: list[
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         outputs = _outputs(teacher, dataset, batches)
-        checkpoints.write_atomically(path, lambda part: _save(part, outputs))
+        files.write_atomically(path, lambda part: _save(part, outputs))
     try:
         outputs = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from domainbed_kd import checkpoints
+from domainbed_kd.folder import files
 
 # float16 after each image's largest logit is subtracted: no softmax and no order of classes changes
 # but for differences below 3e-8, and close to the largest the steps are finest.
@@ -37,4 +37,4 @@ def save_logits(path: Path, kept: dict[str, list[tuple]], keys: dict[str, list[i
         with beside.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
-    checkpoints.write_atomically(path, write)
+    files.write_atomically(path, write)

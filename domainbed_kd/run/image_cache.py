@@ -18,7 +18,8 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from domainbed_kd import checkpoints, datasets
+from domainbed_kd import datasets
+from domainbed_kd.folder import files
 
 # Images that are decoded before they are written: a bound on memory.
 _AT_ONCE = 256
@@ -115,7 +116,7 @@ def _opened(dataset_name: str, paths: list[str], folder: Path) -> ImageCache:
             print(f"Decoding the images of {dataset_name} into {path}.", file=sys.stderr)
             cut = []
             images = _decoded(root, stamps, cache, cut)
-            checkpoints.write_atomically(path, lambda beside: _write(beside, stamps, images))
+            files.write_atomically(path, lambda beside: _write(beside, stamps, images))
             if cut:
                 print(f"{len(cut)} of its {len(stamps)} image files are cut short or damaged, and "
                       "are used as far as they can be read, as in DomainBed: "

@@ -6,9 +6,7 @@ algorithm, steps), so that a run trains to the same losses from the same seeds.
 
 import contextlib
 import ctypes
-import errno
 import functools
-import json
 import math
 import os
 import platform
@@ -41,6 +39,8 @@ from domainbed_kd import (
     teachers,
 )
 from domainbed_kd.algorithms.base import forked_rng
+from domainbed_kd.folder import files
+from domainbed_kd.folder.args import identity
 from domainbed_kd.folder.claims import STOPPED
 from domainbed_kd.run import (
     augmentation,
@@ -181,9 +181,9 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                 if measures:
                     record["diagnostics"] = measures.measure()
                 if kept:
-                    evaluation.save_logits(folder / "logits" / f"step{step}.npz", logits, kept)
+                    evaluation.save_logits(folder / files.LOGITS / f"step{step}.npz", logits, kept)
                 record |= {"hparams": hparams, "args": args}
-                append_record(folder, record)
+                files.append_record(folder, record)
                 save_cost(folder, device, time.monotonic() - began, step + 1, divergence.first)
                 logger.log(record)
                 pending.clear()
@@ -196,9 +196,9 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                 return STOPPED
         logger.finish()
     if not args["skip_model_save"]:
-        save_model(folder / "model.pkl", args, hparams, dataset, algorithm)
-    checkpoints.write_atomically(folder / "done", lambda path: path.write_text("done"))
-    (folder / "resume.pt").unlink(missing_ok=True)
+        save_model(folder / files.MODEL, args, hparams, dataset, algorithm)
+    files.write_atomically(folder / files.DONE, lambda path: path.write_text("done"))
+    (folder / files.STATE).unlink(missing_ok=True)
     return 0
 
 
@@ -421,17 +421,13 @@ def save_cost(folder: Path, device, seconds: float, steps: int,
             "gpu_mb": 1024 * peak_memory_gb(device), "seconds": seconds, "steps": steps,
             "threads": torch.get_num_threads()}
     cost |= {"diverged": diverged} if diverged else {}
-    checkpoints.write_atomically(
-        folder / "memory.json", lambda path: path.write_text(json.dumps(cost)))
+    files.write_json(folder / files.MEMORY, cost)
 
 
 def seconds_before(folder: Path, first_step: int) -> float:
     """What a run that goes on had taken until that step, as far as its memory.json tells."""
-    try:
-        cost = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
-        return float(cost["seconds"]) * first_step / cost["steps"]
-    except (FileNotFoundError, ValueError, LookupError, TypeError, ArithmeticError):
-        return 0.0  # it tells nothing, and is no result
+    cost = files.cost(folder)
+    return cost.get("seconds", 0.0) * first_step / cost["steps"] if cost.get("steps") else 0.0
 
 
 # What a run prints and writes.
@@ -493,42 +489,6 @@ class Divergence:
                   file=sys.stderr)
 
 
-def append_record(folder: Path, record: dict) -> None:
-    """Adds a whole line to results.jsonl, on disk before this returns.
-
-    A torn last line, which a machine that broke down may have left, is cut off first; so is
-    what could be written of a line if the disk is full.
-
-    Raises:
-        OSError: if it cannot be written; the lines before it stay.
-    """
-    path = folder / "results.jsonl"
-    line = (json.dumps(record, sort_keys=True) + "\n").encode()
-    with path.open("a+b", buffering=0) as file:
-        size = _whole_lines(file)
-        file.truncate(size)
-        try:
-            if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError as error:
-            file.truncate(size)
-            error.filename = str(path)
-            raise
-
-
-def _whole_lines(file) -> int:
-    """The size in bytes of a file without its last line, if that lacks its end."""
-    size = file.seek(0, os.SEEK_END)
-    while size:
-        start = max(size - 65536, 0)
-        file.seek(start)
-        if end := file.read(size - start).rfind(b"\n") + 1:
-            return start + end
-        size = start
-    return 0
-
-
 def save_model(path: Path, args: dict, hparams: dict, dataset, algorithm) -> None:
     """The predictor in DomainBed's layout, and what its classes are called."""
     content = {
@@ -548,41 +508,31 @@ def save_model(path: Path, args: dict, hparams: dict, dataset, algorithm) -> Non
 # What survives a restart.
 
 
-def _identity(args: dict) -> dict:
-    """The args that make a run what it is; data, results and teachers may move."""
-    same = {k: v for k, v in args.items() if k not in ("data_dir", "output_dir")}
-    return same | ({"teacher": Path(args["teacher"]).name} if "teacher" in args else {})
-
-
 def _refuse_other_run(folder: Path, found: dict, args: dict) -> None:
-    found, asked = _identity(found), _identity(args)
-    changed = sorted(k for k in found | asked if found.get(k) != asked.get(k))
-    if changed:
-        changes = ", ".join(f"{k} {found.get(k)} instead of {asked.get(k)}" for k in changed)
+    found, asked = identity(found), identity(args)
+    if changed := sorted(name for name in found if found[name] != asked[name]):
+        changes = ", ".join(f"{name} {found[name]} instead of {asked[name]}" for name in changed)
         raise ValueError(f"{folder} holds another run ({changes}). Choose another --output_dir, "
                          "or pass --resume never to append to it.")
 
 
 def _already_finished(folder: Path, args: dict) -> bool:
-    if not (folder / "done").exists() or not (folder / "results.jsonl").exists():
+    if not files.is_done(folder) or not (folder / files.RESULTS).exists():
         return False
-    with (folder / "results.jsonl").open(encoding="utf-8", errors="replace") as file:
-        try:
-            found = json.loads(file.readline())["args"]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(
-                f"{folder} holds a finished run, but the first line of its results.jsonl is no "
-                "record. Delete the folder to train again, or choose another --output_dir."
-            ) from None
-        _refuse_other_run(folder, found, args)
+    found = files.first_args(folder)
+    if found is None:
+        raise ValueError(
+            f"{folder} holds a finished run, but the first line of its {files.RESULTS} is not a "
+            "record. Delete the folder to train again, or choose another --output_dir.")
+    _refuse_other_run(folder, found, args)
     return True
 
 
 def save_state(folder: Path, args: dict, algorithm, load: Loaders, pending: dict,
                next_step: int, measures: diagnostics.Diagnostics | None = None) -> None:
     """Everything that the steps from `next_step` on depend on."""
-    results = folder / "results.jsonl"
-    checkpoints.save(folder / "resume.pt", {
+    results = folder / files.RESULTS
+    checkpoints.save(folder / files.STATE, {
         "args": args,
         "next_step": next_step,
         "algorithm": checkpoints.algorithm_state(algorithm),
@@ -604,12 +554,12 @@ def restore(folder: Path, args: dict, algorithm, load: Loaders, pending: dict,
     Raises:
         ValueError: if the state is damaged, another run's, or its records are not all there.
     """
-    results, state_path = folder / "results.jsonl", folder / "resume.pt"
-    checkpoints.remove_half_written(folder)
+    results, state_path = folder / files.RESULTS, folder / files.STATE
+    files.remove_half_written(folder)
     if not state_path.exists():
         if results.exists():
             if results.read_bytes().count(b"\n") > 1:
-                results.replace(folder / "results.jsonl.old")
+                results.replace(folder / files.OLD_RESULTS)
             else:
                 results.unlink()
         return 0
@@ -626,8 +576,12 @@ def restore(folder: Path, args: dict, algorithm, load: Loaders, pending: dict,
             loader.load_state_dict(loader_state)
         checkpoints.set_random_state(state["random"])
         pending.update(state["pending"])
-        if measures:
+        if measures and state["diagnostics"]:
             measures.load_state_dict(state["diagnostics"])
+        elif measures:  # the run began without them
+            measures.distance.restart()
+            print("--diagnostics: weight distances are counted from step "
+                  f"{state['next_step']} on, as the run began without this flag.", file=sys.stderr)
         first_step = state["next_step"]
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -11,18 +11,13 @@ from pathlib import Path
 from domainbed_kd import datasets
 from domainbed_kd.console import Parser, run_main
 from domainbed_kd.folder import claims, curves, files
+from domainbed_kd.folder.args import OF_SWEEP, PROTOCOL
 from domainbed_kd.folder.curves import Curve
 from domainbed_kd.results import protocols, published, selection, significance, tables
 from domainbed_kd.results import records as sweeps
 from domainbed_kd.sweep import jobs
 
 EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
-# What `sweep launch` assumes of the arguments that all runs of a sweep share.
-SWEEP_DEFAULTS = {"data_dir": None, "task": "domain_generalization", "holdout_fraction": 0.2,
-                  "uda_holdout_fraction": 0, "steps": None, "checkpoint_freq": None,
-                  "hparams": None, "skip_model_save": False, "fast": False,
-                  "compile": False, "allow_bad_teacher": False, "diagnostics": False,
-                  "save_logits": False, "format": None}
 # Of runs that failed, how many lines say why.
 MOST_FAILURES = 10
 
@@ -364,7 +359,7 @@ def describe_protocols(grid: sweeps.Grid) -> list[str]:
             continue
         for algorithm, row in rows.items():
             kinds = "; ".join(
-                ", ".join(protocols.in_words(sweeps.PROTOCOL[i], p[i]) for i in told)
+                ", ".join(protocols.in_words(PROTOCOL[i], p[i]) for i in told)
                 + f" ({n} run{'s' if n > 1 else ''})"
                 for p, n in sorted(row.items()))
             if kinds:
@@ -424,7 +419,7 @@ def completing_commands(grid: sweeps.Grid, absent: list[sweeps.Run], input_dir: 
     """
     used = defaultdict(Counter)
     for run, args in grid.begun.items():
-        settings = tuple(args.get(name, value) for name, value in SWEEP_DEFAULTS.items())
+        settings = tuple(args.get(name, value) for name, value in OF_SWEEP.items())
         used[run.dataset, run.algorithm][settings] += 1
         used[run.dataset, None][settings] += 1
     # {(settings, plug-ins): {dataset: algorithms}}
@@ -446,7 +441,7 @@ def completing_commands(grid: sweeps.Grid, absent: list[sweeps.Run], input_dir: 
                      "--n_hparams", max(grid.hparams_seeds) + 1]
             if min(grid.hparams_seeds):
                 words += ["--n_hparams_from", min(grid.hparams_seeds)]
-            for (name, default), value in zip(SWEEP_DEFAULTS.items(), settings):
+            for (name, default), value in zip(OF_SWEEP.items(), settings):
                 if value != default:
                     words += [f"--{name}"] if value is True else [f"--{name}", value]
             for plugin in plugins:

@@ -6,7 +6,8 @@ import io
 import sys
 
 from domainbed_kd.console import Parser, run_main
-from domainbed_kd.folder.curves import PROTOCOL, Cell, Curve, by_cell, n_records
+from domainbed_kd.folder.args import PROTOCOL
+from domainbed_kd.folder.curves import Cell, Curve, by_cell, n_records
 from domainbed_kd.results import protocols, selection, tables
 from domainbed_kd.results import records as sweeps
 

@@ -23,8 +23,9 @@ from collections.abc import Callable
 
 from domainbed_kd import algorithms, command_launchers, console, datasets, extensions
 from domainbed_kd.console import Parser, run_main
-from domainbed_kd.folder import claims
-from domainbed_kd.folder.args import add_flags_of_runs, check_compile, check_teacher_cache
+from domainbed_kd.folder import claims, files
+from domainbed_kd.folder.args import FLAGS, add_flags, of_sweep, off_record
+from domainbed_kd.folder.args import check as check_runs
 from domainbed_kd.sweep import clusters, costs, jobs, workers
 from domainbed_kd.sweep.jobs import Job
 
@@ -71,39 +72,24 @@ def build_parser() -> argparse.ArgumentParser:
                         help="default: all of DomainBed's but the Debug ones")
     parser.add_argument("--algorithms", nargs="+", default=list(algorithms.ALGORITHMS),
                         metavar="NAME", help="default: all that ship")
-    parser.add_argument("--task", default="domain_generalization",
-                        choices=["domain_generalization", "domain_adaptation"],
-                        help="default: domain_generalization")
     parser.add_argument("--n_hparams_from", type=int, default=0, metavar="SEED",
                         help="first hparams seed, 0 being the defaults; default: 0")
     parser.add_argument("--n_hparams", type=int, default=20, metavar="SEED",
                         help="hparams seed after the last; default: 20")
     parser.add_argument("--output_dir", required=True, help="folder of the sweep")
-    parser.add_argument("--data_dir", help="folder that holds the data sets")
     parser.add_argument("--seed", type=int, default=0, help="has no effect, as in DomainBed")
     parser.add_argument("--n_trials", type=int, default=3, metavar="N",
                         help="trials, that is splits and random hparams, of each; default: 3")
     parser.add_argument("--command_launcher", default="local", metavar="NAME",
                         help="default: local")
-    parser.add_argument("--steps", type=int, metavar="N",
-                        help="updates in a run; default, and, as in DomainBed, 0: the data "
-                             "set's own")
-    parser.add_argument("--hparams", metavar="JSON",
-                        help="object merged over every run's hparams")
-    parser.add_argument("--holdout_fraction", type=float, default=0.2, metavar="SHARE",
-                        help="share of each domain kept for validation; default: 0.2")
     parser.add_argument("--single_test_envs", action="store_true",
                         help="hold out single domains only; leave-one-out model selection needs "
                              "the pairs too")
     parser.add_argument("--skip_confirmation", action="store_true", help="ask nothing")
+    of_runs = parser.add_argument_group(
+        "of each run", "as `train` takes them; DomainBed's sweep has the first five")
+    add_flags(of_runs, FLAGS.values(), for_sweep=True)
     ours = parser.add_argument_group("beyond DomainBed")
-    ours.add_argument("--checkpoint_freq", type=int, metavar="N",
-                      help="steps between evaluations; default, and 0: the data set's own")
-    ours.add_argument("--uda_holdout_fraction", type=float, metavar="SHARE",
-                      help="share of the test domains given without labels; default: 0")
-    ours.add_argument("--skip_model_save", action="store_const", const=True,
-                      help="write no model.pkl")
-    add_flags_of_runs(ours)
     ours.add_argument("--retry", type=int, default=0, metavar="N",
                       help="launch: start jobs that fail up to N times more; default: 0")
     ours.add_argument("--watch", type=float, nargs="?", const=5.0, metavar="SECONDS",
@@ -148,8 +134,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag, what was found and what it takes.
     """
-    lowest = {"n_trials": 1, "n_hparams_from": 0, "steps": 0, "checkpoint_freq": 0,
-              "jobs_per_device": 1, "threads_per_job": 1, "loader_processes": 0, "retry": 0,
+    check_runs(args)
+    lowest = {"n_trials": 1, "n_hparams_from": 0,
+              "jobs_per_device": 1, "threads_per_job": 1, "retry": 0,
               "slurm_gpus": 0, "slurm_cpus": 1, "slurm_time": 1, "slurm_parallel": 1,
               "ray_gpus": 0, "ray_cpus": 0}
     for name, low in lowest.items():
@@ -164,20 +151,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--n_hparams is {args.n_hparams} and --n_hparams_from {args.n_hparams_from}: no seed "
             "is left. The one is the hparams seed after the last, not a count.")
-    if not 0 < args.holdout_fraction < 1:
-        raise ValueError(f"--holdout_fraction is {args.holdout_fraction}; it takes a share "
-                         "between 0 and 1, both excluded, as validation needs images too.")
-    if not 0 <= (args.uda_holdout_fraction or 0) < 1:
-        raise ValueError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}; it takes a "
-                         "share from 0 up to, but not including, 1.")
     if args.task == "domain_adaptation" and not args.uda_holdout_fraction:
         raise ValueError("--task domain_adaptation needs unlabeled images of the test domains. "
                          "Pass --uda_holdout_fraction, for example 0.5.")
-    if args.hparams is not None:
-        console.parse_hparams(args.hparams)
     clusters.parse_extra(args.slurm_extra)
-    check_compile(args.compile, args.fast)
-    check_teacher_cache(args.teacher_cache, args.hparams)
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; it takes a folder.")
 
@@ -283,6 +260,20 @@ def warn_of_unread(args: argparse.Namespace) -> None:
         if name not in known:
             print(f"--hparams: nothing here reads {name!r}.{console.did_you_mean(name, known)}",
                   file=sys.stderr)
+
+
+def warn_of_lacks(all_jobs: list[Job]) -> None:
+    """Names finished runs that lack what the flags ask for, as they were trained without them."""
+    lacking = defaultdict(list)
+    for job in all_jobs:
+        if job.state == Job.DONE:
+            for flag in files.lacks(job.output_dir, job.train_args):
+                lacking[flag].append(job.output_dir)
+    for flag, folders in lacking.items():
+        more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
+        print(f"--{flag}: {len(folders)} finished runs were trained without it and lack what it "
+              f"keeps: {', '.join(folders[:3])}{more}. To have it, delete their folders and "
+              "launch again.", file=sys.stderr)
 
 
 def launch(args: argparse.Namespace, all_jobs: list[Job]) -> int:
@@ -540,13 +531,8 @@ def list_args(args: argparse.Namespace) -> list[dict]:
     """The train arguments of the jobs that the flags ask for."""
     return jobs.make_args_list(
         n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
-        n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams, steps=args.steps,
-        data_dir=args.data_dir, task=args.task, holdout_fraction=args.holdout_fraction,
-        single_test_envs=args.single_test_envs, hparams=args.hparams,
-        checkpoint_freq=args.checkpoint_freq, uda_holdout_fraction=args.uda_holdout_fraction,
-        skip_model_save=args.skip_model_save, allow_bad_teacher=args.allow_bad_teacher,
-        diagnostics=args.diagnostics, save_logits=args.save_logits, fast=args.fast,
-        compile=args.compile, format=args.format)
+        n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams,
+        single_test_envs=args.single_test_envs, **of_sweep(args))
 
 
 def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
@@ -556,11 +542,7 @@ def plan(args: argparse.Namespace, args_list: list[dict]) -> list[Job]:
         ValueError: if teachers are needed but are to save no model.
     """
     runs = jobs.Runs(args.output_dir)
-    flags = [f"--{name}" for name in ("log_test_domains", "wandb") if getattr(args, name)]
-    if args.loader_processes is not None:
-        flags += ["--loader_processes", str(args.loader_processes)]
-    flags += ["--image_cache", args.image_cache] if args.image_cache else []
-    flags += ["--teacher_cache", args.teacher_cache] if args.teacher_cache else []
+    flags = off_record(argparse.Namespace(**{**vars(args), "plugin": []}))
     listed = {repr(train_args): Job(train_args, args.output_dir, runs, args.plugin, flags=flags)
               for train_args in args_list}
     added = {}
@@ -587,6 +569,8 @@ def main(argv: list[str] | None = None) -> int:
         raise FileNotFoundError(f"--output_dir {args.output_dir}: there is no such folder. `sweep "
                                 "launch` with the same flags makes it.")
     all_jobs = plan(args, list_args(args))
+    if args.command in ("status", "launch"):
+        warn_of_lacks(all_jobs)
     if args.command == "status":
         return status(args, all_jobs)
     if args.command == "plan":

@@ -18,15 +18,9 @@ from collections.abc import Callable
 
 from domainbed_kd import algorithms, datasets
 from domainbed_kd.folder import claims, files
+from domainbed_kd.folder.args import identity, label, words
 from domainbed_kd.folder.claims import STOPPED
 from domainbed_kd.seeds import seed_hash
-
-# Arguments that make a run what it is, with what DomainBed's records mean where they are absent.
-_IDENTITY = {
-    "dataset": None, "algorithm": None, "test_envs": None, "hparams_seed": 0, "trial_seed": 0,
-    "seed": 0, "task": "domain_generalization", "steps": None, "hparams": None,
-    "holdout_fraction": 0.2, "uda_holdout_fraction": 0, "checkpoint_freq": None,
-    "skip_model_save": False, "fast": False, "compile": False}
 
 # A file in a sweep's folder: the plug-ins of each launch, which runs do not record. Only
 # `plugins_of` reads it.
@@ -55,8 +49,8 @@ def _env_sets_of(dataset: str, data_dir: str | None, single: bool) -> list[list[
     return test_env_sets(n_envs, single)
 
 
-def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparams, steps, data_dir,
-                   task, holdout_fraction, single_test_envs, hparams, **more) -> list[dict]:
+def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparams, data_dir, task,
+                   holdout_fraction, single_test_envs, **more) -> list[dict]:
     """The train arguments of every job of a sweep, in DomainBed's order.
 
     Args:
@@ -65,20 +59,17 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
         algorithms: names of algorithms.
         n_hparams_from: the first hparams seed.
         n_hparams: the hparams seed after the last.
-        steps: updates in a run; None for the data set's own number.
         data_dir: the folder of the data sets.
         task: "domain_generalization" or "domain_adaptation".
         holdout_fraction: share of each domain that is kept for validation.
         single_test_envs: hold out single domains only, no pairs.
-        hparams: JSON object that goes to train as it is; None for none.
-        more: further flags of train by name, such as checkpoint_freq=10. Those that are None
+        more: further flags of train by name, such as steps=10. Those that are None
             stay out, so that folders keep the names that DomainBed gives them.
 
     Raises:
         ValueError: if a data set has too few domains.
     """
-    optional = {"steps": steps, "hparams": hparams, **more}
-    given = {name: value for name, value in optional.items() if value is not None}
+    given = {name: value for name, value in more.items() if value is not None}
     env_sets = {name: _env_sets_of(name, data_dir, single_test_envs) for name in dataset_names}
     return [
         {"dataset": dataset, "algorithm": algorithm, "test_envs": test_envs,
@@ -99,11 +90,9 @@ def teacher_args(train_args: dict) -> dict:
     return args
 
 
-def _identity(args: dict) -> tuple:
-    """What a run trains, wherever its data and results lie; hashable."""
-    return tuple(
-        str(value) if isinstance(value, (list, dict)) else value
-        for value in (args.get(name, absent) for name, absent in _IDENTITY.items()))
+def _key(args: dict) -> tuple:
+    """What a run trains, hashable; who teaches it is for the sweep to know."""
+    return tuple(identity({**args, "teacher": None}).values())
 
 
 class Runs:
@@ -117,23 +106,23 @@ class Runs:
         """The name of the folder with that name, else of one with the same run, else None."""
         if name in self.names or not self.names:
             return name if self.names else None
-        return self._by_identity.get(_identity(train_args))
+        return self._by_identity.get(_key(train_args))
 
     @functools.cached_property
     def _by_identity(self) -> dict[tuple, str]:
-        """{what is trained: folder name}, by the first records; a finished run comes first."""
-        found = {}
+        """{what is trained: folder name}; what has finished comes first, then what has begun."""
+        found, best = {}, {}
         for name in sorted(self.names):
             path = os.path.join(self.folder, name)
-            if not os.path.isfile(os.path.join(path, "results.jsonl")):
+            rank = 3 if files.is_done(path) else 2
+            try:
+                args = files.first_args(path)
+            except OSError:
                 continue
-            with open(os.path.join(path, "results.jsonl"), encoding="utf-8") as file:
-                try:
-                    identity = _identity(json.loads(file.readline())["args"])
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    continue  # torn or not a record: nothing tells what it trained
-            if identity not in found or os.path.exists(os.path.join(path, "done")):
-                found[identity] = name
+            if args is None and not os.path.exists(os.path.join(path, files.RESULTS)):
+                args, rank = files.planned_args(path), 1  # it may say what it waits to train
+            if args and rank > best.get(key := _key(args), 0):
+                found[key], best[key] = name, rank
         return found
 
 
@@ -223,19 +212,11 @@ class Job:
     @property
     def command_str(self) -> str:
         """The command line that trains it."""
-        words = ["python", "-m", "domainbed_kd.scripts.train"]
-        for name, value in sorted(self.train_args.items()):
-            if isinstance(value, list):
-                words += [f"--{name}", *map(str, value)]
-            elif isinstance(value, bool):
-                words += [f"--{name}"] if value else []
-            elif value is not None:
-                words += [f"--{name}", str(value)]
-        if self.teacher:
-            words += ["--teacher", self.teacher.output_dir]
-        for plugin in self.plugins:
-            words += ["--plugin", plugin]
-        return shlex.join([*words, *self.flags])
+        teacher = {"teacher": self.teacher.output_dir} if self.teacher else {}
+        return shlex.join([
+            "python", "-m", "domainbed_kd.scripts.train", *words(dict(sorted(
+                self.train_args.items())) | teacher | {"plugin": list(self.plugins)}),
+            *self.flags])
 
     def __str__(self):
         args = self.train_args
@@ -244,7 +225,7 @@ class Job:
 
     def is_done(self) -> bool:
         """Whether it has finished, as of now."""
-        return os.path.exists(os.path.join(self.output_dir, "done"))
+        return files.is_done(self.output_dir)
 
     def is_running(self) -> bool:
         """Whether a process of this package is at work in its folder, as of now."""
@@ -254,13 +235,11 @@ class Job:
         """Its state, looked up again."""
         if self.is_done():
             return self.DONE
-        if not any(os.path.exists(os.path.join(self.output_dir, name))
-                   for name in ("out.txt", "results.jsonl")):
+        if not files.has_begun(self.output_dir):
             return self.NOT_LAUNCHED
         if self.is_running():
             return self.RUNNING
-        failed = os.path.exists(os.path.join(self.output_dir, "failed"))
-        return self.FAILED if failed else self.INTERRUPTED
+        return self.INTERRUPTED if files.failure(self.output_dir) is None else self.FAILED
 
     def wrote_within(self, seconds: float) -> bool:
         """Whether anything in its folder changed that recently."""
@@ -280,44 +259,15 @@ class Job:
     @property
     def label(self) -> str:
         """What it trains, in words."""
-        args = self.train_args
-        return (f"{args['algorithm']} {args['dataset']} test env "
-                f"{' '.join(map(str, args['test_envs']))}, trial {args['trial_seed']}, hparams "
-                f"{args['hparams_seed']}")
+        return label(self.train_args)
 
     def cost(self) -> dict[str, float]:
-        """What it has taken so far, by its last record; empty before its first.
-
-        At most "rss_mb" and "gpu_mb" MiB of process and GPU, and "seconds" for "steps" updates,
-        which older runs lack. A damaged memory.json counts as none: it is no result.
-        """
-        found = self._memory()
-        try:
-            cost = {name: float(found[name]) for name in ("rss_mb", "gpu_mb", "seconds", "steps")
-                    if name in found}
-        except (ValueError, TypeError):
-            return {}
-        return cost if all(0 <= value < float("inf") for value in cost.values()) else {}
+        """What it has taken so far; see `files.cost`."""
+        return files.cost(self.output_dir)
 
     def has_diverged(self) -> bool:
         """Whether a loss of its was not finite, by its last record."""
-        return bool(self._memory().get("diverged"))
-
-    def _memory(self) -> dict:
-        try:
-            with open(os.path.join(self.output_dir, "memory.json"), encoding="utf-8") as file:
-                found = json.load(file)
-        except (FileNotFoundError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-    def last_error(self) -> str:
-        """The last line that it wrote to err.txt; empty if there is none."""
-        path = os.path.join(self.output_dir, "err.txt")
-        if not os.path.exists(path):
-            return ""
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return next((line.strip() for line in reversed(file.readlines()) if line.strip()), "")
+        return files.divergence(self.output_dir) is not None
 
     def why_failed(self) -> str:
         """Why it ended without being done, in a line."""
@@ -329,7 +279,7 @@ class Job:
             return f"killed by {signal.Signals(-self.exit_status).name}"
         if self.was_stopped:
             return "stopped before its end"
-        return self.last_error() or f"exit status {self.exit_status}, no message"
+        return files.last_error(self.output_dir) or f"exit status {self.exit_status}, no message"
 
     @property
     def was_stopped(self) -> bool:
@@ -339,10 +289,7 @@ class Job:
     def keep_reason(self) -> None:
         """Leaves in the file `failed` why it ended, unless it did so itself or was stopped."""
         if self.state_now() != self.FAILED and not self.was_stopped:
-            reason = self.why_failed()
-            with contextlib.suppress(OSError):  # the job's own error is the one to report
-                with open(os.path.join(self.output_dir, "failed"), "w", encoding="utf-8") as file:
-                    file.write(reason + "\n")
+            files.note_failure(self.output_dir, self.why_failed())
 
     @staticmethod
     def launch(jobs: list["Job"], launcher_fn: Callable, later: list["Job"] | tuple = ()

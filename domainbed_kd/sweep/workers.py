@@ -10,7 +10,6 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
-import re
 import runpy
 import shlex
 import signal
@@ -23,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from domainbed_kd import console, machine
+from domainbed_kd.folder import args, files
 
 # What the fork server imports, and the command that gains from it.
 WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
@@ -124,7 +124,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
                     index, process, slot, time.monotonic(), errors)
                 if quiet and sys.stderr.isatty() and _is_warm(argv):
                     lines[process.sentinel] = JobLine(
-                        _label_of(argv), _flags(argv), position=slot[0])
+                        args.of_words(argv[3:]), position=slot[0])
             # Lines are looked up every second, where there are any.
             ended = multiprocessing.connection.wait(list(running), 1 if lines else None)
             for line in lines.values():
@@ -187,25 +187,7 @@ def label(command: str) -> str:
 
 
 def _label_of(argv: list[str]) -> str:
-    """What a train command trains, in words; any other command as it is."""
-    if not _is_warm(argv):
-        return shlex.join(argv)
-    flags = _flags(argv)
-    return (f"{flags.get('algorithm', 'ERM')} {flags.get('dataset', 'RotatedMNIST')} "
-            f"test env {flags.get('test_envs', '0')}, trial {flags.get('trial_seed', '0')}, "
-            f"hparams {flags.get('hparams_seed', '0')}")
-
-
-def _flags(argv: list[str]) -> dict[str, str]:
-    """A train command's flags by name, several values as one text."""
-    flags: dict[str, list[str]] = {}
-    values: list[str] = []
-    for word in argv[3:]:
-        if word.startswith("--"):
-            values = flags.setdefault(word.removeprefix("--"), [])
-        else:
-            values.append(word)
-    return {name: " ".join(values) for name, values in flags.items()}
+    return args.label(args.of_words(argv[3:])) if _is_warm(argv) else shlex.join(argv)
 
 
 @contextlib.contextmanager
@@ -306,19 +288,19 @@ class JobLine:
     """A line about a run in another process: its steps, their rate and the time left.
 
     Args:
-        label: what is trained.
-        flags: of its train command, by name.
+        run: its args.
         position: of the line, below the bar at 0.
     """
 
-    def __init__(self, label: str, flags: Mapping[str, str], position: int):
-        self.path = os.path.join(flags.get("output_dir", "train_output"), "results.jsonl")
-        self.bar = console.bar(desc=label, total=n_steps(flags), initial=steps_done(self.path),
-                       unit="step", position=position, leave=False)
+    def __init__(self, run: Mapping, position: int):
+        self.folder = run["output_dir"]
+        self.bar = console.bar(desc=args.label(run), total=n_steps(run), unit="step",
+                               initial=files.steps_done(self.folder), position=position,
+                               leave=False)
 
     def refresh(self) -> None:
         """Looks up how far the run is, by its last evaluation."""
-        self.bar.update(steps_done(self.path) - self.bar.n)
+        self.bar.update(files.steps_done(self.folder) - self.bar.n)
         self.bar.refresh()
 
     def close(self) -> None:
@@ -326,21 +308,10 @@ class JobLine:
         self.bar.close()
 
 
-def n_steps(flags: Mapping[str, str]) -> int | None:
-    """How many updates a train command makes; None if its data set is not known here."""
+def n_steps(run: Mapping) -> int | None:
+    """How many updates a run makes, by its args; None if its dataset is not known here."""
     from domainbed_kd import datasets
 
-    if steps := int(flags.get("steps") or 0):
-        return steps
-    name = flags.get("dataset", "RotatedMNIST")
+    name = run["dataset"]
     known = name in datasets.DATASETS or name.startswith("Folder:")
-    return datasets.get_dataset_class(name).N_STEPS if known else None
-
-
-def steps_done(path: str) -> int:
-    """The updates before a run's last record; 0 if it has none yet."""
-    if not os.path.exists(path):
-        return 0
-    with open(path, "rb") as file:
-        steps = re.findall(rb'"step": (\d+)', file.read())
-    return int(steps[-1]) + 1 if steps else 0
+    return run["steps"] or (datasets.get_dataset_class(name).N_STEPS if known else None)

@@ -1,0 +1,82 @@
+"""What a run prints, kept in its folder, and why it failed."""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from domainbed_kd.console import USER_ERRORS, one_line
+from domainbed_kd.folder import files
+
+
+class Tee:
+    """A text stream that writes to two, and at once."""
+
+    def __init__(self, stream, path: Path):
+        self.stream, self.file = stream, files.open_to_write(path, "a")
+
+    def write(self, text: str) -> None:
+        """Writes to both."""
+        for out in (self.stream, self.file):
+            out.write(text)
+            out.flush()
+
+    def flush(self) -> None:
+        """Does nothing: every write is already flushed."""
+
+    def isatty(self) -> bool:
+        """Whether the first stream is a terminal."""
+        return self.stream.isatty()
+
+
+class BlamedOnHparams(ValueError):
+    """An algorithm failed with hparams of the user's choice; the cause is what it raised."""
+
+
+@contextlib.contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """Copies what is printed to out.txt and err.txt, and notes there why a run failed.
+
+    The file `failed` has the reason in a line, until the run is started again.
+    """
+    (folder / files.FAILED).unlink(missing_ok=True)
+    with contextlib.redirect_stdout(Tee(sys.stdout, folder / files.OUT)), \
+            contextlib.redirect_stderr(Tee(sys.stderr, folder / files.ERR)) as err:
+        try:
+            yield
+        except USER_ERRORS as error:
+            files.note_failure(folder, one_line(error))
+            if isinstance(error, BlamedOnHparams):
+                traceback.print_exception(error.__cause__, file=err.file)
+            print(one_line(error), file=err.file, flush=True)
+            raise
+        except Exception as error:
+            files.note_failure(
+                folder, f"{type(error).__name__}: {one_line(error).removeprefix('error: ')}")
+            traceback.print_exc(file=err.file)
+            err.file.flush()
+            raise
+
+
+@contextlib.contextmanager
+def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
+    """Inside, what goes wrong with --hparams is said in a line; without them it is our bug.
+
+    Raises:
+        BlamedOnHparams: with hparams, for what Python or torch raise when they are of no use.
+        OSError: if memory ran out.
+    """
+    try:
+        yield
+    except USER_ERRORS:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "out of memory" in reason or "can't allocate memory" in reason:
+            raise OSError(f"{algorithm} needs more memory than there is ({reason}). Lower "
+                          "batch_size or jobs_per_device.") from error
+        if hparams is None:
+            raise
+        raise BlamedOnHparams(f"{algorithm} fails with --hparams {hparams} ({reason}). Its "
+                              "traceback is in err.txt.") from error
