@@ -186,8 +186,8 @@ def contents(folder):
     (TRAIN, ["--teacher", "absent"],
      "ERM does not learn from a run. Leave the flag out, or choose one of FourDs, KD,"),
     (TRAIN, ["--algorithm", "RISE", "--teacher", "absent"], "RISE does not learn from a run"),
-    (TRAIN, ["--fork", "absent"], "--fork: absent is not a folder that holds a package domainbed."),
-    (LAUNCH, ["--fork", "results"], "--fork: results is not a folder that holds a package domainbed."),
+    (TRAIN, ["--fork", "absent"], "--fork: absent is not a folder that holds"),
+    (LAUNCH, ["--fork", "results"], "--fork: results is not a folder that holds"),
     (TRAIN, ["--dataset", "Folder:classes", "--data_dir", "."],
      "classes holds folders (dog) without folders in them, where domains with classes should be. "
      "Images belong in classes/<domain>/<class>/."),
