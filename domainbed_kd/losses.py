@@ -1,7 +1,10 @@
 """Losses that two methods or more share: pure functions of tensors."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+BANDWIDTHS = (0.001, 0.01, 0.1, 1, 10, 100, 1000)  # of Gaussian kernels, DomainBed's
 
 
 def kd_per_sample(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -19,3 +22,40 @@ def kd_per_sample(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Mean of `kd_per_sample` over the batch."""
     return kd_per_sample(student, teacher, temperature).mean()
+
+
+def moment_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of two batches' (B, D) means plus that of their covariances."""
+    def moments(x):
+        mean = x.mean(dim=0, keepdim=True)
+        centred = x - mean
+        return mean, centred.T @ centred / (len(x) - 1)
+
+    return sum((of_a - of_b).square().mean() for of_a, of_b in zip(moments(a), moments(b)))
+
+
+def gaussian_kernel(a: Tensor, b: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS) -> Tensor:
+    """Sum over the bandwidths g of exp(-g |a_i - b_j|^2); (A, B) of (A, D) and (B, D)."""
+    aa, bb = a.square().sum(dim=1, keepdim=True), b.square().sum(dim=1)
+    # |b|^2 - 2ab + |a|^2 can fall below 0 by rounding.
+    squared = (torch.addmm(bb, a, b.T, alpha=-2) + aa).clamp(min=1e-30)
+    return sum(torch.exp(-gamma * squared) for gamma in bandwidths)
+
+
+def squared_mmd(a: Tensor, b: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS) -> Tensor:
+    """The biased estimate of the squared maximum mean discrepancy of (A, D) and (B, D)."""
+    return (gaussian_kernel(a, a, bandwidths).mean() + gaussian_kernel(b, b, bandwidths).mean()
+            - 2 * gaussian_kernel(a, b, bandwidths).mean())
+
+
+def invariance_penalty(logits: Tensor, y: Tensor) -> Tensor:
+    """The squared gradient of the loss by a scale of the logits, estimated without bias (IRM).
+
+    The product of the gradients on even and odd rows of logits (B, C); it may be negative.
+    """
+    scale = torch.ones((), device=logits.device, requires_grad=True)
+    gradients = [
+        torch.autograd.grad(
+            F.cross_entropy(logits[half::2] * scale, y[half::2]), scale, create_graph=True)[0]
+        for half in (0, 1)]
+    return gradients[0] * gradients[1]

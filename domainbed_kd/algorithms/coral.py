@@ -12,16 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_kd.algorithms.erm import ERM
-
-
-def moment_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference of two batches' (B, D) means plus that of their covariances."""
-    def moments(x):
-        mean = x.mean(dim=0, keepdim=True)
-        centred = x - mean
-        return mean, centred.T @ centred / (len(x) - 1)
-
-    return sum((of_a - of_b).square().mean() for of_a, of_b in zip(moments(a), moments(b)))
+from domainbed_kd.losses import moment_distance
 
 
 def mean_over_pairs(distance: Callable[[Tensor, Tensor], Tensor], features: list[Tensor]) -> Tensor:
@@ -40,11 +31,15 @@ class CORAL(ERM):
         """The weight of the distance."""
         return {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))}
 
+    def penalty(self, features: list[Tensor]) -> Tensor:
+        """The mean distance over all pairs of domains' features (B, D), a scalar."""
+        return mean_over_pairs(self.distance, features)
+
     def update(self, minibatches, unlabeled=None):
         """One step; as in DomainBed, the loss that is returned is the cross-entropy alone."""
         features = [self.featurizer(x) for x, _ in minibatches]
         loss = sum(F.cross_entropy(self.classifier(f), y)
                    for f, (_, y) in zip(features, minibatches)) / len(minibatches)
-        penalty = mean_over_pairs(self.distance, features)
+        penalty = self.penalty(features)
         self.descend(loss + self.hparams["mmd_gamma"] * penalty)
         return {"loss": loss.item(), "penalty": penalty.item()}

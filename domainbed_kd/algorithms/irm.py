@@ -6,22 +6,9 @@ The unbiased penalty and the annealing are the authors' and DomainBed's.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from domainbed_kd.algorithms.annealed import Annealed
-
-
-def invariance_penalty(logits: Tensor, y: Tensor) -> Tensor:
-    """The squared gradient of the loss by a scale of the logits, estimated without bias.
-
-    The product of the gradients on even and odd rows of logits (B, C); it may be negative.
-    """
-    scale = torch.ones((), device=logits.device, requires_grad=True)
-    gradients = [
-        torch.autograd.grad(
-            F.cross_entropy(logits[half::2] * scale, y[half::2]), scale, create_graph=True)[0]
-        for half in (0, 1)]
-    return gradients[0] * gradients[1]
+from domainbed_kd.losses import invariance_penalty
 
 
 class IRM(Annealed):

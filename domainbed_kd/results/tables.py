@@ -14,12 +14,6 @@ from domainbed_kd.results.selection import Outcome, SelectionMethod
 
 # Names that tables show instead of the class's.
 DISPLAY_NAMES = {"FourDs": "4Ds"}
-# DomainBed's rows, in its order; ours and a fork's follow.
-DOMAINBED_ALGORITHMS = (
-    "ERM", "ERMPlusPlus", "Fish", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN",
-    "CDANN", "MTL", "SagNet", "ARM", "VREx", "RSC", "SD", "ANDMask", "SANDMask", "IGA", "SelfReg",
-    "Fishr", "TRM", "IB_ERM", "IB_IRM", "CAD", "CondCAD", "Transfer", "CausIRL_CORAL",
-    "CausIRL_MMD", "EQRM", "RDM", "ADRMX", "URM")
 
 
 @dataclass
@@ -139,7 +133,7 @@ def ordered(names: Iterable[str], *orders: Iterable[str]) -> list[str]:
 
 def row_order(names: Iterable[str]) -> list[str]:
     """Algorithms as the rows of a table: DomainBed's, ours, then those of neither."""
-    return ordered(names, DOMAINBED_ALGORITHMS, algorithms.ALGORITHMS)
+    return ordered(names, algorithms.DOMAINBED, algorithms.ALGORITHMS)
 
 
 def environments(dataset: str, n_envs: int) -> list[str]:

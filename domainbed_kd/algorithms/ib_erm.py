@@ -1,0 +1,43 @@
+"""IB_ERM: ERM whose features shall vary little, an information bottleneck.
+
+Ahuja et al., "Invariance Principle Meets Information Bottleneck for Out-of-Distribution
+Generalization", NeurIPS 2021, https://arxiv.org/abs/2106.06607. Constants and annealing from
+DomainBed, where the term `nll` equals `loss`, penalty included; with the hparam `mended`: true it
+is the cross-entropy alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from domainbed_kd.algorithms.annealed import Annealed
+
+
+def feature_variance(features: Tensor) -> Tensor:
+    """Variance of features (B, D) over the batch, its mean over the features; a scalar."""
+    return features.var(dim=0).mean()
+
+
+class IB_ERM(Annealed):
+    """Mean cross-entropy of the domains, and the mean variance of their features."""
+
+    @staticmethod
+    def search_space(dataset):
+        """The variance's weight, and how many updates it stays at 0."""
+        return {
+            "ib_lambda": (1e2, lambda r: 10 ** r.uniform(-1, 5)),
+            "ib_penalty_anneal_iters": (500, lambda r: int(10 ** r.uniform(0, 4))),
+        }
+
+    def update(self, minibatches, unlabeled=None):
+        """One step on the penalized loss."""
+        features = self.featurizer(torch.cat([x for x, _ in minibatches]))
+        logits, sizes = self.classifier(features), [len(x) for x, _ in minibatches]
+        nll = torch.stack([F.cross_entropy(z, y) for z, (_, y) in zip(
+            logits.split(sizes), minibatches)]).mean()
+        bottleneck = torch.stack([feature_variance(f) for f in features.split(sizes)]).mean()
+        loss = nll + bottleneck * self.penalty_weight(
+            self.hparams["ib_penalty_anneal_iters"], 0.0, self.hparams["ib_lambda"])
+        self.update_count += 1
+        return self.descend(
+            loss, nll=nll if self.hparams.get("mended") else loss, IB_penalty=bottleneck)

@@ -1,0 +1,40 @@
+"""IB_IRM: IRM whose features shall vary little, an information bottleneck.
+
+Ahuja et al., "Invariance Principle Meets Information Bottleneck for Out-of-Distribution
+Generalization", NeurIPS 2021, https://arxiv.org/abs/2106.06607. Constants and annealing from
+DomainBed, where the term `nll` equals `loss`, penalties included; with the hparam `mended`: true
+it is the cross-entropy alone.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from domainbed_kd.algorithms.annealed import Annealed
+from domainbed_kd.algorithms.ib_erm import IB_ERM, feature_variance
+from domainbed_kd.algorithms.irm import IRM
+from domainbed_kd.losses import invariance_penalty
+
+
+class IB_IRM(Annealed):
+    """Cross-entropy, invariance penalty and feature variance, each the mean over the domains."""
+
+    @staticmethod
+    def search_space(dataset):
+        """Weight and start of the invariance penalty (IRM's) and of the variance (IB_ERM's)."""
+        return IRM.search_space(dataset) | IB_ERM.search_space(dataset)
+
+    def update(self, minibatches, unlabeled=None):
+        """One step on the penalized loss."""
+        features = self.featurizer(torch.cat([x for x, _ in minibatches]))
+        logits, sizes = self.classifier(features), [len(x) for x, _ in minibatches]
+        labelled = list(zip(logits.split(sizes), [y for _, y in minibatches]))
+        nll = torch.stack([F.cross_entropy(z, y) for z, y in labelled]).mean()
+        invariance = torch.stack([invariance_penalty(z, y) for z, y in labelled]).mean()
+        bottleneck = torch.stack([feature_variance(f) for f in features.split(sizes)]).mean()
+        loss = nll + invariance * self.penalty_weight(
+            self.hparams["irm_penalty_anneal_iters"], 1.0, self.hparams["irm_lambda"])
+        loss = loss + bottleneck * self.penalty_weight(
+            self.hparams["ib_penalty_anneal_iters"], 0.0, self.hparams["ib_lambda"])
+        self.update_count += 1
+        return self.descend(loss, nll=nll if self.hparams.get("mended") else loss,
+                            IRM_penalty=invariance, IB_penalty=bottleneck)
