@@ -1,13 +1,16 @@
-"""Averages of a network's weights over its training: a running mean, and SWAD's loss valley.
+"""Averages of a network's weights over its training: running means, and SWAD's loss valley.
 
 SMA: Arpit et al., "Ensemble of Averages: Improving Model Selection and Boosting Performance in
 Domain Generalization", NeurIPS 2022, https://arxiv.org/abs/2110.10832.
 SWAD: Cha et al., "SWAD: Domain Generalization by Seeking Flat Minima", NeurIPS 2021,
 https://arxiv.org/abs/2102.08604. Constants and the order of events from the authors' code
 (github.com/khanrc/swad).
+Beta: Shu et al., "CLIPood: Generalizing CLIP to Out-of-Distributions", ICML 2023,
+https://arxiv.org/abs/2302.00864; positions and density from the authors' code
+(github.com/thuml/CLIPood), which keeps the mean in half precision. Here it is float32.
 
 Only `algorithm.network` is averaged, never optimisers or teachers, and no gradient changes: the
-live network trains to the same bits as without. `averaged` puts either on top of any algorithm.
+live network trains to the same bits as without. `averaged` puts any on top of any algorithm.
 """
 
 import contextlib
@@ -22,11 +25,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 
-def add_to_mean(mean: dict[str, Tensor], new: dict[str, Tensor], n: int) -> None:
+def add_to_mean(mean: dict[str, Tensor], new: dict[str, Tensor], n: float) -> None:
     """Turns, in place, the mean of n - 1 state dicts into that of n; integers become the new's."""
     for name, tensor in new.items():
         if n > 1 and tensor.is_floating_point():
-            mean[name].lerp_(tensor, 1 / n)
+            mean[name].lerp_(tensor.to(mean[name].dtype), 1 / n)
         else:
             mean[name].copy_(tensor)
 
@@ -49,8 +52,12 @@ class MovingAverage(nn.Module):
     def update(self, network: nn.Module) -> None:
         """Takes in the network's weights; call it once after each optimisation step."""
         self.n_updates += 1
-        n = max(1, self.n_updates.item() - self.start + 1)
-        add_to_mean(self.network.state_dict(), network.state_dict(), n)
+        add_to_mean(self.network.state_dict(), network.state_dict(),
+                    self.parts(self.n_updates.item()))
+
+    def parts(self, n: int) -> float:
+        """The inverse, at least 1, of the n-th update's share in the mean so far."""
+        return max(1, n - self.start + 1)
 
     def restart(self) -> None:
         """Forgets all updates: the next one is the first."""
@@ -78,6 +85,27 @@ class MovingAverage(nn.Module):
             yield
         finally:
             swap()
+
+
+class BetaAverage(MovingAverage):
+    """The mean of a network's weights from its first to its last, weighed by a Beta density.
+
+    Of the weights after updates `start` to `n_steps`, in equal steps over (0, 1), each weighs as
+    the density of Beta(`beta`, `beta`) there: with 0.5 the first and the last count most, with 1
+    all the same. A `start` of 0 takes in what the network is now.
+    """
+
+    def __init__(self, network: nn.Module, n_steps: int, beta: float, start: int = 0):
+        super().__init__(network, start)
+        self.network.float()
+        n = max(1, n_steps - start + 1)
+        position = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        density = (position * (1 - position)) ** (beta - 1)
+        self._parts = (density.cumsum(dim=0) / density).tolist()
+
+    def parts(self, n: int) -> float:
+        """The inverse, at least 1, of the n-th update's share in the mean so far."""
+        return self._parts[min(max(0, n - self.start), len(self._parts) - 1)]
 
 
 @dataclass
@@ -203,15 +231,22 @@ class WithMovingAverage:
     """An Algorithm that predicts, whenever it is evaluated, with its weights' moving average."""
 
     averages_weights = True
+    #: What it adds to the algorithm's hparams: names and defaults.
+    of_average: dict = {"sma_start": 100}
 
     @classmethod
     def search_space(cls, dataset: str) -> dict:
-        """The algorithm's own hparams, and `sma_start`: the update from which to average."""
-        return super().search_space(dataset) | _fixed(sma_start=100)
+        """The algorithm's own hparams, and those of its average."""
+        return super().search_space(dataset) | _fixed(**cls.of_average)
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.average = MovingAverage(self.network, start=hparams.get("sma_start", 100))
+        self.average = self.new_average()
+
+    def new_average(self) -> MovingAverage:
+        """The mean from update `sma_start` on, of those that `averages_after` lets in."""
+        return MovingAverage(
+            self.network, self.averages_after + self.hparams.get("sma_start", 100))
 
     def update(self, minibatches, unlabeled=None):
         """The algorithm's step; then the average takes it in."""
@@ -225,6 +260,32 @@ class WithMovingAverage:
             return super().predict(x)
         with self.average.in_place_of(self.network):
             return super().predict(x)
+
+
+class WithBetaAverage(WithMovingAverage):
+    """The same with the mean of all its weights, the initial ones included, by a Beta density.
+
+    `beta_average` is the density's parameter. Before the run's end it is the mean so far.
+
+    Raises:
+        ValueError: if the number of steps is not known, or `beta_average` is not above 0.
+    """
+
+    of_average = {"beta_average": 0.5, "beta_start": 0}
+
+    def new_average(self):
+        """The mean from update `beta_start` on, of those that `averages_after` lets in."""
+        start = self.averages_after + self.hparams.get("beta_start", 0)
+        return self.by_beta(self.hparams.get("beta_average", 0.5), start)
+
+    def by_beta(self, beta: float, start: int = 0) -> BetaAverage:
+        """The mean of what the network is from update `start` to the run's last."""
+        if "total_steps" not in self.hparams:
+            raise ValueError("hparams['averaging'] is 'beta', which needs the run's number of "
+                             "steps: pass it as hparams['total_steps'].")
+        if not beta > 0:
+            raise ValueError(f"beta_average is {beta}; it takes a number above 0.")
+        return BetaAverage(self.network, self.hparams["total_steps"], beta, start)
 
 
 class WithLossValley:
@@ -270,6 +331,9 @@ class WithLossValley:
     def checkpoint(self, step: int, last: bool, validate, batches) -> None:
         """Ends a segment every `swad_interval` steps, and training with the last step."""
         super().checkpoint(step, last, validate, batches)
+        if step < self.averages_after and not last:
+            self.average.restart()
+            return
         if (last or (step > 0 and step % self.interval == 0)) and not self.valley.dead:
             n = self.average.n_updates.item()
             self.valley.add(Segment(
@@ -303,11 +367,11 @@ class WithLossValley:
                 update_bn(images, predictor)
 
 
-KINDS = {"sma": WithMovingAverage, "swad": WithLossValley}
+KINDS = {"sma": WithMovingAverage, "swad": WithLossValley, "beta": WithBetaAverage}
 
 
 def averaged(algorithm_class: type, kind: str | None) -> type:
-    """The algorithm with its weights averaged: `kind` is "sma", "swad", or None for as it is.
+    """The algorithm with its weights averaged: `kind` is one of KINDS, or None for as it is.
 
     Raises:
         ValueError: if the kind is unknown, or the algorithm already averages its weights.

@@ -2,6 +2,7 @@ import copy
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from conftest import golden, seed_everything
@@ -134,6 +135,48 @@ def test_sma_predicts_with_the_average_and_trains_with_the_live_network():
     torch.testing.assert_close(algorithm.eval().predict(x), plain.eval().predict(x))
 
 
+@pytest.mark.parametrize(("beta", "mean"), [(0.5, 6.637119), (0.1, 6.981379), (1, 6.2)])
+def test_the_beta_average_of_numbers_is_the_official_codes(beta, mean):
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(network.weight)
+    average = averaging.BetaAverage(network, n_steps=4, beta=beta)
+    for value in (2.0, 4.0, 8.0, 16.0):
+        nn.init.constant_(network.weight, value)
+        average.update(network)
+    assert average.network.weight.item() == pytest.approx(mean, abs=1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5])
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 3.0])
+def test_the_beta_average_is_the_mean_of_all_weights_by_scipys_density(beta, start):
+    algorithm = toy("beta", total_steps=12, beta_average=beta, beta_start=start)
+    seen = [weights_of(algorithm.network)]
+    for step in range(12):
+        algorithm.update(toy_minibatches(step))
+        seen.append(weights_of(algorithm.network))
+    seen = seen[start:]
+    density = scipy.stats.beta.pdf((np.arange(len(seen)) + 0.5) / len(seen), beta, beta)
+    for name, tensor in algorithm.average.network.state_dict().items():
+        if tensor.is_floating_point():
+            values = np.stack([state[name].double().numpy() for state in seen])
+            expected = np.average(values, axis=0, weights=density)
+            np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_beta_average_of_a_network_in_half_precision_is_not():
+    network = nn.Linear(2, 2).half()
+    average = averaging.BetaAverage(network, 3, 0.5)
+    average.update(network)
+    assert {p.dtype for p in average.parameters()} == {torch.float32}
+
+
+def test_the_beta_average_needs_to_know_the_number_of_steps_and_a_density():
+    with pytest.raises(ValueError, match="'beta', which needs .*hparams\\['total_steps'\\]"):
+        toy("beta")
+    with pytest.raises(ValueError, match="beta_average is 0; it takes a number above 0"):
+        toy("beta", total_steps=3, beta_average=0)
+
+
 @pytest.fixture(scope="module")
 def images():
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +187,7 @@ def images():
 def trained(name, kind, images):
     """The algorithm after 3 updates, each followed by the hook and an evaluation."""
     hparams = hparams_registry.default_hparams(name, "Debug28") | {
-        "batch_size": 4, "sma_start": 2, "swad_interval": 1, "swad_n_converge": 1}
+        "batch_size": 4, "total_steps": 3, "sma_start": 2, "swad_interval": 1, "swad_n_converge": 1}
     seed_everything(1)
     algorithm = averaging.averaged(get_algorithm_class(name), kind)((3, 28, 28), 2, 3, hparams)
 
@@ -205,7 +248,7 @@ def test_without_a_kind_the_class_is_returned_as_it_is():
 
 
 def test_an_unknown_kind_is_refused_and_the_known_are_named():
-    with pytest.raises(ValueError, match="'ema'; known are sma, swad"):
+    with pytest.raises(ValueError, match="'ema'; known are sma, swad, beta"):
         averaging.averaged(Toy, "ema")
 
 
@@ -215,8 +258,9 @@ def test_what_averages_its_weights_already_is_not_averaged_again(name):
         averaging.averaged(get_algorithm_class(name), "sma")
 
 
-def test_a_reloaded_average_goes_on_as_if_never_interrupted():
-    quiet, restarted = toy("sma", sma_start=3), toy("sma", sma_start=3)
+@pytest.mark.parametrize("kind", ["sma", "beta"])
+def test_a_reloaded_average_goes_on_as_if_never_interrupted(kind):
+    quiet, restarted = (toy(kind, sma_start=3, total_steps=10) for _ in range(2))
     for step in range(6):
         quiet.update(toy_minibatches(step))
     states = copy.deepcopy((quiet.state_dict(), quiet.optimizer.state_dict()))

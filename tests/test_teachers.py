@@ -253,12 +253,24 @@ def test_a_negative_warm_up_is_refused():
         make("KD", teacher=None, teacher_steps=-1)
 
 
-def test_no_average_takes_in_a_student_that_stands_still_while_its_teacher_warms_up():
-    cls = teachers.averaging.averaged(get_algorithm_class("KD"), "sma")
-    hparams = make("KD").hparams
-    with pytest.raises(ValueError, match="KD: the average would take in .*--teacher FOLDER"):
-        cls((3, 28, 28), 3, 3, hparams | {"teacher": None})
-    cls((3, 28, 28), 3, 3, hparams)
+@pytest.mark.parametrize("kind", ["sma", "beta", "swad"])
+def test_no_average_takes_in_a_student_that_stands_still_while_its_teacher_warms_up(kind):
+    hparams = make("KD", total_steps=6, teacher_steps=3).hparams | {
+        "teacher": None, "sma_start": 1, "beta_average": 1.0, "swad_interval": 1}
+    cls = teachers.averaging.averaged(get_algorithm_class("KD"), kind)
+    algorithm, students = cls((3, 28, 28), 3, 3, hparams), []
+    for step, batch in enumerate(minibatches(6)):
+        algorithm.update(batch)
+        algorithm.checkpoint(step, step == 5, lambda predict: 1.0, lambda n: [])
+        if step >= (2 if kind == "beta" else 3):  # that one takes in the student's start
+            students.append(bits(algorithm.network))
+    if kind == "swad":
+        assert set(algorithm.valley.averaged) == {(3, 3), (4, 4), (5, 5)}
+        return
+    for name, tensor in algorithm.average.network.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(
+                tensor, torch.stack([student[name] for student in students]).mean(dim=0))
 
 
 # Teachers that finished runs saved.

@@ -78,6 +78,8 @@ class Algorithm(nn.Module):
     display_name: str | None = None
     #: True if only a run's last record counts in model selection (SWAD), not its best.
     selects_last = False
+    #: Updates that no average of its weights takes in, as the student is not yet what it will be.
+    averages_after = 0
     #: Why its teacher has to see what the student sees, if it has to; see canonical_view.
     needs_same_view: str | None = None
     #: What hparams take that do not take every value of their default's kind.

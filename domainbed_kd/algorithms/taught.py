@@ -20,8 +20,7 @@ class Taught(ERM):
     Subclasses implement `distill(x, y)`, one step of the student.
 
     Raises:
-        FileNotFoundError, ValueError: as `Algorithm` and `teachers.given`; or if weights are to
-            be averaged while a teacher warms up and the student stands still.
+        FileNotFoundError, ValueError: as `Algorithm` and `teachers.given`.
     """
 
     #: The sweep trains this algorithm's teacher, ERM with default hparams, before it.
@@ -47,10 +46,7 @@ class Taught(ERM):
         steps = hparams["teacher_steps"]
         if steps is None:
             steps = hparams.get("total_steps", 5001) // 5
-        if steps and getattr(self, "averages_weights", False):
-            raise ValueError(f"{type(self).__name__}: the average would take in a student that "
-                             "stands still while its teacher warms up. Name a trained one: "
-                             "--teacher FOLDER.")
+        self.averages_after = steps  # until then the student stands still
         self.warm_up_left.fill_(steps)
 
     def train(self, mode=True):
