@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo test lint parity bench chaos clean
+.PHONY: demo test lint parity bench gpu chaos clean
 
 # A small sweep on digits that ship, its tables, and demo/report.html.
 demo: $(VENV)/installed
@@ -27,6 +27,10 @@ parity: $(VENV)/tests-installed
 bench: $(VENV)/installed
 	$(PY) tools/bench.py $(if $(PEER),--peer $(PEER)) $(if $(DATA),--data_dir $(DATA))
 
+# On a GPU machine, without a network: the CUDA tests, the card's own limits, and ours against them.
+gpu: $(VENV)/tests-installed
+	$(PY) tools/gpu.py $(if $(PEER),--peer $(PEER)) $(if $(DATA),--data_dir $(DATA))
+
 # A sweep of 32 jobs, harmed 25 times by each launcher's troubles, against a quiet one.
 LAUNCHERS ?= local ray slurm
 chaos: $(VENV)/tests-installed
@@ -34,7 +38,7 @@ chaos: $(VENV)/tests-installed
 		--launcher $$launcher --folder chaos/$$launcher || exit 1; done
 
 clean:
-	rm -rf $(VENV) demo chaos train_output bench.json bench.md
+	rm -rf $(VENV) demo chaos train_output bench.json bench.md gpu.json gpu.md
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -14,6 +14,17 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """Skips what is marked `cuda` where there is no GPU."""
+    asked = [item for item in items if item.get_closest_marker("cuda")]
+    if asked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in asked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def golden(name: str):
     """The content of a golden file, made by running DomainBed (see data/goldens/README.md)."""
     path = GOLDENS / name

@@ -213,7 +213,7 @@ def test_unlabeled_images_may_be_given(name):
         assert_same(results[0][1], results[1][1])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_cuda_gives_the_losses_that_the_cpu_gives(name):
     losses = []

@@ -526,7 +526,7 @@ def test_it_trains_at_any_size(shape):
     assert all(moved(before[name], getattr(algorithm, name)) for name in before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_losses_on_cuda_equal_those_on_the_cpu():
     batches = minibatches(3, SHAPE)
     on_cpu = run(mosaic(), batches)

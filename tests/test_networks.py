@@ -517,7 +517,7 @@ def test_a_checkpoint_of_the_owner_loads_whatever_the_teacher():
     owner.load_state_dict(Owner().state_dict())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("side", [28, 32, 64])
 def test_features_on_cuda_are_those_of_the_cpu(side):
     network = networks.Featurizer((3, side, side), hparams(**RESNET18)).eval()

@@ -151,7 +151,7 @@ def test_default_and_random_hparams_build_and_train_for_every_dataset(name, data
 
 
 @pytest.mark.parametrize("name", [*METHODS, "CLIPLinearProbe"])
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_losses_on_cuda_equal_those_on_the_cpu(name):
     batches = minibatches(3)
     on_cpu = run(make(name), batches)

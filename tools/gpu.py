@@ -1,0 +1,405 @@
+"""What this machine's GPU gives and what we make of it, in one command without a network.
+
+    make gpu [DATA=DIR] [PEER=DIR]       or       python tools/gpu.py --data_dir DIR --peer DIR
+
+tests: the tests marked `cuda`.
+card: the bounds, on images that are on the card already: ERM's update and forward pass with a
+ResNet-50, 3 x 32 images of 224 pixels, in float32 (convolutions in TF32, torch's default) and in
+bfloat16 with channels last.
+pacs: a run of `train` on PACS of 300 steps and 2 evaluations, exact and with --fast, with all cores
+and with four, against these bounds. With --peer, a DomainBed checkout makes the same run, and the
+exact run's records must be its records, but for times and memory.
+teachers: updates of methods with a frozen teacher, in fast mode, against ERM's fast update plus the
+teacher's own forward pass.
+sweep: four jobs with `multi_gpu`, one, two and four at a time; then the 36 jobs of a small DigitsDG
+sweep, six at a time against one at a time.
+
+Every ratio is of two figures from this one run. Writes gpu.json and gpu.md. pacs and teachers need
+--data_dir, which holds PACS; what is skipped is named.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from domainbed_kd import algorithms, hparams_registry, machine
+from domainbed_kd.console import Parser, run_main
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = ("tests", "card", "pacs", "teachers", "sweep")
+# DomainBed's plain ResNet-50, with weights from the folder that `offline_weights` fills.
+PLAIN = {"resnet50_augmix": False}
+TEACHERS = ("KD", "SCMD", "RISE")
+# What no two runs have in common.
+UNLIKE = ("step_time", "mem_gb", "args")
+
+
+class Sizes:
+    """How much is measured; --quick is for trying the tool where there is no GPU."""
+
+    def __init__(self, quick: bool):
+        self.side, self.batch_size, self.steps = (64, 2, 2) if quick else (224, 32, 300)
+        self.updates, self.forwards, self.images = (2, 2, 8) if quick else (40, 40, 256)
+        self.sweep_steps, self.backbone = (2, "resnet18") if quick else (60, "resnet50")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints and writes; 1 if a CUDA test or a job fails or the peer's records differ."""
+    parser = Parser(prog="python tools/gpu.py", description=__doc__)
+    parser.add_argument("--data_dir", metavar="DIR", help="folder that holds PACS")
+    parser.add_argument("--peer", metavar="DIR", help="a DomainBed checkout to run beside ours")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS),
+                        help="what to measure; default: everything")
+    parser.add_argument("--output", metavar="DIR", default=".", help="where gpu.json and gpu.md go")
+    parser.add_argument("--quick", action="store_true",
+                        help="a few small steps on whatever device there is: tries the tool")
+    args = parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available() and not args.quick:
+        raise ValueError(f"torch {torch.__version__} sees no GPU here. Run this on a GPU machine, "
+                         "or pass --quick to try the tool.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report(device)
+    sizes = Sizes(args.quick)
+    with tempfile.TemporaryDirectory() as folder, offline_weights(Path(folder), sizes):
+        for section in args.only:
+            start = time.monotonic()
+            globals()[f"measure_{section}"](report, args, sizes, device, Path(folder))
+            print(f"{section}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+    report.write(Path(args.output))
+    return 1 if report.failures else 0
+
+
+class Report:
+    """The figures as rows of (what, figure, unit, bound, ratio, bar), and what failed."""
+
+    def __init__(self, device):
+        import torch
+        import torchvision
+
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
+        self.about = {
+            "card": name, "cores": machine.available(), "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "cudnn": torch.backends.cudnn.version()}
+        self.rows: list[dict] = []
+        self.found: dict[str, float] = {}
+        self.failures: list[str] = []
+        self.skipped: list[str] = []
+
+    def add(self, key: str, what: str, figure: float, unit: str, of: str | None = None,
+            bar: str = "") -> None:
+        """A row; `of` is the key of the figure that it is a multiple of, if that was measured."""
+        self.found[key] = figure
+        ratio = figure / self.found[of] if of in self.found else None
+        self.rows.append({"key": key, "what": what, "figure": figure, "unit": unit, "of": of,
+                          "ratio": ratio, "bar": bar})
+        print(f"{what}: {figure:.4g} {unit}"
+              + (f", {ratio:.2f} of {of}" if ratio is not None else ""), file=sys.stderr)
+
+    def fail(self, what: str) -> None:
+        """Something that must hold and does not."""
+        self.failures.append(what)
+        print(f"FAILED: {what}", file=sys.stderr)
+
+    def skip(self, what: str) -> None:
+        """Something that could not be measured here."""
+        self.skipped.append(what)
+        print(f"skipped: {what}", file=sys.stderr)
+
+    def write(self, folder: Path) -> None:
+        """gpu.json, and gpu.md, which is also printed."""
+        names = {row["key"]: row["what"] for row in self.rows}
+        lines = [", ".join(f"{name} {value}" for name, value in self.about.items()), "",
+                 "| what | figure | ratio | bar |", "|---|---|---|---|"]
+        for row in self.rows:
+            ratio = ("" if row["ratio"] is None else
+                     f"{row['ratio']:.2f} of {names[row['of']]}")
+            lines.append(f"| {row['what']} | {row['figure']:.4g} {row['unit']} | {ratio} | "
+                         f"{row['bar']} |")
+        lines += [f"- FAILED: {what}" for what in self.failures]
+        lines += [f"- skipped: {what}" for what in self.skipped]
+        text = "\n".join(lines) + "\n"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gpu.md").write_text(text, encoding="utf-8")
+        (folder / "gpu.json").write_text(json.dumps(
+            {"about": self.about, "rows": self.rows, "failures": self.failures,
+             "skipped": self.skipped}, indent=1) + "\n", encoding="utf-8")
+        print(text, end="")
+
+
+@contextlib.contextmanager
+def offline_weights(folder: Path, sizes: Sizes) -> Iterator[None]:
+    """Inside, torchvision finds ResNet weights on disk: random ones, as there is no network."""
+    import torch
+    from torchvision import models
+
+    hub = folder / "hub" / "checkpoints"
+    hub.mkdir(parents=True)
+    torch.manual_seed(0)
+    for name in {sizes.backbone, "resnet50"} if sizes.backbone == "resnet50" else {"resnet18"}:
+        url = models.get_model_weights(name).IMAGENET1K_V1.url
+        torch.save(getattr(models, name)(weights=None).state_dict(), hub / Path(url).name)
+    before = os.environ.get("TORCH_HOME")
+    os.environ["TORCH_HOME"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_HOME"]
+        else:
+            os.environ["TORCH_HOME"] = before
+
+
+def python(*words: str, cwd: Path = ROOT, cores: int | None = None) -> tuple[float, str, int]:
+    """Seconds, output (stdout, then stderr) and status of a Python command."""
+    bind = (functools.partial(os.sched_setaffinity, 0, sorted(os.sched_getaffinity(0))[:cores])
+            if cores else None)
+    start = time.monotonic()
+    ran = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
+                         text=True, preexec_fn=bind)
+    return time.monotonic() - start, ran.stdout + ran.stderr, ran.returncode
+
+
+def seconds_each(call: Callable[[], object], n: int, device) -> float:
+    """Seconds per call, of n in a row after a few others; the card has finished both times."""
+    import torch
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(min(n, 5)):
+        call()
+    wait()
+    start = time.perf_counter()
+    for _ in range(n):
+        call()
+    wait()
+    return (time.perf_counter() - start) / n
+
+
+# What is measured.
+
+
+def measure_tests(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
+    """The tests marked `cuda`."""
+    seconds, output, status = python("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider",
+                                     ROOT / "tests")
+    count = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped)", output)}
+    report.add("cuda_tests", "CUDA tests that pass", count.get("passed", 0), "tests")
+    if status or count.get("failed"):
+        failed = re.findall(r"^FAILED (\S+)", output, re.MULTILINE)
+        report.fail(f"CUDA tests: {', '.join(failed) or output[-300:]}")
+    if count.get("skipped"):
+        report.skip(f"{count['skipped']} CUDA tests, as there is no GPU")
+
+
+def erm(sizes: Sizes, fast: bool, device):
+    """(algorithm, minibatches, precision): ERM as `train` builds it, on images that are there."""
+    import torch
+
+    from domainbed_kd.run import precision
+
+    hparams = hparams_registry.default_hparams("ERM", "PACS") | PLAIN | {
+        "resnet18": sizes.backbone == "resnet18", "batch_size": sizes.batch_size}
+    shape = (3, sizes.side, sizes.side)
+    torch.manual_seed(0)
+    algorithm = algorithms.get_algorithm_class("ERM")(shape, 7, 3, hparams).to(device)
+    algorithm = precision.laid_out(algorithm, fast)
+    minibatches = [(torch.randn(sizes.batch_size, *shape, device=device),
+                    torch.randint(7, (sizes.batch_size,), device=device)) for _ in range(3)]
+    if fast:
+        minibatches = [(x.contiguous(memory_format=torch.channels_last), y)
+                       for x, y in minibatches]
+    return algorithm, minibatches, functools.partial(precision.autocast, device, fast)
+
+
+def update(algorithm, minibatches, autocast) -> None:
+    """One update."""
+    with autocast():
+        algorithm.update(minibatches)
+
+
+def forward(predict: Callable, x, autocast) -> None:
+    """One pass without gradients."""
+    import torch
+
+    with torch.no_grad(), autocast():
+        predict(x)
+
+
+def measure_card(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
+    """ERM's update and forward pass on resident images: what no loop can be quicker than."""
+    import torch
+
+    for fast, words in ((False, "float32"), (True, "bfloat16, channels last")):
+        algorithm, minibatches, autocast = erm(sizes, fast, device)
+        key = "bf16" if fast else "fp32"
+        report.add(f"{key}_step", f"the card's own step, {words}", 1000 * seconds_each(
+            functools.partial(update, algorithm, minibatches, autocast), sizes.updates, device),
+            "ms")
+        x = torch.randn(sizes.images, 3, sizes.side, sizes.side, device=device)
+        algorithm.eval()
+        seconds = seconds_each(functools.partial(forward, algorithm.predict, x, autocast),
+                               sizes.forwards, device)
+        report.add(f"{key}_forward", f"the card's own forward pass, {words}",
+                   sizes.images / seconds, "images/s")
+
+
+def train_pacs(args, sizes: Sizes, output: Path, *flags: str, cores: int | None = None
+               ) -> tuple[float, list[dict], str]:
+    """Seconds, records and output of a run of ours on PACS."""
+    hparams = PLAIN | {"resnet18": sizes.backbone == "resnet18", "batch_size": sizes.batch_size}
+    hparams |= {} if sizes.side == 224 else {"image_size": sizes.side}
+    seconds, said, status = python(
+        "-m", "domainbed_kd.scripts.train", *pacs_flags(args, sizes), "--hparams",
+        json.dumps(hparams), "--output_dir", output, *flags, cores=cores)
+    if status:
+        raise RuntimeError(said[-500:])
+    return seconds, read(output), said
+
+
+def pacs_flags(args, sizes: Sizes) -> list[str]:
+    """What the peer's `train` takes as well."""
+    return ["--data_dir", os.path.abspath(args.data_dir), "--dataset", "PACS", "--algorithm", "ERM",
+            "--test_envs", "3", "--steps", str(sizes.steps), "--checkpoint_freq", str(sizes.steps),
+            "--skip_model_save"]
+
+
+def read(output: Path) -> list[dict]:
+    """A run's records."""
+    lines = (output / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def measure_pacs(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
+    """Whole runs on PACS, ours and the peer's."""
+    if not args.data_dir:
+        return report.skip("pacs: it needs --data_dir, the folder that holds PACS")
+    cache = ["--image_cache", str(folder / "cache")]
+    train_pacs(args, Sizes(True), folder / "warm", *cache)  # builds the cache of decoded images
+    if args.peer:
+        measure_peer(report, args, sizes, folder)
+    for name, flags, cores, bars in (
+            ("exact", [], None, ("<= 1.1", ">= 1.5 times quicker")),
+            ("fast", ["--fast"], None, ("<= 1.15", ">= 4 times quicker")),
+            ("fast4", ["--fast"], 4, ("<= 1.3", ""))):
+        where = " on four cores" if cores else ""
+        mode = name.removesuffix("4")
+        try:
+            seconds, records, _ = train_pacs(
+                args, sizes, folder / name, *cache, *flags, cores=cores)
+        except RuntimeError as error:
+            report.fail(f"a run on PACS, {name}: {error}")
+            continue
+        report.add(f"{name}_step", f"a step of train, {mode}{where}",
+                   1000 * records[-1]["step_time"], "ms",
+                   "fp32_step" if mode == "exact" else "bf16_step", bars[0])
+        report.add(f"{name}_run", f"a run of {sizes.steps} steps and 2 evaluations, {mode}{where}",
+                   seconds, "s", "peer_run", bars[1])
+        if name == "exact" and args.peer and (odd := differences(records, read(folder / "peer"))):
+            report.fail(f"records of the exact run differ from the peer's in {', '.join(odd)}")
+
+
+def measure_peer(report: Report, args, sizes: Sizes, folder: Path) -> None:
+    """The same run by a DomainBed checkout."""
+    hparams = PLAIN | {"resnet18": sizes.backbone == "resnet18", "batch_size": sizes.batch_size}
+    seconds, said, status = python(
+        "-m", "domainbed.scripts.train", *pacs_flags(args, sizes), "--hparams",
+        json.dumps(hparams), "--output_dir", folder / "peer", cwd=Path(args.peer))
+    if status:
+        return report.fail(f"the peer's run: {said[-500:]}")
+    report.add("peer_step", "a step of the peer's train",
+               1000 * read(folder / "peer")[-1]["step_time"], "ms", "fp32_step")
+    report.add("peer_run", "the peer's run", seconds, "s")
+
+
+def differences(ours: list[dict], theirs: list[dict]) -> list[str]:
+    """The names of what differs between two runs' records, but for what no two runs share."""
+    if len(ours) != len(theirs):
+        return [f"their number ({len(ours)} and {len(theirs)})"]
+    names = dict.fromkeys(name for record in (*ours, *theirs) for name in record)
+    return [name for name in names if name not in UNLIKE and any(
+        our.get(name) != their.get(name) for our, their in zip(ours, theirs))]
+
+
+def measure_teachers(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
+    """Fast updates of methods with a frozen teacher, against ERM's plus the teacher's forward."""
+    import open_clip
+    import torch
+
+    from domainbed_kd.run import precision
+
+    backbone = "ViT-B-32" if sizes.side < 224 else "ViT-B-16"
+    path = folder / f"{backbone}.pt"
+    torch.save(open_clip.create_model(backbone, pretrained=None).state_dict(), path)
+    student, minibatches, autocast = erm(sizes, True, device)
+    report.add("erm_fast", "ERM's fast update", 1000 * seconds_each(
+        functools.partial(update, student, minibatches, autocast), sizes.updates, device), "ms")
+    x = torch.cat([x for x, _ in minibatches])
+    for name in TEACHERS:
+        context = {"dataset": "PACS", "test_envs": [3], "total_steps": 5001, "class_names": [
+            "dog", "elephant", "giraffe", "guitar", "horse", "house", "person"],
+            "normalization": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            "teacher": erm(sizes, False, device)[0]}
+        hparams = hparams_registry.default_hparams(name, "PACS") | PLAIN | context | {
+            "resnet18": sizes.backbone == "resnet18", "batch_size": sizes.batch_size}
+        if "clip_backbone" in hparams:
+            hparams["clip_backbone"] = f"{backbone}/{path}"
+        torch.manual_seed(0)
+        method = algorithms.get_algorithm_class(name)(x.shape[1:], 7, 3, hparams).to(device)
+        method = precision.laid_out(method, True)
+        seconds = seconds_each(functools.partial(forward, method.teacher_logits, x, autocast),
+                               sizes.forwards, device)
+        report.add(f"{name}_floor", f"ERM's fast update and {name}'s teacher's forward pass",
+                   report.found["erm_fast"] + 1000 * seconds, "ms")
+        report.add(f"{name}_fast", f"{name}'s fast update", 1000 * seconds_each(
+            functools.partial(update, method, minibatches, autocast), sizes.updates, device),
+            "ms", f"{name}_floor", "<= 1.15")
+
+
+def sweep(report: Report, sizes: Sizes, output: Path, launcher: str, *flags: str) -> float | None:
+    """Seconds of a DigitsDG sweep, all of whose jobs must end done."""
+    seconds, said, status = python(
+        "-m", "domainbed_kd.scripts.sweep", "launch", "--datasets", "DigitsDG", "--n_trials", "1",
+        "--single_test_envs", "--steps", sizes.sweep_steps, "--checkpoint_freq", sizes.sweep_steps,
+        "--hparams", '{"wrn_depth": 10, "wrn_widen": 1, "batch_size": 16}', "--skip_model_save",
+        "--skip_confirmation", "--command_launcher", launcher, "--output_dir", output, *flags)
+    jobs = [path for path in output.iterdir() if path.is_dir()] if output.is_dir() else []
+    if status or not all((job / "done").exists() for job in jobs):
+        report.fail(f"sweep {' '.join(map(str, flags))}: {said.strip().splitlines()[-1:]}")
+        return None
+    return seconds
+
+
+def measure_sweep(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
+    """Jobs at a time on one card, and a sweep of small runs."""
+    launcher = "multi_gpu" if device.type == "cuda" else "local"
+    for n in (1, 2, 4):
+        seconds = sweep(report, sizes, folder / f"four{n}", launcher, "--algorithms", "ERM",
+                        "--n_hparams", "1", "--jobs_per_device", n)
+        if seconds:
+            report.add(f"four{n}", f"four DigitsDG jobs, {n} at a time", seconds, "s",
+                       "four1" if n > 1 else None)
+    many = ["--algorithms", "ERM", "CORAL", "SD", "--n_hparams", "3" if sizes.steps > 2 else "1"]
+    figures = []
+    for n in (1, 6):
+        figures.append(sweep(report, sizes, folder / f"many{n}", launcher, *many,
+                             "--jobs_per_device", n))
+    if all(figures):
+        report.add("many1", "36 DigitsDG jobs, one at a time", figures[0], "s")
+        report.add("many6", "36 DigitsDG jobs, six at a time", figures[1], "s", "many1", "<= 0.2")
+
+
+if __name__ == "__main__":
+    run_main(main)
