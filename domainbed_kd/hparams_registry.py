@@ -9,8 +9,8 @@ import warnings
 
 import numpy as np
 
-from domainbed_kd import algorithms
-from domainbed_kd.algorithms.base import SMALL_IMAGES, fixed
+from domainbed_kd import algorithms, datasets
+from domainbed_kd.algorithms.base import fixed
 from domainbed_kd.console import did_you_mean, parse_hparams
 from domainbed_kd.seeds import seed_hash
 
@@ -37,13 +37,14 @@ OPTIONAL = {
 
 def _shared(dataset: str) -> dict:
     """{name: (default, draw)} of the hparams that every algorithm has (DomainBed b93c22a)."""
-    small = dataset in SMALL_IMAGES
+    facts = datasets.facts(dataset)
+    small = facts.SMALL_IMAGES
     if small:
         lr, lr_draw = 1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)
         batch_size, batch_draw = 64, lambda r: int(2 ** r.uniform(3, 9))
     else:
         lr, lr_draw = 5e-5, lambda r: 10 ** r.uniform(-5, -3.5)
-        top = 5 if dataset == "DomainNet" else 5.5
+        top = facts.MAX_LOG2_BATCH
         batch_size, batch_draw = 32, lambda r: int(2 ** r.uniform(3, top))
     return {
         "data_augmentation": fixed(True),

@@ -10,6 +10,7 @@ from torchvision import transforms as T
 from torchvision.transforms import functional
 
 from domainbed_kd import datasets
+from domainbed_kd.datasets import images
 from domainbed_kd.run import augmentation
 
 MEAN = torch.tensor(datasets.IMAGENET_MEAN).view(3, 1, 1)
@@ -153,7 +154,7 @@ def statistics(x):
 
 def test_distorted_images_have_the_statistics_of_domainbeds():
     image, n = photo(3, 12, 12), 3000
-    theirs = datasets._transform([], augment=True)
+    theirs = images.make_transform([], augment=True)
     torch.manual_seed(0)
     wanted = statistics(torch.stack([theirs(image) for _ in range(n)]))
     found = statistics(augmentation.distorted(as_tensor(image).expand(n, 3, 12, 12)))

@@ -365,7 +365,7 @@ def test_a_data_folder_that_is_deleted_ends_the_run_which_goes_on_when_it_is_bac
 def test_a_loader_process_that_is_killed_is_said(images, monkeypatch, capsys):
     from domainbed_kd import datasets
 
-    monkeypatch.setattr(datasets, "load_image", lambda path: os._exit(9))
+    monkeypatch.setattr(datasets.image_folders, "load_image", lambda path: os._exit(9))
     refused([*images, "--loader_processes", "1"], "A loader process ended early", capsys)
 
 

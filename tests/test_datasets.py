@@ -12,7 +12,8 @@ import torch
 from conftest import golden
 from PIL import Image
 
-from domainbed_kd import datasets
+from domainbed_kd import datasets, hparams_registry
+from domainbed_kd.datasets.spawrious import _Spawrious
 
 AUGMENTED = {"data_augmentation": True}
 NOT_AUGMENTED = {"data_augmentation": False}
@@ -32,7 +33,7 @@ def save_image(path, seed=0, size=(40, 30)):
 
 @pytest.fixture
 def shapes(tmp_path):
-    """A data directory whose name is hard to quote, with a data set `my shapes`."""
+    """A data directory whose name is hard to quote, with a dataset `my shapes`."""
     root = tmp_path / "a'; echo \"b"
     for d, domain in enumerate(["in the dark", "blurred", "o'clock"]):
         for c, cls in enumerate(["Big_Circle", "TV"]):
@@ -83,6 +84,30 @@ def test_a_data_set_of_ones_own_is_found_once_registered(monkeypatch):
 
     assert datasets.DATASETS[-1] == "Mine" and datasets.get_dataset_class("Mine") is Mine
     assert datasets.num_environments("Mine") == 2
+
+
+def test_a_users_dataset_states_facts_about_itself_which_hparams_obey(monkeypatch):
+    monkeypatch.setattr(datasets, "DATASETS", list(datasets.DATASETS))
+    monkeypatch.setattr(datasets, "_CLASSES", dict(datasets._CLASSES))
+
+    @datasets.register
+    class Mine(datasets.MultipleDomainDataset):
+        SMALL_IMAGES = True
+        CLIP_BACKBONE = "RN50"
+
+    def drawn(name):
+        return hparams_registry.random_hparams("DANN", name, seed=3)
+
+    assert drawn("Mine") == drawn("RotatedMNIST") != drawn("PACS") == drawn("a fork's own")
+    assert hparams_registry.default_hparams("RISE", "Mine")["clip_backbone"] == "RN50"
+
+
+@pytest.mark.parametrize("name", datasets.DATASETS)
+def test_the_stated_side_is_the_shape(name):
+    cls = datasets.get_dataset_class(name)
+    if cls.INPUT_SHAPE and cls.SIDE:
+        assert cls.INPUT_SHAPE[1:] == (cls.SIDE, cls.SIDE)
+    assert (cls.SIDE is not None and cls.SIDE < 64) == cls.SMALL_IMAGES
 
 
 # Names of classes and domains.
@@ -191,7 +216,7 @@ def test_data_that_need_a_directory_ask_for_it(name):
 
 
 def make_folders(root, name, size=(40, 30)):
-    """One image per domain and class of a data set; the domains' folders are named 0, 1, ..."""
+    """One image per domain and class of a dataset; the domains' folders are named 0, 1, ..."""
     cls = datasets.get_dataset_class(name)
     for d in range(len(cls.ENVIRONMENTS)):
         for c, folder in enumerate(cls.CLASSES[:3]):
@@ -439,7 +464,7 @@ def spawrious(tmp_path, monkeypatch):
             for breed in ("bulldog", "corgi", "dachshund", "labrador"):
                 for k in range(4):
                     save_image(tmp_path / folder / background / breed / f"{k}.png", size=(8, 8))
-    monkeypatch.setattr(datasets._Spawrious, "N_IMAGES", 4)
+    monkeypatch.setattr(_Spawrious, "N_IMAGES", 4)
     return tmp_path
 
 

@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from domainbed_kd import datasets
-from domainbed_kd.datasets import digits
+from domainbed_kd.datasets import looks
 
 # Of plain, colour, texture, sketch. Results depend on them: they change with a new version only.
 HASHES = ["b0d9073d17fa751e", "481ac07a6a763fab", "3a4d04bc194f5cde", "9fbe5146a4454662"]
@@ -15,11 +15,11 @@ HASHES = ["b0d9073d17fa751e", "481ac07a6a763fab", "3a4d04bc194f5cde", "9fbe5146a
 
 @pytest.fixture(scope="module")
 def domains():
-    return digits.domains()
+    return looks.domains()
 
 
 def test_the_asset_holds_the_images_that_scikit_learn_carries():
-    with np.load(digits.ASSET) as file:
+    with np.load(looks.ASSET) as file:
         np.testing.assert_array_equal(file["images"], load_digits().images)
         np.testing.assert_array_equal(file["labels"], load_digits().target)
 
@@ -27,12 +27,12 @@ def test_the_asset_holds_the_images_that_scikit_learn_carries():
 def test_its_maker_writes_the_same_bytes_again(tmp_path):
     import importlib.util
 
-    path = digits.ASSET.parents[2] / "tools" / "make_digits.py"
+    path = looks.ASSET.parents[2] / "tools" / "make_digits.py"
     spec = importlib.util.spec_from_file_location("make_digits", path)
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
     assert maker.main([str(tmp_path / "again.npz")]) == 0
-    with np.load(digits.ASSET) as old, np.load(tmp_path / "again.npz") as new:
+    with np.load(looks.ASSET) as old, np.load(tmp_path / "again.npz") as new:
         assert sorted(old) == sorted(new)
         for name in old:
             np.testing.assert_array_equal(old[name], new[name])
@@ -57,9 +57,9 @@ def test_global_random_numbers_do_not_notice():
 def test_each_digit_is_in_one_domain_only(monkeypatch):
     # Painted as they come, the 8x8 images can be counted: some occur twice in the source itself.
     for look in ("plain", "colour", "texture", "sketch"):
-        monkeypatch.setattr(digits, look, lambda ink, random: ink[..., None])
-    monkeypatch.setattr(digits, "strokes", lambda images, random: images)
-    dealt = np.concatenate([images for images, _ in digits.domains()])
+        monkeypatch.setattr(looks, look, lambda ink, random: ink[..., None])
+    monkeypatch.setattr(looks, "strokes", lambda images, random: images)
+    dealt = np.concatenate([images for images, _ in looks.domains()])
     source = load_digits().images[..., None]
     painted = np.floor(255 * source / 16 + 0.4987).astype(np.uint8)
     assert sorted(map(bytes, dealt)) == sorted(map(bytes, painted))

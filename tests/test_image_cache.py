@@ -236,7 +236,7 @@ def test_an_evaluation_reads_every_image_once_whatever_its_split(root, tmp_path,
         finally:
             at_it.clear()
 
-    monkeypatch.setattr(datasets, "load_image", counted)
+    monkeypatch.setattr(datasets.image_folders, "load_image", counted)
     monkeypatch.setattr(training, "accuracy", noted)
     monkeypatch.setattr(files, "append_record", lambda *args: (
         evaluations.append(dict(read)), read.clear()))

@@ -375,7 +375,7 @@ def test_defaults_are_domainbeds():
     (["--datasets", "Folder:x"], "--data_dir"),
     (["--datasets", "Folder:x", "--data_dir", "."], "Folder:x"),
     (["--datasets", "PACS"], "PACS: no data directory is given"),
-    (["--datasets", "RotatedMNIST"], "RotatedMNIST: --data_dir is not given"),
+    (["--datasets", "RotatedMNIST"], "RotatedMNIST: no data directory is given"),
     (["--datasets", "PACS", "--data_dir", "/no/such"], "no folder /no/such/PACS"),
     (["--datasets", "RotatedMNIST", "--data_dir", "/no/such"], "no folder /no/such"),
     (["--command_launcher", "locl"], "Launcher not found: locl. Did you mean local?"),

@@ -8,8 +8,8 @@ in no optimiser.
 
 import torch
 
-from domainbed_kd import networks
-from domainbed_kd.algorithms.base import SMALL_IMAGES, fixed
+from domainbed_kd import datasets, networks
+from domainbed_kd.algorithms.base import fixed
 from domainbed_kd.algorithms.erm import ERM
 
 
@@ -24,7 +24,7 @@ class ARM(ERM):
     @staticmethod
     def search_space(dataset):
         """Large images come in batches of 8."""
-        return {} if dataset in SMALL_IMAGES else {"batch_size": fixed(8)}
+        return {} if datasets.facts(dataset).SMALL_IMAGES else {"batch_size": fixed(8)}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         n_channels, *size = input_shape

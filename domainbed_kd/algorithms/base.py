@@ -8,9 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Data sets of small images, which DomainBed trains with larger steps and batches.
-SMALL_IMAGES = ("Debug28", "RotatedMNIST", "ColoredMNIST", "DigitsDG")
-
 
 def fixed(value) -> tuple:
     """A search-space entry that every draw leaves at `value`."""

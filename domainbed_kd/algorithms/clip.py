@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from domainbed_kd import teachers
+from domainbed_kd import datasets, teachers
 from domainbed_kd.algorithms.base import Algorithm, fixed, forked_rng
 
 
@@ -35,7 +35,7 @@ class CLIP(Algorithm):
     def search_space(dataset):
         """Which CLIP, and the sentences that it reads; nothing to draw."""
         return {
-            "clip_backbone": fixed("tiny" if dataset == "DigitsDG" else "ViT-B-16"),
+            "clip_backbone": fixed(datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-16"),
             "clip_renormalize": fixed(True),
             "clip_templates": fixed(["a photo of a {}"]),
         }

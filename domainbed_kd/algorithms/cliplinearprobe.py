@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from domainbed_kd import teachers
+from domainbed_kd import datasets, teachers
 from domainbed_kd.algorithms.base import Algorithm, fixed, forked_rng
 
 
@@ -21,7 +21,7 @@ class CLIPLinearProbe(Algorithm):
     def search_space(dataset):
         """Which CLIP, and a larger lr than that of a whole network."""
         return {
-            "clip_backbone": fixed("tiny" if dataset == "DigitsDG" else "ViT-B-16"),
+            "clip_backbone": fixed(datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-16"),
             "clip_renormalize": fixed(True),
             "lr": (1e-3, lambda r: 10 ** r.uniform(-4, -2)),
         }

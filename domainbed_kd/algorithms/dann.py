@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import networks
-from domainbed_kd.algorithms.base import SMALL_IMAGES, Algorithm, fixed
+from domainbed_kd import datasets, networks
+from domainbed_kd.algorithms.base import Algorithm, fixed
 
 
 def gradient_penalty(logits: Tensor, domains: Tensor, features: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class DANN(Algorithm):
     @staticmethod
     def search_space(dataset):
         """Weights, turns and shapes of the discriminator, and both players' optimisers."""
-        small = dataset in SMALL_IMAGES
+        small = datasets.facts(dataset).SMALL_IMAGES
         if small:
             lr = 1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)
         else:

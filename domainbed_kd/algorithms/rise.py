@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import networks, teachers
+from domainbed_kd import datasets, networks, teachers
 from domainbed_kd.algorithms.base import (
     Algorithm,
     above,
@@ -136,7 +136,7 @@ class RISE(Algorithm):
         """The teacher, the weights of its terms, and switches for what the authors did."""
         low, high = (0.8, 0.9) if dataset in ("PACS", "VLCS") else (0.1, 0.3)
         return {
-            "clip_backbone": fixed("tiny" if dataset == "DigitsDG" else "ViT-B-16"),
+            "clip_backbone": fixed(datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-16"),
             "clip_renormalize": fixed(True),
             "rise_teachers": fixed(None),  # null, or a list of what clip_backbone takes
             "rise_templates": fixed(list(NEUTRAL)),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import averaging, teachers
+from domainbed_kd import averaging, datasets, teachers
 from domainbed_kd.algorithms.base import above, at_least, between, fixed, forked_rng
 from domainbed_kd.algorithms.erm import ERM
 from domainbed_kd.losses import kd_loss
@@ -55,7 +55,7 @@ class SCMD(ERM):
     def search_space(dataset):
         """The authors' ranges; lr and batch size stay within what DomainBed draws."""
         return {
-            "clip_backbone": fixed("tiny" if dataset == "DigitsDG" else "ViT-B-32"),
+            "clip_backbone": fixed(datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-32"),
             "clip_renormalize": fixed(True),
             "scmd_template": fixed("this is a photo of a {}"),
             "scmd_lambda1": (0.5, lambda r: r.uniform(0.5, 1)),

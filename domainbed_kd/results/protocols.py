@@ -8,7 +8,6 @@ from domainbed_kd import datasets
 from domainbed_kd.results import records as sweeps
 from domainbed_kd.results.tables import display_name, row_order
 
-_SIDES = {"Debug28": 28, "RotatedMNIST": 28, "ColoredMNIST": 28, "DigitsDG": 32}
 _UNKNOWN = "not recorded"
 
 
@@ -30,7 +29,8 @@ def student(dataset: str, hparams: dict) -> tuple[str, str]:
     Records of old versions of DomainBed lack hparams of newer ones, and mean a torchvision
     ResNet whose BatchNorm is frozen.
     """
-    side, backbone = _SIDES.get(dataset, hparams.get("image_size", 224)), hparams.get("backbone")
+    side = datasets.facts(dataset).SIDE or hparams.get("image_size", 224)
+    backbone = hparams.get("backbone")
     if backbone:
         name, weights = backbone, "random" if backbone == "small_vit" else "timm"
     elif side < 32:

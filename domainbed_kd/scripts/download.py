@@ -98,7 +98,7 @@ def check_name(name: str) -> None:
 
 def folder_of(name: str, data_dir: Path) -> Path:
     """Where the loaders look for a data set."""
-    return data_dir / getattr(datasets.get_dataset_class(name), "FOLDER", "")
+    return data_dir / datasets.get_dataset_class(name).FOLDER
 
 
 def install(name: str, data_dir: Path) -> bool:

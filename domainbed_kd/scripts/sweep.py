@@ -29,9 +29,8 @@ from domainbed_kd.folder.args import check as check_runs
 from domainbed_kd.sweep import clusters, costs, jobs, workers
 from domainbed_kd.sweep.jobs import Job
 
-# Data sets that need no files; DigitsDG is not DomainBed's, so no default sweep has it.
-FILELESS = ("Debug28", "Debug224", "DigitsDG")
-DEFAULT_DATASETS = [name for name in datasets.DATASETS if name not in FILELESS]
+# DomainBed's default: all but its debug datasets.
+DEFAULT_DATASETS = [name for name in datasets.DOMAINBED if datasets.facts(name).NEEDS_FILES]
 # DomainBed's own jobs hold no claim; one that wrote this recently may be running.
 RECENT_S = 600
 
@@ -200,16 +199,9 @@ def check_data(args: argparse.Namespace) -> None:
     """
     for name in args.datasets:
         cls = datasets.get_dataset_class(name)
-        if hasattr(cls, "folder"):
-            folder = cls.folder(args.data_dir)
-        elif cls.__module__ == datasets.__name__ and name not in FILELESS:
-            folder = args.data_dir
-        else:
-            continue
-        if folder is None or not os.path.isdir(folder):
-            found = "--data_dir is not given" if folder is None else f"there is no folder {folder}"
-            raise FileNotFoundError(f"{name}: {found}. Pass --data_dir, or fetch the data with "
-                                    "`domainbed-kd download`.")
+        if cls.NEEDS_FILES and not os.path.isdir(folder := cls.folder(args.data_dir)):
+            raise FileNotFoundError(f"{name}: there is no folder {folder}. Pass --data_dir, or "
+                                    "fetch the data with `domainbed-kd download`.")
 
 
 def check_writable(folder: str) -> None:

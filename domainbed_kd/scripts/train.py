@@ -33,7 +33,7 @@ def check_names(args: argparse.Namespace) -> None:
         raise ValueError(f"--teacher {args.teacher}: {args.algorithm} does not learn from a run. "
                          f"Leave the flag out, or choose one of {taught}.")
     cls = datasets.get_dataset_class(args.dataset, args.data_dir)
-    folders = cls.domain_folders(args.data_dir) if hasattr(cls, "domain_folders") else None
+    folders = cls.domain_folders(args.data_dir)
     if names := cls.ENVIRONMENTS or folders:
         datasets.check_test_envs(args.dataset, len(names), args.test_envs)
 

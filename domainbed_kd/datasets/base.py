@@ -1,0 +1,98 @@
+"""What every dataset is: a list of domains, and a class that says what is true of it."""
+
+import copy
+from pathlib import Path
+
+
+def plain(dataset):
+    """The same images without augmentation, of a domain or of a split of one.
+
+    A shallow copy; where there is no augmentation to leave out, the argument itself.
+    """
+    if hasattr(dataset, "underlying_dataset"):
+        same = copy.copy(dataset)
+        same.underlying_dataset = plain(dataset.underlying_dataset)
+        return same
+    if not hasattr(dataset, "plain_transform"):
+        return dataset
+    same = copy.copy(dataset)
+    same.transform = dataset.plain_transform
+    return same
+
+
+class MultipleDomainDataset:
+    """A list of domains.
+
+    A subclass fills `self.datasets`, `self.input_shape` (C, H, W) and `self.num_classes` in
+    `__init__(root, test_envs, hparams)`. The class attributes below say what is true of it; the
+    package reads them and asks for no dataset by name, so a user's own class may set them too.
+    """
+
+    #: Steps of a run, and between two evaluations.
+    N_STEPS = 5001
+    CHECKPOINT_FREQ = 100
+    #: Streams of random numbers that a loader simulates: DomainBed's eight workers.
+    N_WORKERS = 8
+    #: Whether the images are small: DomainBed's hparams then have a larger lr and batch.
+    SMALL_IMAGES = False
+    #: The images' side in pixels; None where hparams["image_size"] sets it, 224 by default.
+    SIDE: int | None = None
+    #: Random batch sizes are at most 2 ** this; 2 ** 9 for small images.
+    MAX_LOG2_BATCH = 5.5
+    #: Whether it is read from files, and the folder below the data directory that holds them.
+    NEEDS_FILES = False
+    FOLDER = ""
+    #: The CLIP that knows its classes, if it is not a public one; None leaves that to the method.
+    CLIP_BACKBONE: str | None = None
+    #: Short labels of the domains, in order.
+    ENVIRONMENTS: list[str] | None = None
+    #: Where DomainBed states the shape (C, H, W) on the class.
+    INPUT_SHAPE: tuple | None = None
+    #: The classes' folder names in label order, and words where these differ from the names.
+    CLASSES: tuple = ()
+    WORDS: dict[str, str] = {}
+    #: The domains as words, in order.
+    DOMAIN_NAMES: tuple | None = None
+    #: (mean, std) per channel that images in [0, 1] were normalized with; None if they were not.
+    NORMALIZATION: tuple | None = None
+
+    datasets: list
+    input_shape: tuple
+    num_classes: int
+
+    @classmethod
+    def folder(cls, data_dir) -> Path:
+        """The folder that holds its files.
+
+        Raises:
+            ValueError: if no data directory is given.
+        """
+        if data_dir is None:
+            raise ValueError(f"{cls.__name__}: no data directory is given. Pass --data_dir.")
+        return Path(data_dir) / cls.FOLDER
+
+    @classmethod
+    def domain_folders(cls, data_dir) -> list[str]:
+        """The names of the domains' folders, in order; none where domains are not folders."""
+        return []
+
+    @classmethod
+    def words(cls, classes) -> list[str]:
+        """The words for classes' folder names: "Alarm_Clock" is an "alarm clock"."""
+        return [cls.WORDS.get(c, c.replace("_", " ").lower()) for c in classes]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes as words, in label order."""
+        return self.words(self.CLASSES) or None
+
+    @property
+    def domain_names(self) -> list[str] | None:
+        """The domains as words, in order; None where their names do not describe their look."""
+        return None if self.DOMAIN_NAMES is None else list(self.DOMAIN_NAMES)
+
+    def __getitem__(self, index):
+        return self.datasets[index]
+
+    def __len__(self):
+        return len(self.datasets)

@@ -1,0 +1,79 @@
+"""How an image becomes a tensor: reading, DomainBed's transforms, and images listed by path."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def load_image(path: str, whole: bool = False):
+    """The image as RGB; a truncated file gives what there is of it, as in DomainBed.
+
+    Args:
+        path: of the file.
+        whole: refuse a truncated one; not while another thread wants the other.
+
+    Raises:
+        FileNotFoundError: if the file has been taken away since the folder was listed.
+        OSError: if the system does not let it be read.
+        ValueError: if the file is not an image, or not all of one.
+    """
+    from PIL import Image, ImageFile
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = not whole
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there any more. Put the images back: the same "
+                                "command goes on from the run's last state.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
+            error.filename = str(path)
+            raise
+        raise ValueError(f"{path} cannot be read as an image. Replace it.") from error
+
+
+def image_size(hparams) -> int:
+    """Side in pixels of a dataset's images.
+
+    Raises:
+        ValueError: if the hparam is not a positive whole number.
+    """
+    size = hparams.get("image_size", 224)
+    if type(size) is not int or size < 1:
+        raise ValueError(f"hparams['image_size'] is {size!r}; it must be a side in whole pixels, "
+                         "such as 224.")
+    return size
+
+
+def make_transform(first: list, augment: bool):
+    """Resizing or cropping, DomainBed's augmentation if asked for, ImageNet's normalization."""
+    from torchvision import transforms as T
+
+    distortions = [T.RandomHorizontalFlip(), T.ColorJitter(0.3, 0.3, 0.3, 0.3),
+                   T.RandomGrayscale()] if augment else []
+    transform = T.Compose(
+        [*first, *distortions, T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    if augment:
+        transform.geometry = first  # fast mode does the rest otherwise
+    return transform
+
+
+class ImageList:
+    """Images by (path, label), with the attributes of torchvision's ImageFolder."""
+
+    loader = staticmethod(load_image)
+
+    def __init__(self, samples: list[tuple[str, int]], classes, transform, plain_transform):
+        self.samples = samples
+        self.targets = [y for _, y in samples]
+        self.classes = list(classes)
+        self.class_to_idx = {c: y for y, c in enumerate(classes)}
+        self.transform = transform
+        self.plain_transform = plain_transform
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        path, y = self.samples[i]
+        return self.transform(self.loader(path)), y

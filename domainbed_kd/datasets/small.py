@@ -1,0 +1,117 @@
+"""Datasets held in memory: noise to try code on, and the MNIST pair."""
+
+from domainbed_kd.datasets.base import MultipleDomainDataset
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class _Debug(MultipleDomainDataset):
+    ENVIRONMENTS = ["0", "1", "2"]
+    CLASSES = DIGITS[:2]
+
+    def __init__(self, root, test_envs, hparams):
+        import torch
+        from torch.utils.data import TensorDataset
+
+        self.input_shape = self.INPUT_SHAPE
+        self.num_classes = 2
+        self.datasets = [
+            TensorDataset(torch.randn(16, *self.INPUT_SHAPE), torch.randint(0, 2, (16,)))
+            for _ in self.ENVIRONMENTS]
+
+
+class Debug28(_Debug):
+    """Noise of 28 pixels, to try code on; needs no files."""
+
+    SIDE = 28
+    INPUT_SHAPE = (3, SIDE, SIDE)
+    SMALL_IMAGES = True
+
+
+class Debug224(_Debug):
+    """Noise of 224 pixels, to try code on; needs no files."""
+
+    SIDE = 224
+    INPUT_SHAPE = (3, SIDE, SIDE)
+
+
+class _MNIST(MultipleDomainDataset):
+    """MNIST's 70,000 digits, shuffled and dealt out to the domains."""
+
+    SIDE = 28
+    SMALL_IMAGES = True
+    NEEDS_FILES = True
+
+    def __init__(self, root, test_envs, hparams):
+        import torch
+        from torchvision.datasets import MNIST
+
+        root = self.folder(root)
+        try:
+            parts = [MNIST(root, train=train, download=True) for train in (True, False)]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{type(self).__name__}: {root / 'MNIST' / 'raw'} does not hold MNIST's four "
+                f"files, and fetching them failed ({error}). Put them there.") from error
+        images = torch.cat([part.data for part in parts])
+        labels = torch.cat([part.targets for part in parts])
+        order = torch.randperm(len(images))
+        n = len(self.ENVIRONMENTS)
+        self.datasets = [self.domain(images[order[i::n]], labels[order[i::n]], i)
+                         for i in range(n)]
+
+
+class ColoredMNIST(_MNIST):
+    """Is the digit below five? Colour says so too, with a sign that differs between domains.
+
+    Arjovsky et al., "Invariant Risk Minimization", 2019, https://arxiv.org/abs/1907.02893; at 28
+    pixels, with 25 % of the labels wrong. The label is 1 for digits below five.
+    """
+
+    ENVIRONMENTS = ["+90%", "+80%", "-90%"]
+    CLASSES = ("digit_of_five_or_more", "digit_below_five")
+
+    def __init__(self, root, test_envs, hparams):
+        super().__init__(root, test_envs, hparams)
+        self.input_shape = (2, 28, 28)
+        self.num_classes = 2
+
+    def domain(self, images, digits, i):
+        """Domain i of images (N, 28, 28): one of two channels is black."""
+        import torch
+        from torch.utils.data import TensorDataset
+
+        y = (digits < 5) ^ (torch.rand(len(digits)) < 0.25)
+        color = y ^ (torch.rand(len(digits)) < (0.1, 0.2, 0.9)[i])
+        x = torch.stack([images, images], dim=1)
+        x[torch.arange(len(x)), 1 - color.long()] = 0
+        return TensorDataset(x.float() / 255, y.long())
+
+
+class RotatedMNIST(_MNIST):
+    """MNIST at six angles, in degrees.
+
+    Ghifary et al., "Domain Generalization for Object Recognition with Multi-task Autoencoders",
+    ICCV 2015, https://arxiv.org/abs/1508.07680.
+    """
+
+    ENVIRONMENTS = ["0", "15", "30", "45", "60", "75"]
+    CLASSES = DIGITS
+
+    def __init__(self, root, test_envs, hparams):
+        super().__init__(root, test_envs, hparams)
+        self.input_shape = (1, 28, 28)
+        self.num_classes = 10
+
+    def domain(self, images, digits, i):
+        """Domain i of images (N, 28, 28): turned."""
+        import torch
+        from torch.utils.data import TensorDataset
+        from torchvision.transforms import InterpolationMode, functional
+
+        angle = int(self.ENVIRONMENTS[i])
+        x = torch.stack([
+            functional.to_tensor(functional.rotate(
+                functional.to_pil_image(image), angle, InterpolationMode.BILINEAR, fill=0))
+            for image in images])
+        return TensorDataset(x, digits)
