@@ -39,9 +39,9 @@ def load(modules: Iterable[str] = (), wanted: Iterable[str] = ()) -> None:
     """
     for module in modules:
         if os.path.isdir(os.path.join(module, "domainbed")):
-            from domainbed_kd.plugin import forks
+            from domainbed_kd.plugin import visitors
 
-            forks.load(os.path.abspath(module))
+            visitors.load(os.path.abspath(module))
         else:
             _register_module(module)
     known = {*algorithms.ALGORITHMS, *datasets.DATASETS, *command_launchers.REGISTRY}

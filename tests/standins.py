@@ -1,7 +1,8 @@
 """Small DomainBed forks, one for each dialect, written from a table of their signatures.
 
 Each is a package `domainbed` of its own: algorithms, networks, datasets, hparams_registry and
-scripts in that dialect, on random images that a network of a few channels trains on.
+scripts in that dialect, on random images that a network of a few channels trains on. They have
+every trait that made live forks fail under the plug-in (tools/live_forks.py).
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ class MNIST_CNN(nn.Module):
         self.conv4 = nn.Conv2d(16, 16, 3, 1, padding=1)
         self.bn0, self.bn1 = nn.GroupNorm(8, 8), nn.GroupNorm(8, 16)
         self.bn2, self.bn3 = nn.GroupNorm(8, 16), nn.GroupNorm(8, 16)
-        self.activation = nn.Identity()
+        {activation}
         self.n_outputs = 16
 
     def forward(self, x):
@@ -67,6 +68,7 @@ class DigitsDG(MultipleDomainDataset):
     ENVIRONMENTS = ["bright", "dark", "torn", "sketched"]
 
     def __init__(self, root{dataset_arguments}):
+        {dataset_writes}
         generator = torch.Generator().manual_seed(0)
         self.datasets = [
             TensorDataset(torch.rand(8, 3, 32, 32, generator=generator), torch.arange(8))
@@ -184,6 +186,9 @@ class Config:
     def __getitem__(self, name):
         return self._values[name]
 
+    def __setitem__(self, name, value):
+        self._values[name] = value
+
     def get(self, name, default=None):
         return self._values.get(name, default)
 
@@ -198,6 +203,8 @@ def train(args, test_envs, output_dir):
             args.algorithm, args.dataset, hparams_registry.seed_hash(args.hparams_seed, 0))
     else:
         hparams = hparams_registry.default_hparams(args.algorithm, args.dataset)
+    if os.path.exists("config.yaml"):  # it wins over the registry, as in SWAD
+        hparams.update(json.load(open("config.yaml")))
     hparams.update(json.loads(args.hparams or "{{}}"))
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
@@ -219,6 +226,9 @@ def train(args, test_envs, output_dir):
         logits = logits[""] if isinstance(logits, dict) else logits
         accuracy = (logits.argmax(1) == dataset[0].tensors[1]).float().mean().item()
         algorithm.train()
+        for key in values:  # SCMD reads each such key as "env{{i}}_..."
+            assert "acc" not in key or int(key.split("_")[0][3:]) >= 0
+            assert type(values[key]) in (int, float)
         with open(os.path.join(output_dir, "results.jsonl"), "a") as f:
             f.write(json.dumps({{"step": step, "env0_in_acc": accuracy, "args": vars(args),
                                 "hparams": hparams, **values}}, sort_keys=True) + "\\n")
@@ -232,6 +242,7 @@ def train(args, test_envs, output_dir):
         if isinstance(one.predictions, dict):
             one.predictions = one.predictions[""]
     assert torch.equal(algorithm.predictions, again.predictions), "a reloaded model differs"
+    torch.save(algorithm.predictions, os.path.join(output_dir, "predictions.pt"))
     with open(os.path.join(output_dir, "done"), "w") as f:
         f.write("done")
 '''
@@ -288,10 +299,11 @@ _PLAIN = {
     "unpack": "all_x, all_y = (torch.cat(part) for part in zip(*minibatches))",
     "own_arguments": "minibatches, unlabeled=None", "pass_on": "minibatches",
     "passed_hparams": "hparams", "around": "", "after": "",
+    "activation": "pass", "dataset_writes": "",
     "make_dataset": "datasets.get_dataset_class(args.dataset)(None, test_envs, hparams)",
     "constructor_arguments": "", "call": "values = algorithm.update(minibatches, None)"}
 _XY = _PLAIN | {
-    "network_reads": "assert hparams.fork_only in (True, False)",
+    "network_reads": "assert hparams.fork_only in (True, False) and hparams.from_config == 3",
     "dataset_arguments": "", "update_arguments": "x, y, **kwargs",
     "unpack": "all_x, all_y = torch.cat(x), torch.cat(y)",
     "own_arguments": "x, y, **kwargs", "pass_on": "x, y",
@@ -309,11 +321,12 @@ _XY = _PLAIN | {
               '        assert torch.equal(average.eval()(x), clone.eval().predict(x))\n'
               '        assert torch.equal(average(x), algorithm.eval().get_forward_model()(x))')}
 DIALECTS = {
-    "DomainBed": _PLAIN,
+    "DomainBed": _PLAIN | {"activation": "self.activation = nn.Identity()"},
     "older DomainBed": _PLAIN | {
         "update_arguments": "minibatches", "own_arguments": "minibatches",
         "call": "values = algorithm.update(minibatches)"},
     "SCMD": _PLAIN | {
+        "dataset_writes": "hparams['domain_names'] = self.ENVIRONMENTS",
         "own_arguments": "minibatches, unlabeled=None, step=None",
         "call": ('values = (algorithm.update(minibatches, None, step) if args.algorithm in '
                  '("Own", "SCMD") else algorithm.update(minibatches, None))')},
@@ -325,9 +338,16 @@ DIALECTS = {
     "MIRO": _XY | {"more_arguments": ", **kwargs", "erm_arguments": ", **kwargs"},
 }
 GET_DATASET = '''
+from domainbed.datasets import datasets
+
 
 def get_dataset(test_envs, args, hparams, algorithm_class=None):
-    return get_dataset_class(args.dataset)(None)
+    return vars(datasets)[args.dataset](None)
+'''
+MIRO = '''
+
+class MIRO(ERM):
+    pass
 '''
 
 
@@ -339,13 +359,16 @@ def make_fork(folder: Path, dialect: str) -> Path:
     files = {
         "__init__.py": "", "scripts/__init__.py": "",
         "networks.py": NETWORKS, "hparams_registry.py": HPARAMS, "scripts/run.py": RUN,
-        "algorithms.py": ALGORITHMS,
-        "datasets.py": DATASETS + (GET_DATASET if in_packages else "")}
+        "algorithms.py": ALGORITHMS + (MIRO if dialect == "MIRO" else ""),
+        "datasets.py": DATASETS}
     if in_packages:
         files["algorithms/__init__.py"] = "from .algorithms import *\n"
         files["algorithms/algorithms.py"] = files.pop("algorithms.py")
+        files["datasets/__init__.py"] = GET_DATASET
+        files["datasets/datasets.py"] = files.pop("datasets.py")
+        files["../config.yaml"] = '{"from_config": 3, "swad": true}\n'
     for name, text in files.items():
-        if "{" in text:
+        if "{" in text and name.endswith(".py"):
             text = text.format(**words)
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text, encoding="utf-8")

@@ -125,7 +125,7 @@ class KDDG(Taught):
         return self._descend(
             loss.sum() / divisor, classify=classify.mean(), distill=distill.mean(),
             filtered=1 - keep.mean(),
-            teacher_accuracy=(teacher.argmax(dim=1) == y).float().mean())
+            teacher_correct=(teacher.argmax(dim=1) == y).float().mean())
 
     def _descend(self, loss, **terms):
         if not self.hparams["kddg_weight_distance"]:

@@ -1,4 +1,4 @@
-"""Our methods inside the DomainBed fork that a lab already has.
+"""Our methods inside the DomainBed fork that a lab already has, and a fork's methods here.
 
     python -m domainbed_kd.plugin -- python -m domainbed.scripts.train --algorithm RISE ...
     python -m domainbed_kd.plugin doctor
@@ -7,33 +7,27 @@ The first runs any command; every Python that it starts, by whatever launcher, t
 `domainbed.algorithms` our methods as soon as that module is imported. No file is edited. Without
 this command, one line at the end of the fork's algorithms module does the same:
 `import domainbed_kd.plugin; domainbed_kd.plugin.install()`.
+
+`dialects` reads how a fork calls its algorithms, `sightings` what its process knows of its data.
+`guests` are our algorithms in a fork, `visitors` a fork's algorithms here.
 """
 
-import importlib
 import os
-import shutil
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
-from pathlib import Path
 from types import ModuleType
-
-PACKAGE = Path(__file__).parent
-USAGE = ("usage: python -m domainbed_kd.plugin -- COMMAND ...   run a fork's command with our "
-         "methods\n       python -m domainbed_kd.plugin doctor           say what was found in "
-         "this folder, and what to do next")
 
 
 def install() -> None:
     """Teaches the fork at hand our methods, now or once its modules are imported.
 
-    Raises:
-        ValueError: if its dialect is unknown; the message names what was expected.
+    Does not raise: what goes wrong is one line on stderr, and the fork runs as it is.
     """
     install_on_import()
-    for name, teach in _LESSONS.items():
-        if name in sys.modules and not hasattr(sys.modules[name], "__taught__"):
-            teach(sys.modules[name])
+    for name in _LESSONS:
+        if name in sys.modules:
+            _teach(name, sys.modules[name])
 
 
 def install_on_import() -> None:
@@ -43,32 +37,47 @@ def install_on_import() -> None:
 
 
 def _teach_algorithms(module: ModuleType) -> None:
-    from domainbed_kd.plugin import forks
+    from domainbed_kd.plugin import guests
 
-    module.__taught__ = forks.teach(module)
-    kept = [name for name, fate in module.__taught__.items() if fate != "added"]
+    found = guests.teach(module)
+    kept = [name for name, fate in found.items() if fate != guests.ADDED]
     if kept:
         print(f"domainbed_kd: this fork has {', '.join(kept)} of its own; it is kept.",
               file=sys.stderr)
 
 
 def _teach_hparams(module: ModuleType) -> None:
-    from domainbed_kd.plugin import forks
+    from domainbed_kd.plugin import guests
 
-    module.__taught__ = True
-    forks.teach_hparams(module)
+    guests.teach_hparams(module)
 
 
-def _teach_datasets(module: ModuleType) -> None:
-    from domainbed_kd.plugin import forks
+def _watch_datasets(module: ModuleType) -> None:
+    from domainbed_kd.plugin import sightings
 
-    module.__taught__ = True
-    forks.watch_datasets(module)
+    sightings.watch_datasets(module)
 
 
 _LESSONS = {"domainbed.algorithms": _teach_algorithms,
             "domainbed.hparams_registry": _teach_hparams,
-            "domainbed.datasets": _teach_datasets}
+            "domainbed.datasets": _watch_datasets}
+
+
+def _teach(name: str, module: ModuleType) -> None:
+    """Gives a fork's module its lesson, once.
+
+    The fork's own methods need nothing of ours, so whatever fails here must not stop them.
+    """
+    if hasattr(module, "__taught__"):
+        return
+    module.__taught__ = True
+    try:
+        _LESSONS[name](module)
+    except Exception as error:
+        where = os.path.dirname(getattr(module, "__file__", None) or name)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"domainbed_kd: the fork in {where} goes on without our methods: {reason} For more, "
+              "run `python -m domainbed_kd.plugin doctor` there.", file=sys.stderr)
 
 
 class _Finder(MetaPathFinder):
@@ -85,89 +94,7 @@ class _Finder(MetaPathFinder):
 
         def run_and_teach(module):
             run(module)
-            if hasattr(module, "__taught__"):  # the module called install() itself
-                return
-            try:
-                _LESSONS[fullname](module)
-            except ValueError as error:
-                print(f"error: domainbed_kd: {error}", file=sys.stderr)
-                sys.exit(2)
+            _teach(fullname, module)
 
         spec.loader.exec_module = run_and_teach
         return spec
-
-
-def run(command: list[str]) -> None:
-    """Becomes the command, in an environment in which every Python teaches its fork.
-
-    Raises:
-        FileNotFoundError: if there is no such program.
-    """
-    if shutil.which(command[0]) is None:
-        raise FileNotFoundError(f"{command[0]}: there is no such program. After `--` comes a "
-                                "command, such as python -m domainbed.scripts.train --help.")
-    paths = [str(PACKAGE / "hook"), os.environ.get("PYTHONPATH", ""), str(PACKAGE.parents[1])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    sys.stdout.flush()
-    os.execvp(command[0], command)
-
-
-def doctor() -> int:
-    """Prints which fork is here, what it was taught, which teachers it has; 1 if there is none."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    spec = PathFinder.find_spec("domainbed", sys.path)
-    if spec is None:
-        print(f"No fork: there is no package domainbed in {os.getcwd()} nor among the installed.\n"
-              "Next: run this in the folder that holds your fork's domainbed/.")
-        return 1
-    from domainbed_kd.plugin import forks
-
-    print(f"Fork:     {next(iter(spec.submodule_search_locations))}")
-    try:
-        module = importlib.import_module("domainbed.algorithms")
-    except ImportError as error:
-        print(f"Its domainbed.algorithms does not import: {error}\nNext:     install or mend that, "
-              "and see that `python -c \"import domainbed.algorithms\"` works.")
-        return 1
-    dialect = forks.dialect_of(module)
-    form = "update(x, y, **kwargs)" if dialect.takes_xy else "update(minibatches, ...)"
-    print(f"Dialect:  {dialect.name}: {form}; predict returns "
-          f"{'a dict' if dialect.predicts_dict else 'logits'}")
-    found = getattr(module, "__taught__", None) or forks.teach(module)
-    for name, fate in found.items():
-        print(f"Method:   {name}: {fate}")
-    print("Teacher:  trained by the method itself in its first updates (KD, KDDG, MosaicKD, 4Ds)"
-          "\nTeacher:  a finished run: --hparams '{\"teacher\": \"FOLDER\"}'"
-          "\nTeacher:  tiny CLIP for digits: ships with this package")
-    print(f"Teacher:  {_hub()}")
-    script = ("python train_all.py NAME --algorithm KDDG" if dialect.takes_xy else
-              "python -m domainbed.scripts.train --algorithm KDDG --dataset PACS --data_dir DATA")
-    print(f"Next:     python -m domainbed_kd.plugin -- {script}")
-    return 0
-
-
-def _hub() -> str:
-    """Whether the weights of CLIP are at hand, asking nobody but this machine."""
-    from huggingface_hub import constants
-
-    cached = sorted(path.name.replace("--", "/") for path in
-                    Path(constants.HF_HUB_CACHE).glob("models--*clip*"))
-    if cached:
-        return f"CLIP, downloaded before: {', '.join(cached)}"
-    return ("CLIP by open_clip: nothing downloaded yet; the first run fetches it, or name a file: "
-            "--hparams '{\"clip_backbone\": \"ViT-B-16/FILE.pt\"}'")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs a command with our methods, or the doctor."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--"] and argv[1:]:
-        run(argv[1:])
-    if argv == ["doctor"]:
-        return doctor()
-    if argv in (["--help"], ["-h"]):
-        print(USAGE)
-        return 0
-    raise ValueError(f"found {' '.join(argv) or 'no command'}. Expected `-- COMMAND ...` or "
-                     "`doctor` (see --help).")
