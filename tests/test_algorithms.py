@@ -266,6 +266,17 @@ def test_fishr_refuses_a_classifier_that_is_not_linear():
         build("Fishr", hparams=hparams_of("Fishr", nonlinear_classifier=True))
 
 
+@pytest.mark.parametrize("n", [1, 2, 10, 13, 16, 40, 64, 160, 256])
+@pytest.mark.parametrize("q", [0.0, 50.0, (1 - 1 / 3) * 100, 87.65, 100.0])
+def test_rscs_percentile_mutes_what_numpys_mutes(n, q):
+    from domainbed_kd.algorithms.rsc import percentile
+
+    values = np.random.RandomState(n).standard_normal((20, n)).astype(np.float32)
+    expected = values < np.percentile(values, q, axis=1, keepdims=True).astype(np.float32)
+    ours = torch.from_numpy(values)
+    assert ((ours < percentile(ours, q)).numpy() == expected).all()
+
+
 def test_irms_penalty_is_the_product_of_the_halves_gradients():
     from domainbed_kd.losses import invariance_penalty
 

@@ -20,7 +20,6 @@ DIFFERS = {
     "MLDG/one": "a domain is left for meta-training",
     **dict.fromkeys(("MTL/d2", "MTL/d4", "MTL/drop", "MTL/deep", "MTL/r18"),
                     "embeddings are drawn, and used"),
-    **dict.fromkeys(("RSC/d2", "RSC/b64", "RSC/b160"), "percentiles are in float32"),
     "Fishr/deep": "a nonlinear classifier is refused",
 }
 KNOWN = [pytest.param(case, id=name, marks=[pytest.mark.xfail(reason=DIFFERS[name])]

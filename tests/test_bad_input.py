@@ -171,7 +171,9 @@ def contents(folder):
     (TRAIN, ["--hparams", '{"batch_size": 1000000000}'], "less than a batch"),
     (TRAIN, ["--hparams", '{"averaging": "swadd", "batch_size": 4}'], "swadd"),
     (TRAIN, ["--algorithm", "RSC", "--hparams", '{"rsc_b_drop_factor": -1, "batch_size": 4}'],
-     "RSC fails with --hparams"),
+     "rsc_b_drop_factor is -1"),
+    (TRAIN, ["--algorithm", "Fishr", "--hparams", '{"ema": 1.0, "batch_size": 4}'],
+     "Fishr fails with --hparams"),
     (LAUNCH, ["--hparams", '{"lr": Infinity}'], "Infinity is no finite number"),
     (STATUS, ["--hparams", "lr=1"], "--hparams is not JSON"),
     # Folders and files that are not what they should be.

@@ -7,10 +7,31 @@ last feature map; images outside the batch percentage keep exactly the features 
 muting leaves.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from domainbed_kd.algorithms.base import between
 from domainbed_kd.algorithms.erm import ERM
+
+
+def percentile(values: Tensor, q: float) -> Tensor:
+    """The q-th percentile of each row of values (..., N), linearly interpolated; (..., 1).
+
+    As NumPy's on float32: its rank is found in double precision. `torch.quantile` rounds the rank
+    to float32, which moves it off the values that it hits exactly, as it does for 64 images.
+    """
+    ordered = values.sort(dim=-1).values
+    rank = (values.shape[-1] - 1) * (q / 100)
+    below = math.floor(rank)
+    low = ordered[..., below:below + 1]
+    high = ordered[..., below + 1:below + 2] if below + 1 < values.shape[-1] else low
+    share = rank - below
+    if share < 0.5:
+        return low + (high - low) * share
+    return high - (high - low) * (1 - share)
 
 
 class RSC(ERM):
@@ -19,6 +40,8 @@ class RSC(ERM):
     An image's `rsc_f_drop_factor` of features with the largest gradients are muted, in the
     `rsc_b_drop_factor` of the batch whose true class loses most probability by it.
     """
+
+    takes = ERM.takes | {"rsc_f_drop_factor": between(0, 1), "rsc_b_drop_factor": between(0, 1)}
 
     @staticmethod
     def search_space(dataset):
@@ -37,12 +60,12 @@ class RSC(ERM):
 
         score = logits.gather(1, true).sum()
         gradient, = torch.autograd.grad(score, features, retain_graph=True)
-        steep = gradient.quantile(1 - self.hparams["rsc_f_drop_factor"], dim=1, keepdim=True)
+        steep = percentile(gradient, (1 - self.hparams["rsc_f_drop_factor"]) * 100)
         keep_feature = gradient < steep  # (B, D)
 
         with torch.no_grad():
             muted = self.classifier(features * keep_feature)
-            loss_of_true = (logits.softmax(1) - muted.softmax(1)).gather(1, true)
-        most = loss_of_true.quantile(1 - self.hparams["rsc_b_drop_factor"])
+            loss_of_true = (logits.softmax(1) - muted.softmax(1)).gather(1, true)  # (B, 1)
+        most = percentile(loss_of_true.T, (1 - self.hparams["rsc_b_drop_factor"]) * 100)
         keep = keep_feature | (loss_of_true < most)
         return self.descend(F.cross_entropy(self.classifier(features * keep), y))
