@@ -35,12 +35,9 @@ def minibatches():
 def build(name, variant):
     hparams = hparams_registry.default_hparams(name, "Debug28")
     hparams |= GOLDEN[name][variant]["overrides"]
-    cls = get_algorithm_class(name)
-    if getattr(cls, "upstream_exact_differs", False):
-        hparams["upstream_exact"] = True
     batches = minibatches()
     seed_everything(1)
-    return cls((3, 28, 28), 2, 3, hparams), batches
+    return get_algorithm_class(name)((3, 28, 28), 2, 3, hparams), batches
 
 
 def assert_near(actual, expected):

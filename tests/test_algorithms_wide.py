@@ -11,20 +11,8 @@ from domainbed_kd.algorithms import ALGORITHMS, ermplusplus, get_algorithm_class
 
 GOLDEN = golden("algorithms_wide.json")
 CASES = {case["id"]: case for case in GOLDEN["cases"]}
-DIFFERS = {
-    "ERMPlusPlus/drop": "weight decay is dropped in the warm-up",
-    "ERMPlusPlus/deep": "weight decay is dropped in the warm-up",
-    **dict.fromkeys(("Fish/d2", "Fish/d4", "Fish/drop", "Fish/deep", "Fish/r18"),
-                    "DomainBed builds a network in every update"),
-    "MLDG/d2": "a domain is left for meta-training",
-    "MLDG/one": "a domain is left for meta-training",
-    **dict.fromkeys(("MTL/d2", "MTL/d4", "MTL/drop", "MTL/deep", "MTL/r18"),
-                    "embeddings are drawn, and used"),
-    "Fishr/deep": "a nonlinear classifier is refused",
-}
-KNOWN = [pytest.param(case, id=name, marks=[pytest.mark.xfail(reason=DIFFERS[name])]
-                      if name in DIFFERS else [])
-         for name, case in CASES.items() if case["algorithm"] in ALGORITHMS]
+KNOWN = [pytest.param(case, id=name) for name, case in CASES.items()
+         if case["algorithm"] in ALGORITHMS]
 
 
 @pytest.fixture(autouse=True)

@@ -33,13 +33,12 @@ class ERMPlusPlus(ERM):
                 "ERMPlusPlus: the hparam lars is true, but DomainBed's LARS optimiser never ran, "
                 "so there are no numbers to match. Leave it false: the optimiser is Adam.")
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.linear_optimizer = self.adam(
-            self.classifier, lr=hparams["linear_lr"], weight_decay=0.0)
+        self.linear_optimizer = self.adam(self.classifier, lr=hparams["linear_lr"])
         self.network_sma = copy.deepcopy(self.network).requires_grad_(False)
         self.register_buffer("global_iter", torch.tensor(0))
 
     def update(self, minibatches, unlabeled=None):
-        """One step of the classifier, after `linear_steps` of the whole network."""
+        """One step: of the classifier in the first `linear_steps` + 1 updates, then of all."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         all_parts = self.global_iter.item() > self.hparams["linear_steps"]
         with torch.set_grad_enabled(all_parts):

@@ -2,6 +2,8 @@
 
 Shi et al., "Gradient Matching for Domain Generalization", ICLR 2022,
 https://arxiv.org/abs/2104.09937 (algorithm 1): steps in turn align the domains' gradients.
+DomainBed builds a network in every update and overwrites it, which moves the random stream that
+dropout and the loaders draw from. So does this file; the hparam `mended`: true saves the time.
 """
 
 import torch
@@ -26,16 +28,22 @@ class Fish(Algorithm):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        featurizer = networks.Featurizer(input_shape, hparams)
-        classifier = networks.Classifier(
-            featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
+        self.shape = input_shape, num_classes
         self.network = nn.Module()  # so named for DomainBed's checkpoints: network.net.0...
-        self.network.net = nn.Sequential(featurizer, classifier)
+        self.network.net = self._build(hparams)
         self.network.forward = self.network.net.forward
         self.optimizer = self.adam(self.network)
 
+    def _build(self, hparams) -> nn.Sequential:
+        input_shape, num_classes = self.shape
+        featurizer = networks.Featurizer(input_shape, hparams)
+        return nn.Sequential(featurizer, networks.Classifier(
+            featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"]))
+
     def update(self, minibatches, unlabeled=None):
         """One pass; the loss is that of the last domain."""
+        if not self.hparams.get("mended"):
+            self._build({**self.hparams, "weights": "none"})  # for its draws, which all build alike
         start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         for x, y in minibatches:
             values = self.descend(F.cross_entropy(self.predict(x), y))

@@ -2,13 +2,14 @@
 
 Rame et al., "Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization",
 ICML 2022, https://arxiv.org/abs/2109.02934. Constants from the authors' code.
-Departure: the variances are computed in closed form instead of from stored per-sample gradients;
-their running means are in the checkpoint.
+Departure: the variances of a linear classifier are computed in closed form instead of from stored
+per-sample gradients; their running means are in the checkpoint.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 from domainbed_kd.algorithms.annealed import Annealed
 
@@ -26,12 +27,19 @@ def gradient_variance(features: Tensor, logits: Tensor, y: Tensor) -> Tensor:
     return (error.square().T @ inputs.square() / len(y) - mean.square()).flatten()
 
 
-class Fishr(Annealed):
-    """Cross-entropy, and how far the domains' gradient variances are from their mean.
+def per_sample_gradient_variance(classifier: nn.Module, features: Tensor, y: Tensor) -> Tensor:
+    """The same for any classifier of features (B, D): a value per parameter, (P,)."""
+    def loss(parameters, feature, label):
+        return F.cross_entropy(functional_call(classifier, parameters, (feature,)), label)
 
-    Raises:
-        ValueError: if the classifier is not linear.
-    """
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(
+        dict(classifier.named_parameters()), features, y)  # {name: (B, *its shape)}
+    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1).var(
+        dim=0, correction=0)
+
+
+class Fishr(Annealed):
+    """Cross-entropy, and how far the domains' gradient variances are from their mean."""
 
     @staticmethod
     def search_space(dataset):
@@ -44,9 +52,6 @@ class Fishr(Annealed):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        if hparams["nonlinear_classifier"]:
-            raise ValueError("Fishr: its penalty is that of a linear classifier; found "
-                             "nonlinear_classifier true. Leave it false.")
         n_parameters = sum(p.numel() for p in self.classifier.parameters())
         self.register_buffer("mean_variance", torch.zeros(num_domains, n_parameters))
 
@@ -58,8 +63,10 @@ class Fishr(Annealed):
         logits = self.classifier(features)
         nll = F.cross_entropy(logits, y)
 
-        variances = torch.stack([gradient_variance(*parts) for parts in zip(
-            features.split(sizes), logits.split(sizes), y.split(sizes))])
+        parts = zip(features.split(sizes), logits.split(sizes), y.split(sizes))
+        variances = torch.stack([
+            gradient_variance(f, z, label) if isinstance(self.classifier, nn.Linear)
+            else per_sample_gradient_variance(self.classifier, f, label) for f, z, label in parts])
         # The new share counts in full, as in the authors' code, so that its gradient does too.
         ema = self.hparams["ema"]
         smoothed = variances + ema / (1 - ema) * self.mean_variance

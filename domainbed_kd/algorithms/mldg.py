@@ -23,8 +23,9 @@ def meta_pairs(n_domains: int, n_meta_test: int) -> list[tuple[int, int]]:
 class MLDG(ERM):
     """Gradients of meta-training domains, plus those of meta-test domains one Adam step later.
 
-    Departure from DomainBed: at least one domain is left for meta-training, where it would
-    otherwise learn nothing from two domains; `upstream_exact` restores that.
+    As in DomainBed, `n_meta_test` may leave no domain for meta-training: with its default 2 and
+    two training domains, or with one, the loss is 0 and nothing but weight decay acts. With the
+    hparam `mended`: true at least one domain is left, and a single one is both.
     """
 
     @staticmethod
@@ -38,11 +39,14 @@ class MLDG(ERM):
     def update(self, minibatches, unlabeled=None):
         """One step on the gradients of all pairs, over the number of domains."""
         n_domains, n_meta_test = len(minibatches), self.hparams["n_meta_test"]
-        if not self.hparams.get("upstream_exact"):
+        if self.hparams.get("mended"):
             n_meta_test = max(1, min(n_meta_test, n_domains - 1))
+        pairs = meta_pairs(n_domains, n_meta_test)
+        if self.hparams.get("mended") and n_domains == 1:
+            pairs = [(0, 0)]
         beta, total = self.hparams["mldg_beta"], 0.0
         gradients = [torch.zeros_like(p) for p in self.network.parameters()]
-        for i, j in meta_pairs(n_domains, n_meta_test) or [(0, 0)] * (n_domains == 1):
+        for i, j in pairs:
             (xi, yi), (xj, yj) = minibatches[i], minibatches[j]
             inner = copy.deepcopy(self.network)
             optimizer = self.adam(inner)

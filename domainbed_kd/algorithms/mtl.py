@@ -3,9 +3,9 @@
 Blanchard et al., "Domain Generalization by Marginal Transfer Learning", JMLR 2021,
 https://arxiv.org/abs/1711.07910. Constants from DomainBed.
 Departures, as in DomainBed: the marginal's kernel embedding is the mean of learned features, in
-training an exponential moving average over a domain's batches; the loss is summed over domains.
-Departure from DomainBed: it overwrites the embedding by N(0, 1) noise, in evaluation too;
-the hparam `upstream_exact`: true does so here.
+training an exponential moving average over a domain's batches; the loss is summed over domains;
+and the classifier never sees it, but N(0, 1) noise in its place, in evaluation too. The hparam
+`mended`: true gives it the embedding.
 """
 
 import torch
@@ -20,12 +20,9 @@ class MTL(Algorithm):
     """Cross-entropy of a classifier on [features, domain embedding].
 
     The embedding of a domain that is not trained on is the mean feature of the images given to
-    `predict`, so predictions depend on the batch, as the method intends: give it images of one
-    domain. Evaluation by the training loop does.
+    `predict`, so mended predictions depend on the batch, as the method intends: give it images of
+    one domain. Evaluation by the training loop does. Unless mended, predictions draw noise.
     """
-
-    #: DomainBed's golden values need the hparam `upstream_exact`.
-    upstream_exact_differs = True
 
     @staticmethod
     def search_space(dataset):
@@ -39,7 +36,7 @@ class MTL(Algorithm):
         self.classifier = networks.Classifier(
             2 * n_features, num_classes, hparams["nonlinear_classifier"])
         self.optimizer = self.adam(self.network)
-        self.register_buffer("embeddings", torch.randn(num_domains, n_features))
+        self.register_buffer("embeddings", torch.zeros(num_domains, n_features))
 
     @property
     def network(self):
@@ -59,7 +56,7 @@ class MTL(Algorithm):
     def _classify(self, x: Tensor, domain: int | None = None) -> Tensor:
         features = self.featurizer(x)
         embedding = self._embed(features, domain).expand_as(features)
-        if self.hparams.get("upstream_exact"):
+        if not self.hparams.get("mended"):
             embedding = torch.randn_like(features)
         return self.classifier(torch.cat((features, embedding), dim=1))
 
