@@ -49,6 +49,11 @@ def hparams_of(name, seed=0, **overrides):
     return context | hparams | overrides
 
 
+def mended(name):
+    """The hparam that mends a defect in DomainBed's numbers, where there is one."""
+    return {"mended": True} if get_algorithm_class(name).mends else {}
+
+
 def build(name, input_shape=SMALL, n_domains=3, hparams=None, seed=1):
     seed_everything(seed)
     return get_algorithm_class(name)(input_shape, 2, n_domains, hparams or hparams_of(name))
@@ -173,7 +178,7 @@ def test_it_takes_images_of_other_shapes(name, shape, network):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_or_two_training_domains_are_enough_to_learn_from(name, n_domains):
     hparams = hparams_of(
-        name, linear_steps=0, teacher_steps=0, d_steps_per_g_step=1, **LEARNING, mended=True)
+        name, linear_steps=0, teacher_steps=0, d_steps_per_g_step=1, **LEARNING, **mended(name))
     algorithm = build(name, n_domains=n_domains, hparams=hparams)
     if not checkpoints.optimizers(algorithm):
         pytest.skip("it trains nothing: zero-shot")
@@ -187,7 +192,7 @@ def test_one_or_two_training_domains_are_enough_to_learn_from(name, n_domains):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_evaluating_draws_no_random_numbers_and_changes_nothing(name):
-    algorithm = build(name, hparams=hparams_of(name, **EARLY, mended=True))
+    algorithm = build(name, hparams=hparams_of(name, **EARLY, **mended(name)))
     train(algorithm, range(3))
     algorithm.eval()
     x = minibatches(seed=9)[0][0]

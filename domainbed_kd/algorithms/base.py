@@ -77,6 +77,8 @@ class Algorithm(nn.Module):
     selects_last = False
     #: Updates that no average of its weights takes in, as the student is not yet what it will be.
     averages_after = 0
+    #: True if DomainBed's numbers hold a defect, which the hparam `mended`: true mends.
+    mends = False
     #: Why its teacher has to see what the student sees, if it has to; see canonical_view.
     needs_same_view: str | None = None
     #: What hparams take that do not take every value of their default's kind.

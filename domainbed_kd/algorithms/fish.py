@@ -21,6 +21,8 @@ class Fish(Algorithm):
     a restarted run goes on with them.
     """
 
+    mends = True
+
     @staticmethod
     def search_space(dataset):
         """The share of the way."""

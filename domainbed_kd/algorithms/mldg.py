@@ -28,6 +28,8 @@ class MLDG(ERM):
     hparam `mended`: true at least one domain is left, and a single one is both.
     """
 
+    mends = True
+
     @staticmethod
     def search_space(dataset):
         """The weight of the meta-test gradients, and how many domains they come from."""

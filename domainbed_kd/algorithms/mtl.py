@@ -24,6 +24,8 @@ class MTL(Algorithm):
     one domain. Evaluation by the training loop does. Unless mended, predictions draw noise.
     """
 
+    mends = True
+
     @staticmethod
     def search_space(dataset):
         """`mtl_ema`: the share of the newest batch in a domain's embedding."""
