@@ -21,6 +21,8 @@ def feature_variance(features: Tensor) -> Tensor:
 class IB_ERM(Annealed):
     """Mean cross-entropy of the domains, and the mean variance of their features."""
 
+    mends = True
+
     @staticmethod
     def search_space(dataset):
         """The variance's weight, and how many updates it stays at 0."""

@@ -18,6 +18,8 @@ from domainbed_kd.losses import invariance_penalty
 class IB_IRM(Annealed):
     """Cross-entropy, invariance penalty and feature variance, each the mean over the domains."""
 
+    mends = True
+
     @staticmethod
     def search_space(dataset):
         """Weight and start of the invariance penalty (IRM's) and of the variance (IB_ERM's)."""
