@@ -120,7 +120,7 @@ def test_fast_records_are_selected_from_like_exact_ones(tmp_path):
     write(tmp_path, [record(0, True, seed=0, acc=0.25), record(0, True, seed=1, acc=0.75)])
     loaded = records.Folder(tmp_path).curves()
     assert len(loaded) == 2
-    (cell,) = curves.by_cell(loaded).values()
+    (cell,) = curves.searches(loaded).values()
     for method in (selection.IIDAccuracySelectionMethod,
                    selection.OracleSelectionMethod):
         assert method.sweep_acc(cell) == 0.75
@@ -131,7 +131,7 @@ def test_exact_records_that_lack_a_split_are_still_refused(tmp_path, capsys):
     del torn["env1_in_acc"]
     write(tmp_path, [torn])
     assert records.Folder(tmp_path).curves() == []
-    assert "no record of DomainBed's" in capsys.readouterr().err
+    assert "not a record like DomainBed's" in capsys.readouterr().err
 
 
 def test_a_table_tells_fast_cells_from_exact_ones(tmp_path, capsys):

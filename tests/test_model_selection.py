@@ -4,7 +4,7 @@ import random
 import pytest
 from conftest import GOLDENS
 
-from domainbed_kd.folder.curves import Cell, by_cell, of_records
+from domainbed_kd.folder.curves import Search, of_records, searches
 from domainbed_kd.results import records, selection
 from domainbed_kd.results.selection import (
     IIDAccuracySelectionMethod,
@@ -34,8 +34,8 @@ def test_names_are_domainbeds():
 def test_no_records_have_no_accuracy(method):
     assert method.run_acc([]) is None
     assert method.run_acc([{"step": 0, "hparams": {}, "args": record()["args"]}]) is None
-    assert method.hparams_accs(Cell()) == []
-    assert method.sweep_acc(Cell()) is None
+    assert method.hparams_accs(Search()) == []
+    assert method.sweep_acc(Search()) is None
 
 
 # Training-domain validation.
@@ -67,7 +67,7 @@ def test_a_run_that_selects_last_is_judged_by_its_last_record():
 # The choice among hparams.
 
 def test_equal_draws_go_to_the_larger_hparams_seed():
-    cell = Cell(of_records(record(out=(0, .5, .5), in_=(seed / 10, 0, 0), hparams_seed=seed)
+    cell = Search(of_records(record(out=(0, .5, .5), in_=(seed / 10, 0, 0), hparams_seed=seed)
                            for seed in (2, 0, 1)))
     assert IIDAccuracySelectionMethod.sweep_acc(cell) == .2
     assert [draw[0].args["hparams_seed"]
@@ -75,13 +75,13 @@ def test_equal_draws_go_to_the_larger_hparams_seed():
 
 
 def test_nan_is_the_worst_validation_accuracy():
-    cell = Cell(of_records([record(out=(0, math.nan, .5), hparams_seed=9),
+    cell = Search(of_records([record(out=(0, math.nan, .5), hparams_seed=9),
                             record(out=(0, 0, .1), in_=(.7, 0, 0), hparams_seed=0)]))
     assert IIDAccuracySelectionMethod.sweep_acc(cell) == .7
 
 
 def test_draws_without_an_accuracy_drop_out():
-    cell = Cell(of_records([record(test_envs=(0, 1), hparams_seed=0), record(hparams_seed=1)]))
+    cell = Search(of_records([record(test_envs=(0, 1), hparams_seed=0), record(hparams_seed=1)]))
     assert [draw[0].args["hparams_seed"]
             for _, draw in IIDAccuracySelectionMethod.hparams_accs(cell)] == [1]
 
@@ -166,7 +166,7 @@ def test_auto_lr_joins_the_two_stages_of_a_run():
 
 def test_iid_and_oracle_equal_a_naive_loop_on_the_golden_sweep():
     found = records.Folder(GOLDENS / "sweep_data").curves()
-    for (_, _, _, env), cell in by_cell(found).items():
+    for (_, _, _, env), cell in searches(found).items():
         draws, oracle = {}, {}
         for r in (record for curve in cell for record in curve.records()):
             if r["args"]["test_envs"] != [env]:
@@ -185,7 +185,7 @@ def test_iid_and_oracle_equal_a_naive_loop_on_the_golden_sweep():
 def test_outcomes_keep_a_cells_trials_and_coverage():
     found = records.Folder(GOLDENS / "sweep_data").curves()
     outcomes = selection.outcomes(
-        by_cell(found), records.Grid(found), LeaveOneOutSelectionMethod)
+        searches(found), records.Grid(found), LeaveOneOutSelectionMethod)
     assert list(outcomes) == [("VLCS", "ERM", env) for env in range(4)]
     assert set(outcomes["VLCS", "ERM", 0].accs) == {0, 1}
     assert outcomes["VLCS", "ERM", 0].coverage[:2] == (16, 16)

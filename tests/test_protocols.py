@@ -2,7 +2,7 @@ import pytest
 
 from domainbed_kd import hparams_registry
 from domainbed_kd.folder.curves import of_records
-from domainbed_kd.results import protocols
+from domainbed_kd.results import protocols, tables
 from domainbed_kd.results.records import Grid
 
 DEFAULTS = hparams_registry.default_hparams("ERM", "PACS")
@@ -22,7 +22,8 @@ def grid(*runs):
 
 def line(*runs, dataset="PACS"):
     made = grid(*runs)
-    return protocols.line(protocols.of_runs(made), made, dataset, "a rule")
+    rows = tables.row_order(made.algorithms)
+    return protocols.line(protocols.of_runs(made), made, dataset, "a rule", rows)
 
 
 @pytest.mark.parametrize("dataset, hparams, expected", [

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 from conftest import GOLDENS, records_of_sweep
@@ -40,14 +41,57 @@ def test_nothing_is_said_of_a_clean_sweep(tmp_path, capsys):
     '{"args": {"algo', "", line(0) + line(10), "[" * 100_000, "null", "[1]", '"text"', "{}",
     '{"args": 3, "step": 1}',
     line(test_envs=[7]), line(test_envs=[]), line(test_envs=[0, 0]), line(test_envs=["0"]),
-    line(trial_seed=None), line().replace("0.5", '"high"'),
+    line(trial_seed=None),
     line().replace('"step": 0', '"step": null'), line().replace('"hparams": {"lr": 0.1}, ', "")])
 def test_a_line_that_is_no_record_is_named_and_skipped(tmp_path, capsys, broken):
     write(tmp_path / "run", line(0), broken, line(10))
     assert [record["step"] for record in records_of_sweep(tmp_path)] == [0, 10]
     error = capsys.readouterr().err
-    assert error == (f"skipped {tmp_path / 'run' / 'results.jsonl'}: line 2, "
-                     "no record of DomainBed's\n")
+    assert error == (f"skipped {tmp_path / 'run' / 'results.jsonl'}: line 2: "
+                     "not a record like DomainBed's\n")
+
+
+@pytest.mark.parametrize("value, shown", [
+    ("Infinity", "inf"), ("-Infinity", "-inf"), ("NaN", "nan"), ("1e400", "inf"), ("1.5", "1.5"),
+    ("-0.01", "-0.01"), ("true", "True"), ('"high"', "high"), ("null", "None"), ("[0.5]", "[0.5]"),
+    ("2", "2"), ("1" + "0" * 400, "1" + "0" * 19)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_accuracy_that_is_not_in_0_to_1_is_named_and_skipped(
+        tmp_path, capsys, value, shown, alone):
+    broken = line(10).replace('"env1_out_acc": 0.5', f'"env1_out_acc": {value}')
+    write(tmp_path / "run", *([broken] if alone else [line(0), broken, line(20)]))
+    assert [r["step"] for r in records_of_sweep(tmp_path)] == ([] if alone else [0, 20])
+    assert capsys.readouterr().err == (
+        f"skipped {tmp_path / 'run' / 'results.jsonl'}: line {1 if alone else 2}: env1_out_acc is "
+        f"{shown}; an accuracy is a number in [0, 1]\n")
+
+
+@pytest.mark.parametrize("value", ["0", "1", "0.0", "1.0"])
+def test_the_ends_of_the_range_count_as_they_are_written(tmp_path, capsys, value):
+    write(tmp_path / "run", line(0).replace("0.5", value), line(10))
+    found = records_of_sweep(tmp_path)
+    assert repr(found[0]["env1_out_acc"]) == value and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("broken", [
+    line().replace('"step": 0', '"step": 1' + "0" * 400), line().replace('"step": 0', '"step": -1'),
+    line(test_envs=[400_000_000]), line(test_envs=[-1]), line(steps=10 ** 400)])
+def test_numbers_beyond_any_run_are_no_record(tmp_path, capsys, broken):
+    write(tmp_path / "run", line(0), broken)
+    assert len(records_of_sweep(tmp_path)) == 1
+    assert "line 2: not a record like DomainBed's" in capsys.readouterr().err
+
+
+def test_a_fifo_and_a_huge_file_are_named_not_read(tmp_path, capsys):
+    for name in ("fifo", "huge"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "fifo" / "results.jsonl")
+    with (tmp_path / "huge" / "results.jsonl").open("wb") as file:
+        file.truncate(2 ** 40)
+    assert records_of_sweep(tmp_path) == []
+    assert capsys.readouterr().err.splitlines() == [
+        f"skipped {tmp_path}/fifo/results.jsonl: Not a regular file",
+        f"skipped {tmp_path}/huge/results.jsonl: File too large"]
 
 
 def test_bytes_that_are_no_text_are_skipped(tmp_path, capsys):
@@ -55,7 +99,7 @@ def test_bytes_that_are_no_text_are_skipped(tmp_path, capsys):
     with (tmp_path / "run" / "results.jsonl").open("ab") as file:
         file.write(b"\xff\xfe\0\0\n\0\0\0\n")
     assert len(records_of_sweep(tmp_path)) == 1
-    assert "line 2 and 1 more" in capsys.readouterr().err
+    assert "line 2 and 1 more: not a record like DomainBed's" in capsys.readouterr().err
 
 
 def test_a_last_line_without_its_newline_counts(tmp_path):
@@ -98,9 +142,9 @@ def test_records_of_a_run_share_their_args_and_hparams(tmp_path):
     assert first["args"] is second["args"] and first["hparams"] is second["hparams"]
 
 
-def test_a_run_with_two_test_envs_belongs_to_two_cells():
+def test_a_run_with_two_test_envs_belongs_to_two_searches():
     found = curves.of_records([json.loads(line(test_envs=[2, 0])), json.loads(line(test_envs=[0]))])
-    assert curves.by_cell(found) == {
+    assert curves.searches(found) == {
         (0, "VLCS", "ERM", 0): found, (0, "VLCS", "ERM", 2): found[:1]}
 
 
@@ -138,9 +182,9 @@ def test_a_run_has_finished_at_its_last_step(steps, last, finished):
     assert (records.Run("VLCS", "ERM", (0,), 0, 0) in grid.finished) is finished
 
 
-def test_the_grid_tells_protocols_apart():
+def test_the_grid_tells_settings_apart():
     grid = loaded(line(10), line(4, steps=5, trial_seed=1))
-    assert grid.coverage("VLCS", "ERM", 0, pairs=False).protocols == {
+    assert grid.coverage("VLCS", "ERM", 0, pairs=False).settings == {
         ("11", "None", "None", "None"), ("5", "None", "None", "None")}
 
 

@@ -108,7 +108,9 @@ def test_the_tables_are_those_of_collect_results(tmp_path, capsys):
                if line.startswith("ERM")]
     report.main(["--input_dir", sweep])
     rows = Reader((tmp_path / "sweep" / "report.html").read_text()).rows
-    assert [" ".join(row).split() for row in rows if row[0] == "ERM"] == printed
+    # Of one dataset the averages say nothing new, and are left out of the page.
+    assert [" ".join(row).split() for row in rows if row[0] == "ERM" and len(row) == 6
+            ] == printed[::2]
     assert (tmp_path / "sweep" / "report" / "VLCS_domains.png").exists()
 
 
@@ -169,7 +171,7 @@ def test_a_method_that_failed_throughout_has_its_row_and_is_counted(tmp_path):
     assert "24 of 48 runs finished, 24 failed, with 72 records." in text
     assert ["KDDG", *"XXXXX"] in Reader(text).rows and "X: no result" in text
     assert "hparams 0-2: failed: The teacher is &lt;b&gt;near&lt;/b&gt; chance." in text
-    assert "--algorithms KDDG --n_trials 2 --n_hparams 3" in text
+    assert "--algorithms ERM KDDG --n_trials 2 --n_hparams 3" in text
 
 
 def test_a_sweep_without_any_result_yet_is_told_from_a_folder_without_runs(tmp_path):
@@ -211,7 +213,7 @@ def test_what_cannot_be_read_is_named_once_and_the_page_made_of_the_rest(tmp_pat
     closed.chmod(0o700)
     assert ran.returncode == 0, ran.stderr
     said = [line for line in ran.stderr.splitlines() if line.startswith("skipped")]
-    assert said == [f"skipped {broken}/results.jsonl: line 2, no record of DomainBed's",
+    assert said == [f"skipped {broken}/results.jsonl: line 2: not a record like DomainBed's",
                     f"skipped {refused}/results.jsonl: Permission denied",
                     f"skipped {closed}/results.jsonl: Permission denied"]
     assert "46 of 48 runs finished" in (sweep / "report.html").read_text()

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from domainbed_kd.folder.curves import by_cell, of_records
+from domainbed_kd.folder.curves import of_records, searches
 from domainbed_kd.results import summaries
 from domainbed_kd.results.selection import IIDAccuracySelectionMethod as IID
 
@@ -35,7 +35,7 @@ def test_the_chosen_runs_are_those_whose_draw_the_selection_method_puts_first():
         records.append({"step": 0, "hparams": {}, **accs, "args": {
             "dataset": "Debug28", "algorithm": "ERM", "test_envs": [env], "trial_seed": trial,
             "hparams_seed": draw}})
-    chosen = summaries.chosen(frame(*rows), by_cell(of_records(records)), IID)
+    chosen = summaries.chosen(frame(*rows), searches(of_records(records)), IID)
     assert chosen["run"].tolist() == ["ERM001", "ERM010", "ERM102", "ERM110"]
 
 

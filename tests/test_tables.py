@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from domainbed_kd import algorithms, datasets
-from domainbed_kd.results import tables
+from domainbed_kd.results import formats, tables
 from domainbed_kd.results.records import Coverage
 from domainbed_kd.results.selection import IIDAccuracySelectionMethod as IID
 from domainbed_kd.results.selection import Outcome
@@ -16,10 +16,10 @@ from domainbed_kd.results.selection import Outcome
 USUAL = ("11", "None", "None")
 
 
-def outcome(*accs, finished=None, expected=None, protocols=(USUAL,)):
+def outcome(*accs, finished=None, expected=None, settings=(USUAL,)):
     expected = len(accs) if expected is None else expected
     return Outcome(dict(enumerate(accs)), Coverage(
-        expected if finished is None else finished, expected, frozenset(protocols)))
+        expected if finished is None else finished, expected, frozenset(settings)))
 
 
 def build(outcomes, names=("ERM", "CORAL", "MMD"), on=("Debug28",), n_envs=3):
@@ -90,7 +90,7 @@ def test_columns_of_other_datasets_are_numbers():
 def test_display_names_are_those_of_the_classes():
     for name in algorithms.ALGORITHMS:
         shown = algorithms.get_algorithm_class(name).display_name
-        assert tables.display_name(name) == (shown or name)
+        assert algorithms.display_name(name) == (shown or name)
 
 
 # Best and second.
@@ -125,7 +125,7 @@ def test_incomplete_cells_do_not_compete():
 
 
 def test_cells_of_another_protocol_are_marked_and_do_not_compete():
-    outcomes = {("Debug28", "ERM", 0): outcome(.9, protocols=[("5", "None", "None")]),
+    outcomes = {("Debug28", "ERM", 0): outcome(.9, settings=[("5", "None", "None")]),
                 ("Debug28", "CORAL", 0): outcome(.7), ("Debug28", "MMD", 0): outcome(.6)}
     assert ranks(outcomes) == [0, 1, 2]
     assert [cells[0].differs for cells in build(outcomes)[0].rows.values()] == [True, False, False]
@@ -133,7 +133,7 @@ def test_cells_of_another_protocol_are_marked_and_do_not_compete():
 
 def test_a_cell_that_mixes_protocols_is_marked_wherever_it_counts():
     outcomes = {**everywhere("ERM", .5), **everywhere("CORAL", .6),
-                ("Debug28", "ERM", 1): outcome(.9, protocols=[USUAL, ("5", "None", "None")])}
+                ("Debug28", "ERM", 1): outcome(.9, settings=[USUAL, ("5", "None", "None")])}
     table, averages = build(outcomes)
     assert [cell.differs for cell in table.rows["ERM"]] == [False, True, False, True]
     assert [cell.differs for cell in averages.rows["ERM"]] == [True, True]
@@ -143,7 +143,7 @@ def test_a_cell_that_mixes_protocols_is_marked_wherever_it_counts():
 def test_datasets_trained_for_different_steps_compare_in_the_averages():
     outcomes = {**everywhere("ERM", .5), **everywhere("CORAL", .6)}
     for name, acc in (("ERM", .5), ("CORAL", .6)):
-        outcomes |= everywhere(name, acc, dataset="Debug224", protocols=[("5", "None", "None")])
+        outcomes |= everywhere(name, acc, dataset="Debug224", settings=[("5", "None", "None")])
     averages = build(outcomes, names=("ERM", "CORAL"), on=("Debug28", "Debug224"))[-1]
     assert [cell.rank for cell in averages.rows["CORAL"]] == [1, 1, 1]
 
@@ -153,33 +153,33 @@ def test_datasets_trained_for_different_steps_compare_in_the_averages():
 def test_upstream_text_cuts_cells_and_ours_does_not():
     name = "AnAlgorithmWithAnUncommonlyLongName"
     table = build({("Debug28", name, 0): outcome(.5)}, names=[name])[0]
-    cut = tables.upstream_text(table).splitlines()
+    cut = formats.upstream_text(table).splitlines()
     assert cut[0] == "" and cut[1] == ("-------- Dataset: Debug28, model selection method: "
                                        "training-domain validation set")
     assert cut[3].startswith(name[:20] + "  50.0 +/- 0.0 ") and cut[3].endswith(" X" + 20 * " ")
-    lines = tables.text(table).splitlines()
+    lines = formats.text(table).splitlines()
     assert name in lines[3] and len(lines[2]) == len(lines[3])
 
 
 def test_text_without_marks_equals_upstreams():
     for table in build({**everywhere("ERM", .5, .7), **everywhere("MMD", .1)}):
-        assert tables.text(table) == tables.upstream_text(table)
+        assert formats.text(table) == formats.upstream_text(table)
 
 
 def test_marks_say_what_a_cell_lacks_and_that_it_is_mixed():
     table = build({("Debug28", "ERM", 0): outcome(.5, finished=3, expected=60),
-                   ("Debug28", "CORAL", 0): outcome(.5, protocols=[USUAL, ("5", "x", "None")]),
+                   ("Debug28", "CORAL", 0): outcome(.5, settings=[USUAL, ("5", "x", "None")]),
                    ("Debug28", "MMD", 0): outcome(.5)})[0]
-    lines = tables.text(table).splitlines()
+    lines = formats.text(table).splitlines()
     assert "50.0 +/- 0.0 *3/60 " in lines[3] and "50.0 +/- 0.0 ! " in lines[4]
     assert "*" not in lines[5] and "!" not in lines[5]
-    assert "*" not in tables.upstream_text(table) and "!" not in tables.upstream_text(table)
+    assert "*" not in formats.upstream_text(table) and "!" not in formats.upstream_text(table)
 
 
 def test_fourds_is_shown_as_the_paper_prints_it():
     table = build({}, names=["FourDs"])[0]
-    assert tables.text(table).splitlines()[3].startswith("4Ds ")
-    assert "FourDs" in tables.upstream_text(table)
+    assert formats.text(table).splitlines()[3].startswith("4Ds ")
+    assert "FourDs" in formats.upstream_text(table)
 
 
 # LaTeX.
@@ -188,8 +188,8 @@ NASTY = r"a_b %c &d #e ~f ^g \h $i {j} <k> |l"
 
 
 def latex(outcomes, names=("ERM", "CORAL", "MMD"), on=("Debug28",)):
-    parts = [tables.latex_section(IID.name), *map(tables.latex, build(outcomes, names, on))]
-    return tables.latex_document(parts, 7)
+    parts = [formats._latex_section(IID.name), *map(formats.latex, build(outcomes, names, on))]
+    return formats._latex_document(parts, 7)
 
 
 def unescaped(character, text):
@@ -200,7 +200,7 @@ def nasty_document():
     outcomes = {**everywhere(NASTY, .5, .6, dataset=f"Folder:{NASTY}"),
                 **everywhere("ERM", .4, dataset=f"Folder:{NASTY}"),
                 **everywhere("ERM", .4, dataset="ColoredMNIST", finished=1, expected=2),
-                ("ColoredMNIST", NASTY, 0): outcome(.9, protocols=[USUAL, ("5", "x", "None")])}
+                ("ColoredMNIST", NASTY, 0): outcome(.9, settings=[USUAL, ("5", "x", "None")])}
     return latex(outcomes, names=[NASTY, "ERM", "FourDs"], on=["ColoredMNIST", f"Folder:{NASTY}"])
 
 
@@ -223,24 +223,26 @@ def test_latex_escapes_names_and_balances_braces():
         assert not [m for m in unescaped("%", line.removeprefix("% "))
                     if line != r"\adjustbox{max width=\textwidth}{%"]
         assert not re.search(r"(?<!\\)_", line)
-    assert tables.escape_latex(r"_%&#~^\$") == (
+    assert formats.escape_latex(r"_%&#~^\$") == (
         r"\_\%\&\#\textasciitilde{}\textasciicircum{}\textbackslash{}\$")
 
 
 def test_latex_prints_best_bold_second_underlined_and_marks():
     document = latex({("Debug28", "ERM", 0): outcome(.5, .5), ("Debug28", "CORAL", 0): outcome(.7),
                       ("Debug28", "MMD", 0): outcome(.9, finished=1, expected=8),
-                      ("Debug28", "MMD", 1): outcome(.9, protocols=[USUAL, ("5", "x", "None")])})
-    assert r"CORAL & \textbf{70.0 $\pm$ 0.0} & X & X & X \\" in document
+                      ("Debug28", "MMD", 1): outcome(.9, settings=[USUAL, ("5", "x", "None")])})
+    assert r"CORAL & \textbf{70.0}$^{\circ}$ & X & X & X \\" in document
     assert r"ERM & \underline{50.0 $\pm$ 0.0} & X & X & X \\" in document
-    assert r"MMD & 90.0 $\pm$ 0.0$^{*1/8}$ & 90.0 $\pm$ 0.0$^{\dagger}$ & X & X \\" in document
+    assert (r"MMD & 90.0$^{\circ}$$^{*1/8}$ & 90.0$^{\circ}$$^{\dagger}$ & X & X \\"
+            in document)
+    assert r"$^{\circ}$ one trial, so no standard error." in document
     assert "finished runs / runs of a whole sweep" in document
     assert "another protocol" in document
 
 
 def test_latex_explains_no_mark_that_is_not_there():
-    document = latex(everywhere("ERM", .5))
-    assert r"\footnotesize" not in document
+    document = latex(everywhere("ERM", .5, .6))
+    assert r"\footnotesize" not in document and "circ" not in document
 
 
 @pytest.mark.slow
@@ -257,15 +259,15 @@ def test_latex_compiles_as_it_stands(tmp_path):
 
 def test_upstream_latex_wraps_labels_before_it_cuts_them():
     table = build({}, names=["ERM"], on=["ColoredMNIST"])[0]
-    assert r"\textbf{+90\%}       & " in tables.upstream_latex(table)
+    assert r"\textbf{+90\%}       & " in formats.upstream_latex(table)
     table = build({}, names=["ERM"], on=["SpawriousO2O_medium"])[-1]
-    assert r"\textbf{SpawriousO2O_medi & " in tables.upstream_latex(table)
+    assert r"\textbf{SpawriousO2O_medi & " in formats.upstream_latex(table)
 
 
 # Markdown and CSV.
 
 def test_markdown_escapes_what_would_break_a_row():
-    text = tables.markdown(build(everywhere(NASTY, .5, dataset=f"Folder:{NASTY}"),
+    text = formats.markdown(build(everywhere(NASTY, .5, dataset=f"Folder:{NASTY}"),
                                  names=[NASTY], on=[f"Folder:{NASTY}"])[0])
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines[1] == "| --- | --- | --- | --- | --- |"
@@ -273,7 +275,7 @@ def test_markdown_escapes_what_would_break_a_row():
 
 
 def test_markdown_prints_best_bold_and_marks():
-    text = tables.markdown(build({
+    text = formats.markdown(build({
         ("Debug28", "ERM", 0): outcome(.5), ("Debug28", "CORAL", 0): outcome(.7),
         ("Debug28", "MMD", 0): outcome(.9, finished=1, expected=8)})[0])
     assert "| CORAL | **70.0 ± 0.0** | X | X | X |" in text
@@ -282,8 +284,8 @@ def test_markdown_prints_best_bold_and_marks():
 
 def test_csv_has_a_line_per_number_with_all_its_digits():
     made = build({("Debug28", "ERM", 0): outcome(1 / 3, .5, finished=2, expected=4),
-                  ("Debug28", "CORAL", 2): outcome(.5, protocols=[USUAL, ("5", "x", "None")])})
-    found = list(csv.DictReader(io.StringIO(tables.as_csv(made))))
+                  ("Debug28", "CORAL", 2): outcome(.5, settings=[USUAL, ("5", "x", "None")])})
+    found = list(csv.DictReader(io.StringIO(formats.as_csv(made))))
     assert [(r["dataset"], r["algorithm"], r["environment"]) for r in found] == [
         ("Debug28", "ERM", "0"), ("Debug28", "CORAL", "2"),
         ("Debug28", "ERM", "all"), ("Avg", "ERM", "all"),

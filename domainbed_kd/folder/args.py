@@ -29,7 +29,7 @@ class Flag(NamedTuple):
     #: Whether runs that differ in it are different runs: one cannot continue the other.
     is_identity: bool = False
     #: Whether runs of one cell of a table must agree in it for their accuracies to be compared.
-    is_protocol: bool = False
+    is_setting: bool = False
     #: Whether a sweep takes it for all of its runs. What is on record is part of a folder's name:
     #: with ALWAYS in any case, else if it is given.
     in_sweep: str | None = None
@@ -50,11 +50,11 @@ DOMAINBEDS = (
                     "DATA_DIR/NAME/DOMAIN/CLASS/", default="RotatedMNIST", is_identity=True),
     Flag("algorithm", "an algorithm by name", default="ERM", is_identity=True),
     Flag("steps", "updates in a run; the dataset's own number if absent or, as in DomainBed, 0",
-         int, is_identity=True, is_protocol=True, in_sweep=IF_GIVEN, options={"metavar": "N"}),
+         int, is_identity=True, is_setting=True, in_sweep=IF_GIVEN, options={"metavar": "N"}),
     Flag("hparams", "JSON object merged over the chosen hparams", is_identity=True,
-         is_protocol=True, in_sweep=IF_GIVEN, options={"metavar": "JSON"}),
+         is_setting=True, in_sweep=IF_GIVEN, options={"metavar": "JSON"}),
     Flag("task", "domain_adaptation also gives unlabeled test-domain images to update",
-         default="domain_generalization", is_identity=True, is_protocol=True, in_sweep=ALWAYS,
+         default="domain_generalization", is_identity=True, is_setting=True, in_sweep=ALWAYS,
          options={"choices": ["domain_generalization", "domain_adaptation"]}),
     Flag("hparams_seed", "seed of the random hparams; 0 takes the defaults", int, 0,
          is_identity=True),
@@ -95,7 +95,7 @@ OURS = (
          bool, False, NEVER, in_sweep=IF_GIVEN),
     Flag("fast", "train in bfloat16, channels last, with augmentation as tensor operations, and "
                  "evaluate only what model selection reads; see docs/speed.md",
-         bool, False, IF_GIVEN, is_identity=True, is_protocol=True, in_sweep=IF_GIVEN),
+         bool, False, IF_GIVEN, is_identity=True, is_setting=True, in_sweep=IF_GIVEN),
     Flag("compile", "with --fast: compile each run's featurizer, for a minute or two; needs a C++ "
                     "compiler", bool, False, IF_GIVEN, is_identity=True, in_sweep=IF_GIVEN),
     Flag("image_cache", "folder where decoded images are kept for all runs, 3 bytes a pixel; "
@@ -126,12 +126,14 @@ FLAGS = {flag.name: flag for flag in (*DOMAINBEDS, *OURS)}
 OF_SWEEP = {flag.name: flag.default for flag in FLAGS.values()
             if flag.in_sweep and flag.on_record != NEVER}
 #: Args in which runs of one cell must agree for their accuracies to be compared.
-PROTOCOL = tuple(flag.name for flag in FLAGS.values() if flag.is_protocol)
+SETTINGS = tuple(flag.name for flag in FLAGS.values() if flag.is_setting)
 # Args on record that are neither lists nor objects.
 _ONE_VALUE = tuple(flag.name for flag in FLAGS.values()
                    if flag.on_record != NEVER and "nargs" not in flag.options)
 # More domains than this no dataset has; readers count up to the largest number.
 _MOST_ENVS = 1000
+# Nor is any number of steps or seed larger.
+_MOST = 2 ** 63
 
 
 def add_flags(group, flags: Iterable[Flag], for_sweep: bool = False) -> None:
@@ -247,9 +249,9 @@ def are_args(args) -> bool:
             return False
         if not {list, dict}.isdisjoint(map(type, map(args.get, _ONE_VALUE))):
             return False
+        numbers = (args["trial_seed"], args["hparams_seed"], args.get("steps") or 0)
         return (isinstance(args["dataset"], str) and isinstance(args["algorithm"], str)
-                and isinstance(args["trial_seed"], int) and isinstance(args["hparams_seed"], int)
-                and isinstance(args.get("steps"), (int, type(None)))
+                and all(isinstance(n, int) and abs(n) < _MOST for n in numbers)
                 and len(set(envs)) == len(envs) > 0)
     except (AttributeError, TypeError, KeyError):
         return False

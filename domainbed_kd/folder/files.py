@@ -30,7 +30,7 @@ STATE, MODEL, SAFETENSORS, LOGITS = "resume.pt", "model.pkl", "model.safetensors
 HEARTBEAT = "heartbeat"
 
 # Of a file that is read whole, and of one line, in bytes.
-_MOST_BYTES = 2**26
+MOST_BYTES = 2**26
 # Of JSON: the depth that is read, and the size of an integer.
 _MOST_NESTED, _MOST_BITS = 50, 63
 _BLOCK = 2**16
@@ -70,7 +70,7 @@ def read_bytes(path: str | Path) -> bytes:
         OSError: as `open_regular`, and if it is larger than any file of a run.
     """
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+        if os.fstat(file.fileno()).st_size > MOST_BYTES:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
         return file.readall()
 
@@ -213,7 +213,7 @@ def first_args(folder: str | Path) -> dict | None:
     try:
         with open_regular(f"{folder}/{RESULTS}") as file:
             line = b""
-            while len(line) < _MOST_BYTES and (part := file.read(_BLOCK)):
+            while len(line) < MOST_BYTES and (part := file.read(_BLOCK)):
                 before, end, _ = part.partition(b"\n")
                 line += before
                 if end:
@@ -241,7 +241,7 @@ def last_record(folder: str | Path) -> dict | None:
                         record = parse_json(line)
                         if isinstance(record, dict) and type(record.get("step")) is int:
                             return record
-                if not start or n_read >= _MOST_BYTES:
+                if not start or n_read >= MOST_BYTES:
                     return None
                 n_read *= 4
     except OSError:

@@ -1,13 +1,13 @@
-"""Questions to runs that need no further training: all records as a table, and kept logits.
+"""Runs for analysis without further training: all records as a table, and kept logits.
 
-`to_frame` reads every value that runs recorded. What `train --save_logits` keeps, at each
-checkpoint, are the predictions on the `out` split of every domain and on the `in` split of the
-test domains: what model selection looks at. See docs/analysis.md.
+`to_frame` reads every value that runs recorded. At each checkpoint, `train --save_logits` keeps the
+predictions that model selection looks at: on the `out` split of every domain and on the `in` split
+of the test domains. See docs/analysis.md.
 """
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +17,11 @@ from domainbed_kd.folder import curves
 
 
 class Predictions(NamedTuple):
-    """What a predictor makes of a split, in the order of `index`."""
+    """A predictor's outputs on a split, in the order of `index`."""
 
     #: (N, C) float32, the largest of each row 0; of two classes with a single logit, C is 2.
     logits: np.ndarray
-    #: (N,) the right classes.
+    #: (N,) the true classes.
     labels: np.ndarray
     #: (N,) each image's number in its domain, the same in every run.
     index: np.ndarray
@@ -35,16 +35,16 @@ def to_frame(input_dir: str | Path, skipped: list[str] | None = None):
     name), `val_acc` (mean over the training domains' out-splits), `test_acc` (mean over the test
     domains' in-splits) and `selected` (whether training-domain validation chooses this checkpoint
     of its run); the share of samples that SCMD records under that name is `selected_share`. Lists,
-    such as `args.test_envs`, are tuples. What the tables leave out is left out here too: lines
-    that are no records by `curves.is_record`, and files that cannot be read.
+    such as `args.test_envs`, are tuples, and objects in them are tuples of pairs. What the tables
+    skip is skipped here too: lines that `curves.problem` refuses, and files that cannot be read.
 
     Args:
         input_dir: of the run or the sweep.
-        skipped: receives a line on each file that is left out, or not read whole; without it
+        skipped: receives a line on each file that is skipped, or not read completely; without it
             they go to stderr.
 
     Raises:
-        FileNotFoundError: if the folder holds no results.jsonl, nor does any folder in it.
+        FileNotFoundError: if neither the folder nor a folder in it holds a results.jsonl.
     """
     import pandas as pd
 
@@ -56,10 +56,23 @@ def to_frame(input_dir: str | Path, skipped: list[str] | None = None):
             left_out.append(f"{run / 'results.jsonl'}: {error.strerror}")
     if skipped is None:
         curves.say_skipped(left_out)
-    frame = pd.json_normalize(rows)
-    for name in filter(lambda name: pd.api.types.is_object_dtype(frame[name]), frame):
-        frame[name] = frame[name].map(lambda v: tuple(v) if isinstance(v, list) else v)
-    return frame
+    return pd.DataFrame([dict(_flat(row)) for row in rows])
+
+
+def _flat(value: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Pairs of a dotted name and a value; what model selection reads comes last, and so wins."""
+    for name, item in sorted(value.items(), key=lambda pair: not prefix and pair[0] == "args"):
+        if isinstance(item, dict):
+            yield from _flat(item, f"{prefix}{name}.")
+        else:
+            yield prefix + name, _frozen(item)
+
+
+def _frozen(value):
+    """Lists as tuples, at any depth, so that pandas can group by them."""
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    return tuple((k, _frozen(v)) for k, v in value.items()) if isinstance(value, dict) else value
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -71,12 +84,13 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def _with_choice(run: str, records: list[dict]) -> list[dict]:
-    """The records with `run`, `val_acc`, `test_acc` and `selected`."""
+    """The records with `run`, `val_acc`, `test_acc` and `selected` added."""
     chosen = curves.selected(records)
     shares = [{"selected_share": r["selected"]} if "selected" in r else {} for r in records]
-    return [{"run": run, **record, **share, "val_acc": curves.validation_accuracy(record),
-             "test_acc": curves.test_accuracy(record), "selected": record is chosen}
-            for record, share in zip(records, shares)]
+    return [{"run": run} | record | share | {
+        "run": run, "val_acc": curves.validation_accuracy(record),
+        "test_acc": curves.test_accuracy(record), "selected": record is chosen}
+        for record, share in zip(records, shares)]
 
 
 # Logits that a run kept.
@@ -161,8 +175,8 @@ def ensemble(members: Iterable[Predictions]) -> Predictions:
     if not len(common) or any(p.logits.shape != picked[0].logits.shape
                               or (p.labels != picked[0].labels).any() for p in picked):
         raise ValueError("These predictions cannot be averaged: they have no image in common, or "
-                         "other classes. Take runs of one data set, and the same domain of each.")
-    # In double precision, so that a class that all give next to nothing keeps its place.
+                         "other classes. Take runs of one dataset, and the same domain of each.")
+    # In double precision, so that very unlikely classes keep their order.
     mean = np.log(np.mean([probabilities(p) for p in picked], axis=0) + np.finfo(float).tiny)
     return Predictions((mean - mean.max(axis=1, keepdims=True)).astype(np.float32),
                        picked[0].labels, common)
@@ -175,19 +189,19 @@ def probabilities(predictions: Predictions) -> np.ndarray:
 
 
 def accuracy(predictions: Predictions) -> float:
-    """Share of right guesses, in [0, 1]."""
+    """Share of correct predictions, in [0, 1]."""
     return float((predictions.logits.argmax(axis=1) == predictions.labels).mean())
 
 
 def confusion(predictions: Predictions) -> np.ndarray:
-    """Counts (C, C): a row for each right class, a column for each guess."""
+    """Counts (C, C): a row for each true class, a column for each prediction."""
     n = predictions.logits.shape[1]
     pairs = predictions.labels * n + predictions.logits.argmax(axis=1)
     return np.bincount(pairs, minlength=n * n).reshape(n, n)
 
 
 def class_errors(predictions: Predictions) -> np.ndarray:
-    """Share of wrong guesses for each class, (C,); NaN for a class without images."""
+    """Share of wrong predictions for each class, (C,); NaN for a class without images."""
     counts = confusion(predictions)
     n_images = counts.sum(axis=1)
     return 1 - np.divide(np.diag(counts), n_images, where=n_images > 0,

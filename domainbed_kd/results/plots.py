@@ -1,7 +1,7 @@
-"""A sweep's pictures, drawn with matplotlib from `tables.Table`s and from `summaries`.
+"""A sweep's plots, drawn with matplotlib from `tables.Table`s and from `summaries`.
 
-All are 4.6 inches wide, so that their text stays legible on a telephone, and an algorithm looks
-the same in all of them.
+All are 4.6 inches wide, so that their text stays legible on a phone. An algorithm has the same
+colour, marker and line in each. Names are drawn as they are: a `$` starts no formula.
 """
 
 import base64
@@ -15,17 +15,21 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from domainbed_kd.algorithms import display_name
 from domainbed_kd.results import significance, summaries, tables
+from domainbed_kd.results.formats import printable
 
 WIDTH = 4.6  # inches
-# Okabe and Ito's colours, which the colour-blind can tell apart, without their yellow; then Tol's.
+# Okabe and Ito's colours, distinct to the colour-blind, without their yellow; then Tol's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255",
            "#999999", "#999933")
 MARKERS = "osD^vPX*<>p"  # 11, so that colour and marker repeat together only after 110 algorithms
 MOST_NUMBERS = 10  # columns in which a number has room
 LINES = ("-", "--", "-.", ":")
 STYLE = {
+    "text.parse_math": False,
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
     "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4,
@@ -35,13 +39,13 @@ METADATA = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 class Plot(NamedTuple):
-    """A picture with its words."""
+    """A figure with its words."""
 
-    #: Of its files.
+    #: Its files' name.
     name: str
-    #: What is written below it.
+    #: The text below it.
     caption: str
-    #: What it shows, for those who cannot see it.
+    #: What it shows, for screen readers.
     alt: str
     figure: Figure
 
@@ -51,7 +55,7 @@ class Plot(NamedTuple):
             self.figure.savefig(folder / f"{self.name}.{kind}", dpi=200, metadata=METADATA[kind])
 
     def data_uri(self) -> str:
-        """The picture as an SVG that an <img> can hold."""
+        """The figure as an SVG for the `src` of an <img>."""
         content = io.BytesIO()
         with rc_context(STYLE):
             self.figure.savefig(content, format="svg", metadata=METADATA["svg"])
@@ -77,7 +81,12 @@ class Looks:
         place = self.places[algorithm]
         return {"color": self.colour(algorithm), "marker": MARKERS[place % len(MARKERS)],
                 "linestyle": LINES[place // len(COLOURS) % len(LINES)],
-                "label": tables.display_name(algorithm)}
+                "label": label_of(algorithm)}
+
+
+def label_of(algorithm: str) -> str:
+    """The algorithm's name for readers, in one line."""
+    return printable(display_name(algorithm))
 
 
 def _figure(height: float) -> Figure:
@@ -85,7 +94,7 @@ def _figure(height: float) -> Figure:
 
 
 def _panels(n: int, height: float, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with n panels of this height in two columns, or one for a single panel."""
+    """A figure with n panels of this height, in two columns if there are several."""
     columns = min(n, 2)
     rows = -(-n // columns)
     figure = _figure(rows * height)
@@ -96,7 +105,7 @@ def _panels(n: int, height: float, share_y: bool = False) -> tuple[Figure, list[
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """One legend under all panels of what these draw, which makes room for it."""
+    """Adds one legend below all panels, and room for it."""
     drawn = {label: handle for axis in axes
              for handle, label in zip(*axis.get_legend_handles_labels())}
     labels, handles = list(drawn), list(drawn.values())
@@ -107,13 +116,13 @@ def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
 
 
 def _settle(figure: Figure) -> None:
-    """Lays the figure out once, and not again for each file."""
+    """Lays the figure out once, instead of once for each file."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 
 def _spoken(values: dict[str, float], unit: str = " %") -> str:
-    """Numbers by name, for an alt text."""
+    """Numbers by name, as an alt text."""
     return ", ".join(f"{name} {value:.1f}{unit}" for name, value in values.items())
 
 
@@ -135,14 +144,14 @@ def domains(table: tables.Table, looks: Looks) -> Plot:
                           height=0.72, error_kw={"elinewidth": 1, "capsize": 2})
                 axis.text(cell.mean + (cell.stderr or 0) + 0.015 * top, y, f"{cell.mean:.1f}",
                           va="center", fontsize=8)
-            axis.set_title(table.columns[i])
+            axis.set_title(printable(table.columns[i]))
             axis.set_xlim(0, 1.17 * top)
             axis.grid(axis="y", visible=False)
-        axes[0].set_yticks(range(len(names)), map(tables.display_name, names))
+        axes[0].set_yticks(range(len(names)), map(label_of, names))
         axes[0].invert_yaxis()
         figure.supxlabel("accuracy, %", fontsize=9)
         _settle(figure)
-    means = {tables.display_name(name): row[-1].mean for name, row in table.rows.items()
+    means = {label_of(name): row[-1].mean for name, row in table.rows.items()
              if row[-1].mean is not None}
     return Plot(f"{_slug(table.dataset)}_domains", table.dataset,
                 f"Bars of accuracy on each held-out domain of {table.dataset}, with standard "
@@ -182,12 +191,12 @@ def critical_difference(ranking: significance.Ranking, looks: Looks) -> Plot:
             end = 1 - 0.05 * (k - 1) if left else k + 0.05 * (k - 1)
             axis.plot([rank, rank, end], [0, y, y], **line)
             axis.plot(rank, 0, "o", color=looks.colour(name), markersize=5)
-            label = f"{tables.display_name(name)} {rank:.2f}"
+            label = f"{label_of(name)} {rank:.2f}"
             axis.text(end, y, f"{label} " if left else f" {label}", va="center",
                       ha="right" if left else "left")
         _settle(figure)
-    ranks = ", ".join(f"{tables.display_name(n)} {r:.2f}" for n, r in zip(names, ranking.ranks))
-    joined = "; ".join(" to ".join(tables.display_name(names[i]) for i in group)
+    ranks = ", ".join(f"{label_of(n)} {r:.2f}" for n, r in zip(names, ranking.ranks))
+    joined = "; ".join(" to ".join(label_of(names[i]) for i in group)
                        for group in groups)
     return Plot("ranks", "Critical-difference diagram",
                 f"Mean ranks over {ranking.n_blocks} domains, the best first: {ranks}. Critical "
@@ -211,7 +220,7 @@ def curves(dataset: str, points, looks: Looks) -> Plot:
         _legend(figure, axes)
         _settle(figure)
     last = points.sort_values("step").groupby("args.algorithm")["test_acc"].last()
-    ends = {tables.display_name(name): 100 * last[name] for name in looks.ordered(last.index)}
+    ends = {label_of(name): 100 * last[name] for name in looks.ordered(last.index)}
     return Plot(f"{_slug(dataset)}_curves", dataset,
                 f"Curves of accuracy over steps on {dataset}. At the end, on the held-out domain: "
                 f"{_spoken(ends)}.", figure)
@@ -232,19 +241,33 @@ def costs(dataset: str, seconds: dict[str, float], table: tables.Table, looks: L
         for name in known:
             axis.plot(seconds[name] / per, table.rows[name][-1].mean,
                       **looks.line(name) | {"linestyle": "none", "markersize": 7})
-        if longest > 10 * min(seconds[name] for name in known):
-            axis.set_xscale("log")
+        shortest = min(seconds[name] for name in known)
+        if longest > 10 * shortest > 0:
+            _log_axis(axis, shortest / per, longest / per)
         else:
-            axis.set_xlim(0, 1.08 * longest / per)
+            axis.set_xlim(0, 1.08 * longest / per or 1)
         axis.set_xlabel(f"updates of one run, {unit}")
         axis.set_ylabel("average accuracy, %")
         _legend(figure, [axis])
         _settle(figure)
-    spoken = _spoken({tables.display_name(name): seconds[name] / per for name in known},
+    spoken = _spoken({label_of(name): seconds[name] / per for name in known},
                      f" {unit}")
     return Plot(f"{_slug(dataset)}_cost", dataset,
                 f"Average accuracy on {dataset} against the time that a run's updates take: "
                 f"{spoken}.", figure)
+
+
+def _log_axis(axis: Axes, low: float, high: float) -> None:
+    """Makes x logarithmic with few enough ticks that their labels never touch."""
+    first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
+    steps = (1, 2, 5) if last - first <= 2 else (1, 3) if last - first <= 3 else (1,)
+    every = -(-(last - first) // 6)
+    ticks = [step * 10.0 ** power for power in range(first, last + 1, every) for step in steps]
+    axis.set_xscale("log")
+    axis.set_xlim(low / 1.3, high * 1.3)
+    axis.xaxis.set_major_locator(FixedLocator([t for t in ticks if low / 1.3 < t < high * 1.3]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def hparams(dataset: str, effects, looks: Looks) -> Plot:
@@ -256,9 +279,9 @@ def hparams(dataset: str, effects, looks: Looks) -> Plot:
         figure = _figure(0.26 * len(grid) + 1.2)
         axis = figure.subplots()
         image = axis.imshow(grid, cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
-        axis.set_xticks(range(grid.shape[1]), map(tables.display_name, grid.columns),
+        axis.set_xticks(range(grid.shape[1]), map(label_of, grid.columns),
                         rotation=40, ha="right", rotation_mode="anchor")
-        axis.set_yticks(range(len(grid)), grid.index)
+        axis.set_yticks(range(len(grid)), map(printable, grid.index))
         axis.tick_params(length=0)
         if grid.shape[1] > MOST_NUMBERS:
             figure.colorbar(image, label="Spearman's ρ", shrink=0.9)
@@ -271,7 +294,7 @@ def hparams(dataset: str, effects, looks: Looks) -> Plot:
     first = effects.loc[effects["rho"].abs().idxmax()]
     return Plot(f"{_slug(dataset)}_hparams", dataset,
                 f"Rank correlations of hparams with validation accuracy on {dataset}. The "
-                f"strongest: {first['hparam']} of {tables.display_name(first['algorithm'])}, "
+                f"strongest: {first['hparam']} of {label_of(first['algorithm'])}, "
                 f"{first['rho']:+.2f}.", figure)
 
 
@@ -283,11 +306,11 @@ def teachers(dataset: str, pairs, columns: list[str], looks: Looks) -> Plot:
         axis = figure.subplots()
         y, ticks = 0.0, {}
         for name in names:
-            axis.text(0.01, y, tables.display_name(name), fontweight="bold", va="center",
+            axis.text(0.01, y, label_of(name), fontweight="bold", va="center",
                       transform=axis.get_yaxis_transform())
             for _, pair in pairs[pairs["algorithm"] == name].sort_values("test_env").iterrows():
                 y += 1
-                ticks[y] = columns[pair["test_env"]]
+                ticks[y] = printable(columns[pair["test_env"]])
                 student, teacher = 100 * pair["student"], 100 * pair["teacher"]
                 axis.plot([student, teacher], [y, y], color="#999999", linewidth=1.2)
                 axis.plot(teacher, y, "o", markersize=7, markerfacecolor="white",
@@ -304,7 +327,7 @@ def teachers(dataset: str, pairs, columns: list[str], looks: Looks) -> Plot:
         _legend(figure, [axis])
         _settle(figure)
     gains = (pairs["student"] - pairs["teacher"]).groupby(pairs["algorithm"]).mean()
-    spoken = _spoken({tables.display_name(name): 100 * gains[name] for name in names}, " points")
+    spoken = _spoken({label_of(name): 100 * gains[name] for name in names}, " points")
     return Plot(f"{_slug(dataset)}_teachers", dataset,
                 f"Students and their teachers on each held-out domain of {dataset}. Mean gain of "
                 f"the student: {spoken}.", figure)
@@ -330,5 +353,5 @@ def diagnostics(dataset: str, points, looks: Looks) -> Plot:
 
 
 def _slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return "".join(c if c.isalnum() else "_" for c in name)
+    """A name as part of a file's name, short enough for any file system."""
+    return "".join(c if c.isalnum() else "_" for c in name)[:50]

@@ -1,24 +1,24 @@
-"""How the runs behind a table were trained, in a line that a reader can hold against another's."""
+"""How the runs behind a table were trained, in one line that can be compared with another's."""
 
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from domainbed_kd import datasets
-from domainbed_kd.results import records as sweeps
-from domainbed_kd.results.tables import display_name, row_order
+from domainbed_kd.algorithms import display_name
+from domainbed_kd.results.records import Grid
 
 _UNKNOWN = "not recorded"
 
 
 class Protocol(NamedTuple):
-    """What must be alike for accuracies on one data set to be compared."""
+    """What must be equal for accuracies on one dataset to be compared."""
 
-    #: The student's network, and what its weights start from.
+    #: The student's network, and its initial weights.
     backbone: str
     weights: str
     steps: int
-    #: None where there is none.
+    #: None for methods without one.
     teacher: str | None
     is_fast: bool
 
@@ -26,13 +26,14 @@ class Protocol(NamedTuple):
 def student(dataset: str, hparams: dict) -> tuple[str, str]:
     """The network and the initial weights that `networks.Featurizer` takes from these hparams.
 
-    Records of old versions of DomainBed lack hparams of newer ones, and mean a torchvision
+    Records of old versions of DomainBed lack hparams of newer ones; they mean a torchvision
     ResNet whose BatchNorm is frozen.
     """
     side = datasets.facts(dataset).SIDE or hparams.get("image_size", 224)
-    backbone = hparams.get("backbone")
-    if backbone:
-        name, weights = backbone, "random" if backbone == "small_vit" else "timm"
+    if type(side) is not int:
+        return _UNKNOWN, _UNKNOWN
+    if backbone := hparams.get("backbone"):
+        name, weights = str(backbone), "random" if backbone == "small_vit" else "timm"
     elif side < 32:
         name, weights = "small CNN", "random"
     elif side < 64:
@@ -48,24 +49,26 @@ def student(dataset: str, hparams: dict) -> tuple[str, str]:
     else:
         return _UNKNOWN, _UNKNOWN
     given = hparams.get("weights")
-    return name, {None: weights, "none": "random"}.get(given, str(given))
+    if given is not None:
+        weights = "random" if given == "none" else str(given)
+    return name, weights
 
 
-def of_runs(grid: sweeps.Grid) -> dict[tuple[str, str], set[Protocol]]:
-    """{(data set, algorithm): the protocols of its runs}."""
+def of_runs(grid: Grid) -> dict[tuple[str, str], set[Protocol]]:
+    """{(dataset, algorithm): the protocols of its runs}."""
     has_teachers = any(curve.args.get("teacher") for _, curve in grid.trained)
-    names = {os.path.basename(curve.args["output_dir"]): run.algorithm
+    names = {os.path.basename(str(curve.args["output_dir"])): run.algorithm
              for run, curve in grid.trained if has_teachers and curve.args.get("output_dir")}
     found = {}
     for run, curve in grid.trained:
         args, hparams = curve.args, curve.hparams
         teacher = None
         if args.get("teacher"):
-            name = os.path.basename(args["teacher"])
+            name = os.path.basename(str(args["teacher"]))
             teacher = f"a run of {display_name(names[name])}" if name in names else "another run"
         elif "clip_backbone" in hparams:
-            mix = hparams.get("rise_teachers") or [hparams["clip_backbone"]]
-            teacher = "CLIP " + " + ".join(map(str, mix))
+            mix = hparams.get("rise_teachers") or hparams["clip_backbone"]
+            teacher = "CLIP " + " + ".join(map(str, mix if isinstance(mix, list) else [mix]))
         if curve.teacher_problem:
             teacher = f"{teacher or 'not recorded'}, {curve.teacher_problem}"
         found.setdefault((run.dataset, run.algorithm), set()).add(Protocol(
@@ -75,35 +78,36 @@ def of_runs(grid: sweeps.Grid) -> dict[tuple[str, str], set[Protocol]]:
 
 
 def in_words(name: str, value: str) -> str:
-    """One of `curves.PROTOCOL` by its name and what `str` makes of it, for readers."""
+    """One of `folder.args.SETTINGS`, given its name and its value as text, for readers."""
     if name == "fast":
         return "fast mode" if value == "True" else "exact mode"
     return f"{name} {'default' if value == 'None' else value}"
 
 
-def _n_steps(dataset: str, grid: sweeps.Grid) -> int:
-    """The data set's own number of steps or, where it is not registered, the longest run's."""
+def _n_steps(dataset: str, grid: Grid) -> int:
+    """The dataset's own number of steps or, where it is not registered, the longest run's."""
     if dataset in datasets.DATASETS:
         return datasets.get_dataset_class(dataset).N_STEPS
     return grid.n_steps[dataset]
 
 
-def line(protocols: dict[tuple[str, str], set[Protocol]], grid: sweeps.Grid, dataset: str | None,
-         selection: str) -> str:
-    """The protocol of a data set's table, or of all; what differs says where.
+def line(protocols: dict[tuple[str, str], set[Protocol]], grid: Grid, dataset: str | None,
+         selection: str, rows: list[str]) -> str:
+    """The protocol of a dataset's table, or of all; each difference names who has it.
 
     Args:
         protocols: of `of_runs`.
         grid: of the same records.
         dataset: None for the table of averages.
         selection: the selection method's name.
+        rows: the algorithms in the table's order.
     """
-    mine = {(on, name): protocols[on, name] for name in row_order(grid.algorithms)
+    mine = {(on, name): protocols[on, name] for name in rows
             for on in grid.datasets if on == (dataset or on) and (on, name) in protocols}
     several = dataset is None and len({key[0] for key in mine}) > 1
 
     def told(describe) -> str:
-        """Each value that occurs, with the algorithms or data sets that have it if not all do."""
+        """Each value that occurs, with the algorithms or datasets that have it if not all do."""
         who = {}
         for (on, algorithm), found in mine.items():
             for value in sorted({describe(protocol) for protocol in found} - {None}):

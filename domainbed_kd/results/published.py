@@ -1,19 +1,21 @@
 """Published results beside a sweep's own, marked where they were made by another protocol.
 
-`assets/published.csv` has a line for each method and data set, with the mean accuracy in percent
-over its domains, or over none but `domain`; the standard error, the selection method, the steps
-and the rest are empty where the source does not state them.
+`assets/published.csv` has a line for each method and dataset, with the mean accuracy in percent
+over its domains or, where `domain` is given, on that domain. Fields are empty where the source does
+not state them.
 """
 
 import csv
 from pathlib import Path
 from typing import NamedTuple
 
+from domainbed_kd.results import protocols
 from domainbed_kd.results.protocols import Protocol
+from domainbed_kd.results.records import Grid
 from domainbed_kd.results.tables import Cell, Table
 
 PATH = Path(__file__).parents[1] / "assets" / "published.csv"
-#: By which method results are taken to be selected whose source does not state it; they are marked.
+#: Selection method assumed when the source states none; such results are marked.
 USUAL_SELECTION = "training-domain validation set"
 
 
@@ -55,21 +57,37 @@ def search(n_hparams: int, n_trials: int) -> str:
 
 
 def of_table(table: Table) -> list[Row]:
-    """The lines that belong into a table, by data set and selection method."""
+    """The lines that belong in a table, by dataset and selection method."""
     datasets = table.columns if table.dataset is None else [table.dataset]
     return [row for row in load() if row.dataset in datasets
             and (row.selection or USUAL_SELECTION) == table.method]
 
 
-def merge(table: Table, protocols: dict[tuple[str, str], set[Protocol]], searched: str) -> Table:
+def of_sweep(made: dict[type, list[Table]], grid: Grid
+             ) -> tuple[dict[type, list[Table]], list[str]]:
+    """A sweep's tables with published rows, and lines on their sources, the first one empty."""
+    known = protocols.of_runs(grid)
+    searched = search(len(grid.hparams_seeds), len(grid.trial_seeds))
+    merged = {method: [merge(table, known, searched) for table in group]
+              for method, group in made.items()}
+    rows = [row for group in made.values() for table in group if table.dataset and table.has_data
+            for row in of_table(table)]
+    if not rows:
+        return made, ["", f"No published results are known on {', '.join(grid.datasets)}."]
+    return merged, ["", "Published rows, marked ! where a protocol differs or is not stated:",
+                    *(f"    {line}" for line in describe(
+                        list(dict.fromkeys(rows)), known, searched))]
+
+
+def merge(table: Table, known: dict[tuple[str, str], set[Protocol]], searched: str) -> Table:
     """The table with a row for each published method that has a number in it.
 
     Cells are marked as of another protocol unless network, initial weights, steps, selection and
-    search are stated and those of the sweep. They compete for best and second like others.
+    search are stated and equal the sweep's. They compete for best and second like others.
 
     Args:
         table: of a sweep.
-        protocols: of `protocols.of_runs`.
+        known: its protocols, of `protocols.of_runs`.
         searched: the sweep's, of `search`.
     """
     if not table.has_data:
@@ -81,11 +99,10 @@ def merge(table: Table, protocols: dict[tuple[str, str], set[Protocol]], searche
             continue
         cells = rows.setdefault(row.label, [Cell(blank="-") for _ in table.columns])
         i = table.columns.index(column)
-        usual = next((cells[i].protocols for cells in table.rows.values()
+        usual = next((cells[i].settings for cells in table.rows.values()
                       if cells[i].mean is not None and not cells[i].differs), frozenset())
-        is_alike = usual and not differences(row, table.method, protocols, searched)
-        cells[i] = Cell(mean=row.mean, stderr=row.stderr,
-                        protocols=usual, mixed=not is_alike)
+        is_alike = usual and not differences(row, table.method, known, searched)
+        cells[i] = Cell(mean=row.mean, stderr=row.stderr, settings=usual, mixed=not is_alike)
     if table.dataset is None:
         for label in rows.keys() - table.rows.keys():
             rows[label][-1] = average(rows[label][:-1])
@@ -97,14 +114,14 @@ def average(cells: list[Cell]) -> Cell:
     if any(cell.mean is None for cell in cells):
         return Cell(blank="-")
     return Cell(mean=sum(cell.mean for cell in cells) / len(cells),
-                protocols=frozenset().union(*(cell.protocols for cell in cells)),
+                settings=frozenset().union(*(cell.settings for cell in cells)),
                 mixed=any(cell.mixed for cell in cells))
 
 
-def differences(row: Row, selection: str, protocols: dict[tuple[str, str], set[Protocol]],
+def differences(row: Row, selection: str, known: dict[tuple[str, str], set[Protocol]],
                 searched: str) -> list[str]:
-    """Which parts of a line's protocol are not stated, or not those of all runs on its data set."""
-    ours = {p for (dataset, _), found in protocols.items() if dataset == row.dataset for p in found}
+    """Which parts of a line's protocol are not stated, or differ from any run on its dataset."""
+    ours = {p for (dataset, _), found in known.items() if dataset == row.dataset for p in found}
     stated = {
         "network": (row.backbone, {p.backbone for p in ours}),
         "initial weights": (row.weights, {p.weights for p in ours}),
@@ -115,16 +132,16 @@ def differences(row: Row, selection: str, protocols: dict[tuple[str, str], set[P
     return [name for name, (theirs, found) in stated.items() if found != {theirs}]
 
 
-def describe(rows: list[Row], protocols: dict[tuple[str, str], set[Protocol]], searched: str
+def describe(rows: list[Row], known: dict[tuple[str, str], set[Protocol]], searched: str
              ) -> list[str]:
     """A line for each published method: its protocol, where it differs, and its source."""
     lines = {}
     for row in rows:
         lines.setdefault(row.label, []).append(row)
-    return [_describe(label, same, protocols, searched) for label, same in lines.items()]
+    return [_describe(label, same, known, searched) for label, same in lines.items()]
 
 
-def _describe(label: str, rows: list[Row], protocols: dict, searched: str) -> str:
+def _describe(label: str, rows: list[Row], known: dict, searched: str) -> str:
     first, steps = rows[0], {}
     selection = first.selection or USUAL_SELECTION
     for row in rows:
@@ -137,6 +154,6 @@ def _describe(label: str, rows: list[Row], protocols: dict, searched: str) -> st
              f"selected by {first.selection or 'a method that is not stated'}",
              *([f"teacher {first.teacher}"] if first.teacher else [])]
     differ = dict.fromkeys(
-        name for row in rows for name in differences(row, selection, protocols, searched))
+        name for row in rows for name in differences(row, selection, known, searched))
     return (f"{label}: {'; '.join(parts)}. Other or not stated: {', '.join(differ) or 'nothing'}. "
             f"{first.source}")

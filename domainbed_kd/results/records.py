@@ -1,4 +1,4 @@
-"""A sweep's folder read back: the records of its runs, and the runs that it lacks."""
+"""A sweep's folder read back: the records of its runs, and which runs are missing."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import gc
 import itertools
 import operator
 import os
+import stat
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,18 +16,20 @@ from typing import NamedTuple
 import msgspec
 
 from domainbed_kd.folder import curves, files
-from domainbed_kd.folder.args import PROTOCOL
+from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.folder.curves import Curve
 from domainbed_kd.results import record_cache
 
 # What collect_results and report leave beside the runs.
 _OURS = ("results.txt", "results.tex", "results.csv", "results.md", "report.html", "report")
 _MOST_WARNINGS = 10
+# A line with more brackets than this may nest deeper than `files.parse_json` allows.
+_MOST_BRACKETS = 50
 
 
 @contextlib.contextmanager
 def _no_garbage() -> Iterator[None]:
-    """Inside, nothing looks for cycles: among 100,000 records it takes as long as parsing them."""
+    """Turns the search for reference cycles off: among 100,000 records it costs a parse."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -37,10 +40,10 @@ def _no_garbage() -> Iterator[None]:
 
 
 class Folder:
-    """A sweep's folder as it is now: its runs, and what became of reading them.
+    """A sweep's folder as it is now: its runs, and the problems met while reading them.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if the folder does not exist.
     """
 
     def __init__(self, input_dir: str | Path):
@@ -48,12 +51,13 @@ class Folder:
         if not self.path.is_dir():
             raise FileNotFoundError(f"--input_dir {input_dir}: there is no such folder.")
         with os.scandir(self.path) as entries:
-            entries = sorted(
-                (e for e in entries if not e.name.startswith(".") and e.name not in _OURS),
-                key=lambda entry: entry.name)
-        #: {name: (size in bytes, mtime in ns) of the run's results.jsonl, or None}.
-        self.stamps = {entry.name: self._stamp(entry) for entry in entries}
-        #: One line for each run that `curves` could not read, or not all of it.
+            found = {entry.name: self._stamp(entry) for entry in entries
+                     if not entry.name.startswith(".") and entry.name not in _OURS}
+        #: Names of its entries as the system lists them, which is the order DomainBed reads in.
+        self.listing = list(found)
+        #: {name: (size in bytes, mtime in ns) of the run's results.jsonl, or None}, by name.
+        self.stamps = dict(sorted(found.items()))
+        #: One line for each run that `curves` could not read, or not completely.
         self.skipped: list[str] = []
         #: Names of the folders in which `curves` found no record.
         self.without_results: list[str] = []
@@ -62,24 +66,27 @@ class Folder:
     @staticmethod
     def _stamp(entry: os.DirEntry) -> tuple[int, int] | None:
         try:
-            found = os.stat(f"{entry.path}/results.jsonl")
+            found = os.stat(f"{entry.path}/{files.RESULTS}")
         except OSError:  # `curves` names it
             return None
-        return found.st_size, found.st_mtime_ns
+        return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
 
     @_no_garbage()
-    def curves(self) -> list[Curve]:
-        """What `<input_dir>/*/results.jsonl` hold, in order of folder, then of line.
+    def curves(self, as_listed: bool = False) -> list[Curve]:
+        """The contents of `<input_dir>/*/results.jsonl`, by folder name, then line.
 
-        What cannot be read is named on stderr and skipped. A large sweep is read from
-        `record_cache` where nothing changed.
+        What cannot be read is named on stderr and skipped. In a large sweep, unchanged files are
+        taken from `record_cache`.
+
+        Args:
+            as_listed: in the order of `listing` instead.
         """
         cache_path = self.path / ".records.npz"
         cached = record_cache.load(cache_path) if self.is_large else {}
         runs, self.skipped, n_parsed = {}, [], 0
         stamps, folder = self.stamps.items(), str(self.path)
         if sys.stderr.isatty():
-            from tqdm import tqdm  # which takes as long as to read a thousand runs
+            from tqdm import tqdm  # importing it takes as long as reading a thousand runs
 
             stamps = tqdm(stamps, unit="run", leave=False)
         for name, stamp in stamps:
@@ -89,57 +96,41 @@ class Folder:
                 continue
             found, problem = self._parse(f"{folder}/{name}", stamp)
             n_parsed += 1
-            if problem:  # said each time, so read each time
+            if problem:  # reported each time, so read each time
                 self.skipped.append(problem)
             runs[name] = (None if problem else stamp), found
         self.without_results = [name for name, (_, found) in runs.items() if not found]
-        for line in self.skipped[:_MOST_WARNINGS]:
-            print(f"skipped {line}", file=sys.stderr)
+        curves.say_skipped(self.skipped[:_MOST_WARNINGS])
         if len(self.skipped) > _MOST_WARNINGS:
-            print(f"skipped {len(self.skipped) - _MOST_WARNINGS} more in {self.path}",
-                  file=sys.stderr)
-        # To write it takes as long as to parse a twentieth of the runs.
+            curves.say_skipped(
+                [f"{len(self.skipped) - _MOST_WARNINGS} more in {self.path}"])
+        # Writing the cache takes as long as parsing a twentieth of the runs.
         if self.is_large and 20 * (n_parsed - len(self.skipped)) > len(runs):
             record_cache.save(cache_path, {name: run for name, run in runs.items() if run[0]})
-        return [curve for _, found in runs.values() for curve in found]
+        return [curve for name in (self.listing if as_listed else runs) for curve in runs[name][1]]
 
     @staticmethod
     def _parse(path: str, stamp: tuple[int, int] | None) -> tuple[list[Curve], str]:
+        file = f"{path}/{files.RESULTS}"
         try:
-            return _read(f"{path}/results.jsonl", stamp[0] if stamp else -1)
+            return _read(file, stamp[0] if stamp else -1)
         except OSError as error:
             if not os.path.isdir(path):
                 return [], f"{path}: not the folder of a run"
             if isinstance(error, FileNotFoundError):
                 return [], f"{path}: no results.jsonl yet"
-            return [], f"{path}/results.jsonl: {error.strerror}"
-
-    @_no_garbage()
-    def answer(self, *question: str, make: Callable[[], list[str]],
-               holds: Callable[[list[str]], bool] = lambda answer: True) -> list[str]:
-        """What `make` returns, kept beside a large sweep for as long as nothing changes.
-
-        A sweep with something to skip is read each time, so that each time it is said. `holds`
-        tells of an answer that was kept whether it is still true of what is not in results.jsonl.
-        """
-        if not self.is_large:
-            return make()
-        path = record_cache.answer_path(self.path, *question)
-        of = record_cache.fingerprint(self.stamps)
-        answer = record_cache.load_answer(path, of)
-        if answer is None or not holds(answer):
-            answer = make()
-            if not self.skipped:
-                record_cache.save_answer(path, of, answer)
-        return answer
+            return [], f"{file}: {error.strerror}"
 
 
 def _read(path: str, size: int) -> tuple[list[Curve], str]:
     """The curves in a file of `size` bytes (-1: all of it), and what is wrong with it, or ""."""
-    with files.open_regular(path) as file:
-        content = file.read(size)
-        if len(content) < size:  # as some network file systems have it
-            content += file.readall()
+    if not 0 <= size <= files.MOST_BYTES:
+        content = files.read_bytes(path)
+    else:
+        with files.open_regular(path) as file:
+            content = file.read(size)
+            if len(content) < size:  # as some network file systems have it
+                content += file.readall()
     lines = content.removesuffix(b"\n").split(b"\n") if content else []
     if lines and (curve := _one_curve(lines, content)):
         return [curve], ""
@@ -151,17 +142,19 @@ def _read(path: str, size: int) -> tuple[list[Curve], str]:
 
 
 def _decode(line: bytes):
-    """What a line says; None where it is not JSON."""
-    for decode in (msgspec.json.decode, files.parse_json):  # the second is slow and knows NaN
-        with contextlib.suppress(ValueError, RecursionError):
-            return decode(line)
+    """A line's content; None where it is not JSON."""
+    if line.count(b"[") + line.count(b"{") <= _MOST_BRACKETS:
+        with contextlib.suppress(ValueError):
+            return msgspec.json.decode(line)
+    with contextlib.suppress(ValueError):  # slow, and accepts NaN
+        return files.parse_json(line)
     return None
 
 
 def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
-    """The curve of a file that has one, as most do, in half the time of looking at each record."""
+    """The curve of a file that has just one, as most do, in half the time of a record each."""
     first = _decode(lines[0])
-    if not curves.is_record(first):
+    if curves.problem(first):
         return None
     names, decoder, values, settings = _decoder(tuple(first))
     try:
@@ -171,19 +164,23 @@ def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
     same = settings(records[0])
     if len(records) != len(lines) or any(settings(record) != same for record in records):
         return None
+    steps, *accuracies = columns = list(zip(*map(values, records)))
+    if min(steps) < 0 or max(steps) >= curves.MOST_STEPS or any(
+            min(column) < 0 or max(column) > 1 for column in accuracies):
+        return None  # `curves.problem` says which
     return Curve(first["args"], first["hparams"], first.get("selection"),
-                 dict(zip(names, zip(*map(values, records)))), curves.teacher_problem(first))
+                 dict(zip(names, columns)), curves.teacher_problem(first))
 
 
 @functools.cache
 def _decoder(keys: tuple[str, ...]) -> tuple[tuple, msgspec.json.Decoder, Callable, Callable]:
-    """For records with these keys: their columns, a decoder, and what takes from what it decodes.
+    """For records with these keys: their columns, a decoder, and getters for what it decodes.
 
-    It decodes steps and accuracies; the rest stays text, of which settings must be equal.
+    The decoder reads steps and accuracies; the rest stays text, of which settings must be equal.
     """
     names = curves.columns(keys)  # at least the step and an accuracy
     fields = {key: f"field{i}" for i, key in enumerate(keys)}  # a key need be no identifier
-    types = {name: float for name in names} | {"step": int}
+    types = {name: int | float for name in names} | {"step": int}
     record = msgspec.defstruct(
         "Record", [(field, types.get(key, msgspec.Raw)) for key, field in fields.items()],
         rename={field: key for key, field in fields.items()}, forbid_unknown_fields=True, gc=False)
@@ -209,28 +206,31 @@ class Run(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """How many of a cell's runs have finished, of how many, and by which protocols they ran."""
+    """How many of a cell's runs have finished, of how many, and with which settings they ran."""
 
     n_finished: int
     n_expected: int
-    protocols: frozenset[tuple]
-    #: What was wrong with teachers that runs learnt from all the same.
+    #: Values of `folder.args.SETTINGS`, as text.
+    settings: frozenset[tuple]
+    #: What was wrong with teachers that runs learnt from anyway.
     teacher_problems: frozenset[str] = frozenset()
 
 
 class Grid:
     """The runs that a sweep has, and those that it would have if it were whole.
 
-    Whole means every trial seed x hparams seed x algorithm x dataset that occurs anywhere, on
-    every environment, and on every pair of them if any pair occurs. A run has finished when its
-    last record is at step `args.steps - 1` or, without that argument, where the longest of its
-    dataset's runs ends. `args` are those of each run that has records; `trained` has them with
-    their curves, of which a run in several folders, or of several protocols, has several;
-    `n_steps` is how many the longest run on each dataset made.
+    A whole sweep has every trial seed x hparams seed x algorithm x dataset that occurs anywhere,
+    on every environment, and on every pair of environments if any pair occurs. A run has finished
+    when its last record is at step `args.steps - 1` or, without that argument, where the longest
+    of its dataset's runs ends.
+
+    Attributes: `args` of each run that has records; `trained`, the (run, curve) pairs, of which a
+    run in several folders or with several settings has several; `n_steps` of the longest run on
+    each dataset.
 
     Args:
         found: the curves of all runs.
-        planned: the args of runs without records; they occur like the others.
+        planned: the args of runs without records; they count like the others.
     """
 
     def __init__(self, found: Iterable[Curve], planned: Iterable[dict] = ()):
@@ -247,23 +247,23 @@ class Grid:
             self.trained.append((run, curve))
             if curve.teacher_problem:
                 self.teacher_problems[run].add(curve.teacher_problem)
-            protocol, steps = tuple(map(str, map(args.get, PROTOCOL))), args.get("steps")
+            settings, steps = tuple(map(str, map(args.get, SETTINGS))), args.get("steps")
             step = max(curve.columns["step"])
             self.n_steps[run.dataset] = max(self.n_steps[run.dataset], step + 1)
-            key = run, protocol, steps
+            key = run, settings, steps
             last_step[key] = max(last_step.get(key, 0), step)
             longest[run.dataset, steps] = max(longest[run.dataset, steps], step)
         by_run = {Run.of(args): args for args in planned}
         #: {run: args} of the runs that have records, and of those that only have a folder.
         self.begun = by_run | self.args
         for run in by_run:
-            if run.dataset not in self.n_steps:  # no record tells how many there are
+            if run.dataset not in self.n_steps:  # no record shows how many there are
                 self.n_envs[run.dataset] = max(self.n_envs[run.dataset], max(run.test_envs) + 1)
 
-        self.protocols: dict[Run, set[tuple]] = defaultdict(set)
+        self.settings: dict[Run, set[tuple]] = defaultdict(set)
         self.finished: set[Run] = set()
-        for (run, protocol, steps), step in last_step.items():
-            self.protocols[run].add(protocol)
+        for (run, settings, steps), step in last_step.items():
+            self.settings[run].add(settings)
             if step >= (steps - 1 if steps else longest[run.dataset, steps]):
                 self.finished.add(run)
         self.datasets, self.algorithms, _, self.trial_seeds, self.hparams_seeds = (
@@ -272,9 +272,23 @@ class Grid:
 
     def test_env_sets(self, dataset: str) -> list[tuple[int, ...]]:
         """The sets of test envs that the dataset's runs would hold out, in DomainBed's order."""
-        envs = range(self.n_envs[dataset])
-        return sorted([(i,) for i in envs]
-                      + (list(itertools.combinations(envs, 2)) if self.has_pairs else []))
+        return self._env_sets[dataset]
+
+    @functools.cached_property
+    def _env_sets(self) -> dict[str, list[tuple[int, ...]]]:
+        return {dataset: sorted([(i,) for i in range(n)] + (
+            list(itertools.combinations(range(n), 2)) if self.has_pairs else []))
+            for dataset, n in self.n_envs.items()}
+
+    @functools.cached_property
+    def _sets_with(self) -> dict[tuple[str, int], list[tuple[int, ...]]]:
+        """{(dataset, test env): the sets that hold it out}."""
+        found = defaultdict(list)
+        for dataset, sets in self._env_sets.items():
+            for envs in sets:
+                for env in envs:
+                    found[dataset, env].append(envs)
+        return found
 
     def runs(self, dataset: str, algorithm: str) -> list[Run]:
         """All runs that the sweep would have of an algorithm on a dataset."""
@@ -283,26 +297,53 @@ class Grid:
 
     def coverage(self, dataset: str, algorithm: str, env: int, pairs: bool) -> Coverage:
         """Of the runs that hold out `env` alone and, with `pairs`, together with another."""
-        sets = [envs for envs in self.test_env_sets(dataset)
-                if env in envs and (pairs or len(envs) == 1)]
-        n_finished, protocols, problems = 0, set(), set()
+        sets = [envs for envs in self._sets_with[dataset, env] if pairs or len(envs) == 1]
+        n_finished, settings, problems = 0, set(), set()
         for envs in sets:
             found = self._found.get((dataset, algorithm, envs), [])
             n_finished += sum(run in self.finished for run in found)
-            protocols.update(*(self.protocols[run] for run in found))
+            settings.update(*(self.settings[run] for run in found))
             problems.update(*(self.teacher_problems.get(run, ()) for run in found))
         return Coverage(n_finished, len(sets) * len(self.trial_seeds) * len(self.hparams_seeds),
-                        frozenset(protocols), frozenset(problems))
+                        frozenset(settings), frozenset(problems))
 
     @functools.cached_property
     def _found(self) -> dict[tuple[str, str, tuple[int, ...]], list[Run]]:
-        """The runs that are there, by (dataset, algorithm, test envs)."""
+        """The runs that have records, by (dataset, algorithm, test envs)."""
         found = defaultdict(list)
-        for run in self.protocols:
+        for run in self.settings:
             found[run[:3]].append(run)
         return found
 
+    @functools.cached_property
+    def n_runs(self) -> int:
+        """How many runs the whole sweep has."""
+        return sum(len(self.test_env_sets(dataset)) for dataset in self.datasets) * len(
+            self.algorithms) * len(self.trial_seeds) * len(self.hparams_seeds)
+
     def absent(self) -> list[Run]:
-        """The runs that are not there or have not finished."""
+        """The runs that do not exist or have not finished."""
         return [run for dataset in self.datasets for algorithm in self.algorithms
                 for run in self.runs(dataset, algorithm) if run not in self.finished]
+
+    def folder_name(self, run: Run) -> str:
+        """The name of a run's folder; empty if it has none."""
+        return os.path.basename(str(self.begun.get(run, {}).get("output_dir") or ""))
+
+    def unfinished_names(self) -> list[str]:
+        """The names of the folders of runs that have begun and not finished."""
+        names = (self.folder_name(run) for run in self.begun if run not in self.finished)
+        return list(filter(None, names))
+
+
+def whole_grid(folder: Folder, found: list[Curve]) -> Grid:
+    """The grid of a sweep's curves and of its runs that have no results.
+
+    Raises:
+        ValueError: if the folder holds no runs at all.
+    """
+    planned = files.without_results(folder.path, folder.without_results)
+    if not found and not planned and not any(
+            files.has_begun(folder.path / name) for name in folder.without_results):
+        raise ValueError(f"--input_dir {folder.path}: it holds no runs.")
+    return Grid(found, planned)

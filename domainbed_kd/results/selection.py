@@ -5,19 +5,16 @@ https://arxiv.org/abs/2007.01434, section 3. The test accuracy is always that on
 domain's in-split, so that the oracle may look at the out-split.
 """
 
-import functools
 import itertools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from domainbed_kd.folder import curves
-from domainbed_kd.folder.curves import Cell, Curve
-from domainbed_kd.results import records as sweeps
+from domainbed_kd.folder.curves import Curve, Search
+from domainbed_kd.results.records import Coverage, Grid
 
 
 class SelectionMethod:
@@ -42,12 +39,12 @@ class SelectionMethod:
         return cls.select(curves.of_records(run_records))
 
     @classmethod
-    def hparams_accs(cls, cell: Cell) -> list[tuple[dict[str, float], list[Curve]]]:
+    def hparams_accs(cls, search: Search) -> list[tuple[dict[str, float], list[Curve]]]:
         """The accuracies and curves of each draw of hparams, best validation accuracy first.
 
         Of equals, the larger hparams_seed comes first; NaN comes last.
         """
-        accs = [(cls.select(draw), draw) for draw in cell.by_seed.values()]
+        accs = [(cls.select(draw), draw) for draw in search.by_seed.values()]
         accs = [(acc, draw) for acc, draw in accs if acc is not None]
 
         def val_acc(item):
@@ -57,27 +54,10 @@ class SelectionMethod:
         return sorted(accs, key=val_acc)[::-1]
 
     @classmethod
-    def sweep_acc(cls, cell: Cell) -> float | None:
+    def sweep_acc(cls, search: Search) -> float | None:
         """The test accuracy in [0, 1] of the best draw of hparams; None if there is none."""
-        accs = cls.hparams_accs(cell)
+        accs = cls.hparams_accs(search)
         return accs[0][0]["test_acc"] if accs else None
-
-
-@functools.cache
-def _others(names: tuple[str, ...], env: int) -> dict[int, str]:
-    """The environments but one, and the names of their out-splits' accuracies."""
-    every = itertools.takewhile(names.__contains__, map("env{}_out_acc".format, itertools.count()))
-    return {i: name for i, name in enumerate(every) if i != env}
-
-
-def _mean(values: Sequence[float]) -> float:
-    """The mean, to the last bit of numpy's, in a tenth of its time."""
-    if len(values) >= 8:  # from where numpy no longer adds one after the other
-        return float(np.add.reduce(values)) / len(values)
-    total = 0.0
-    for value in values:
-        total += value
-    return total / len(values)
 
 
 def _alone(draw: list[Curve]) -> Iterator[tuple[int, Curve]]:
@@ -88,15 +68,8 @@ def _alone(draw: list[Curve]) -> Iterator[tuple[int, Curve]]:
             yield env, curve
 
 
-def _last(candidates: list[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """The one with the highest step, of equals the last; none of none."""
-    return sorted(candidates, key=operator.itemgetter(0))[-1:]
-
-
-def _best(candidates: Iterable[tuple[int, float, float]]) -> dict[str, float] | None:
-    """The first of those with the best val_acc, of (step, val_acc, test_acc)."""
-    best = max(candidates, key=operator.itemgetter(1), default=None)
-    return best and {"val_acc": best[1], "test_acc": best[2]}
+def _accuracies(chosen: tuple[int, float, float] | None) -> dict[str, float] | None:
+    return chosen and {"val_acc": chosen[1], "test_acc": chosen[2]}
 
 
 class IIDAccuracySelectionMethod(SelectionMethod):
@@ -116,10 +89,11 @@ class IIDAccuracySelectionMethod(SelectionMethod):
         for test_env, curve in _alone(draw):
             columns, test_key = curve.columns, cls.test_key.format(test_env)
             if test_key in columns:
-                validation = zip(*map(columns.get, _others(tuple(columns), test_env).values()))
-                candidates += zip(columns["step"], map(_mean, validation), columns[test_key])
+                names = curves.validation_columns(tuple(columns), (test_env,)).values()
+                validation = zip(*map(columns.get, names))
+                candidates += zip(columns["step"], map(curves.mean, validation), columns[test_key])
                 only_last = only_last or curve.selection == "last"
-        return _best(_last(candidates) if only_last else candidates)
+        return _accuracies(curves.choose(candidates, only_last))
 
 
 class LeaveOneOutSelectionMethod(SelectionMethod):
@@ -138,7 +112,7 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
         alone = {}  # {step: (test accuracy, the other domains), or None if there are several}
         for test_env, curve in _alone(draw):
             columns = curve.columns
-            others = _others(tuple(columns), test_env)
+            others = curves.validation_columns(tuple(columns), (test_env,))
             for step, test_acc in zip(columns["step"], columns[f"env{test_env}_in_acc"]):
                 alone[step] = None if step in alone else (test_acc, others)
         validation = defaultdict(dict)  # {other domain: {step: accuracy when it was held out too}}
@@ -152,11 +126,11 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
         for step, (test_acc, others) in sorted(filter(operator.itemgetter(1), alone.items())):
             accs = [validation[i].get(step) for i in others]
             if accs and None not in accs:
-                candidates.append((step, _mean(accs), test_acc))
+                candidates.append((step, curves.mean(accs), test_acc))
         if any(curve.selection == "last" for curve in draw):
             last = max(step for curve in draw for step in curve.columns["step"])
             candidates = [candidate for candidate in candidates if candidate[0] == last]
-        return _best(candidates)
+        return _accuracies(curves.choose(candidates, only_last=False))
 
 
 class OracleSelectionMethod(SelectionMethod):
@@ -171,7 +145,7 @@ class OracleSelectionMethod(SelectionMethod):
         for test_env, curve in _alone(draw):
             names = "step", f"env{test_env}_out_acc", f"env{test_env}_in_acc"
             candidates += zip(*map(curve.columns.get, names))
-        return _best(_last(candidates))
+        return _accuracies(curves.choose(candidates, only_last=True))
 
 
 class IIDAutoLRAccuracySelectionMethod(IIDAccuracySelectionMethod):
@@ -208,18 +182,22 @@ class Outcome(NamedTuple):
 
     #: {trial_seed: accuracy in [0, 1]}, for the trials that have one.
     accs: dict[int, float]
-    coverage: sweeps.Coverage
+    coverage: Coverage
+    #: {trial_seed: place among all searches}: the order in which DomainBed adds accuracies up.
+    places: dict[int, int] = {}
 
 
-def outcomes(cells: dict, grid: sweeps.Grid, method: type[SelectionMethod]) -> dict:
-    """{(dataset, algorithm, test env): Outcome} of `curves.by_cell` and its `records.Grid`.
+def outcomes(searches: dict, grid: Grid, method: type[SelectionMethod]) -> dict:
+    """{(dataset, algorithm, test env): Outcome} of `curves.searches` and their `records.Grid`.
 
-    All that the grid has; those of which nothing can be selected have no accuracies.
+    Covers the whole grid; where nothing can be selected, `accs` is empty.
     """
     accs = {(dataset, algorithm, env): {} for dataset in grid.datasets
             for algorithm in grid.algorithms for env in range(grid.n_envs[dataset])}
-    for (trial_seed, *where), cell in cells.items():
-        if (acc := method.sweep_acc(cell)) is not None:
+    places = {where: {} for where in accs}
+    for place, ((trial_seed, *where), search) in enumerate(searches.items()):
+        if (acc := method.sweep_acc(search)) is not None:
             accs.setdefault(tuple(where), {})[trial_seed] = acc
-    return {cell: Outcome(by_trial, grid.coverage(*cell, method.uses_pairs))
+            places.setdefault(tuple(where), {})[trial_seed] = place
+    return {cell: Outcome(by_trial, grid.coverage(*cell, method.uses_pairs), places[cell])
             for cell, by_trial in accs.items()}

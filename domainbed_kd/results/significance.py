@@ -1,15 +1,24 @@
 """Whether differences between methods are more than noise.
 
-Pairs are (data set, test env, trial): there both methods see the same split. Their differences get
+Pairs are (dataset, test env, trial): there both methods see the same split. Their differences get
 a bootstrap interval (Efron, 1979) and Wilcoxon's signed-rank test, whose p values are corrected by
 Holm's method for the number of comparisons. Ranks, Friedman's test and the Nemenyi critical
 difference follow Demsar, "Statistical Comparisons of Classifiers over Multiple Data Sets", JMLR
 2006: a block is a domain, and the trials on it, which share its images, are averaged first.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+
+from domainbed_kd.algorithms import display_name
+from domainbed_kd.folder import curves
+from domainbed_kd.folder.curves import Curve
+from domainbed_kd.results import selection, tables
+from domainbed_kd.results.formats import Strings
+from domainbed_kd.results.records import Grid
+from domainbed_kd.results.selection import SelectionMethod
 
 LEVEL = 0.05
 _N_RESAMPLES = 9999
@@ -37,12 +46,12 @@ class Difference(NamedTuple):
 
     @property
     def least_p(self) -> float:
-        """The least that p can be: that of one of the 2^n equally likely signs of n pairs."""
+        """The smallest p that n pairs can give: that of one of 2^n equally likely signs."""
         return min(1.0, 2.0 ** (1 - self.n_pairs))
 
 
 class Ranking(NamedTuple):
-    """Methods by their mean rank over blocks, the best first."""
+    """Methods by their mean rank over blocks, best first."""
 
     algorithms: list[str]
     #: Mean ranks, 1 for a method that is best everywhere; equals share theirs.
@@ -64,7 +73,7 @@ class Ranking(NamedTuple):
 
 
 def by_pair(outcomes: dict) -> dict[str, dict[tuple, float]]:
-    """{algorithm: {(data set, test env, trial): accuracy}} of `model_selection.outcomes`."""
+    """{algorithm: {(dataset, test env, trial): accuracy}} of `selection.outcomes`."""
     found = {}
     for (dataset, algorithm, env), outcome in outcomes.items():
         for trial, accuracy in outcome.accs.items():
@@ -109,7 +118,7 @@ def differences(scores: dict[str, dict[tuple, float]], reference: str) -> list[D
 
 
 def ranking(scores: dict[str, dict[tuple, float]]) -> Ranking | None:
-    """Mean ranks over the domains that all methods have; None without two of these or 3 methods.
+    """Mean ranks over the domains that all methods have; None below 2 domains or 3 methods.
 
     Args:
         scores: of `by_pair`.
@@ -134,6 +143,69 @@ def ranking(scores: dict[str, dict[tuple, float]]) -> Ranking | None:
     order = np.argsort(ranks, kind="stable")
     return Ranking([names[i] for i in order], ranks[order].tolist(), n, float(p),
                    float(q * np.sqrt(k * (k + 1) / (6 * n))))
+
+
+def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMethod]],
+             reference: str) -> dict[type[SelectionMethod], Strings]:
+    """{selection method: the table that compares others with `reference`}, where there is one.
+
+    Raises:
+        ValueError: if there are no results of the reference, or a library is missing.
+    """
+    reference = key_of(reference, dict.fromkeys(grid.algorithms))
+    searches = curves.searches(found)
+    compared = {}
+    for method in methods:
+        if tables.needs_pairs(method, grid):
+            continue
+        scores = by_pair(selection.outcomes(searches, grid, method))
+        scores = {name: scores[name] for name in tables.row_order(scores)}
+        found_here = differences(scores, reference)
+        compared[method] = Strings(
+            f"Differences to {display_name(reference)}, model selection method: {method.name}",
+            limits(found_here), rows(found_here), describe(ranking(scores)))
+    return compared
+
+
+def key_of(shown: str, scores: dict[str, dict]) -> str:
+    """The algorithm with scores that tables show by this name; else the name itself."""
+    return {display_name(name): name for name in scores}.get(shown, shown)
+
+
+def rows(found: list[Difference]) -> list[list[str]]:
+    """Differences as a table of strings, the header first; * marks significant ones."""
+    return [["Algorithm", "pairs", "points", "95 % interval", "p", "p (Holm)"],
+            *([display_name(d.algorithm), str(d.n_pairs), f"{100 * d.mean:+.1f}",
+               f"{100 * d.low:+.1f} to {100 * d.high:+.1f}" if d.n_pairs > 1 else "-",
+               f"{d.p:.3f}", f"{d.p_corrected:.3f}{' *' if d.is_significant else ''}"]
+              for d in found)]
+
+
+def limits(found: list[Difference]) -> str:
+    """That so few pairs can show nothing, in a sentence; empty if they can.
+
+    The smallest corrected p is at least the smallest possible p times the number of comparisons.
+    """
+    if not found:
+        return ""
+    n, m = max(d.n_pairs for d in found), len(found)
+    least = min(1.0, m * min(d.least_p for d in found))
+    if least < LEVEL:
+        return ""
+    return (f"With {n} pair{'' if n == 1 else 's'}{f' and {m} comparisons' if m > 1 else ''} no "
+            f"difference can be significant: p{' (Holm)' if m > 1 else ''} cannot be below "
+            f"{least:.3f}.")
+
+
+def describe(ranks: Ranking | None) -> str:
+    """Mean ranks and their test in sentences."""
+    if ranks is None:
+        return "Ranks need three algorithms on two common domains."
+    each = ", ".join(f"{display_name(name)} {rank:.2f}"
+                     for name, rank in zip(ranks.algorithms, ranks.ranks))
+    return (f"Mean ranks over {ranks.n_blocks} domains: {each}. Friedman's test: "
+            f"p = {ranks.p:.3f}. Critical difference (Nemenyi, 0.05): "
+            f"{ranks.critical_difference:.2f}.")
 
 
 def _library(name: str):

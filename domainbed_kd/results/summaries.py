@@ -1,13 +1,13 @@
-"""What the pictures of a sweep show, as pandas tables made of `results.to_frame`.
+"""The numbers behind a report's plots, as pandas tables made from `results.to_frame`.
 
 All functions take rows of runs that hold out one domain; see `single`. Accuracies are in [0, 1].
 """
 
 import numpy as np
 
-# Columns by which the runs of one cell of a table are told apart.
-_CELL = ["args.dataset", "args.algorithm", "test_env", "args.trial_seed"]
-#: Below this number of draws a rank correlation says next to nothing.
+# Columns that say which random search a run belongs to.
+_SEARCH = ["args.dataset", "args.algorithm", "test_env", "args.trial_seed"]
+#: With fewer draws a rank correlation says next to nothing.
 LEAST_DRAWS = 5
 #: Diagnostics that `diagnostics` returns: {column: what it is}; `{}` is the held-out domain.
 DIAGNOSTICS = {
@@ -27,29 +27,35 @@ def single(frame):
     return alone.assign(test_env=alone["args.test_envs"].map(lambda envs: envs[0]))
 
 
-def chosen(frame, cells: dict, method: type):
+def numbers(values):
+    """A column as floats; NaN for what is not a number, and for what no plot could hold."""
+    return values.map(lambda value: float(value) if isinstance(value, (int, float))
+                      and abs(value) < 1e100 else np.nan).astype(float)
+
+
+def chosen(frame, searches: dict, method: type):
     """The rows of the runs whose hparams a selection method chose.
 
     Args:
         frame: of `single`.
-        cells: of `curves.by_cell`.
-        method: a `model_selection.SelectionMethod`.
+        searches: of `curves.searches`.
+        method: a `selection.SelectionMethod`.
     """
     import pandas as pd
 
     best = []
-    for (trial, dataset, algorithm, env), cell in cells.items():
-        if accs := method.hparams_accs(cell):
+    for (trial, dataset, algorithm, env), search in searches.items():
+        if accs := method.hparams_accs(search):
             best.append((dataset, algorithm, env, trial, accs[0][1][0].args["hparams_seed"]))
-    columns = [*_CELL, "args.hparams_seed"]
+    columns = [*_SEARCH, "args.hparams_seed"]
     return frame.merge(pd.DataFrame(best, columns=columns), on=columns)
 
 
 def curves(frame):
-    """Mean `val_acc` and `test_acc` by data set, algorithm and step, over `chosen` runs.
+    """Mean `val_acc` and `test_acc` by dataset, algorithm and step, over `chosen` runs.
 
-    A step at which some of an algorithm's runs have no record is left out: its mean would be of
-    others.
+    Steps that some of an algorithm's runs did not record are left out: their mean would be over
+    other runs.
     """
     by_step = frame.groupby(["args.dataset", "args.algorithm", "step"])
     means = by_step[["val_acc", "test_acc"]].mean()
@@ -58,16 +64,14 @@ def curves(frame):
 
 
 def costs(frame):
-    """Mean seconds of updates in a run, by data set and algorithm, over `chosen` runs.
+    """Mean seconds of updates in a run, by dataset and algorithm, over `chosen` runs.
 
     `step_time` is a mean over the steps since the last record. Evaluations and a teacher's own
-    training are not in it.
+    training are not counted.
     """
-    import pandas as pd
-
     ordered = frame.sort_values(["run", "step"])
     n_steps = ordered.groupby("run")["step"].diff().fillna(ordered["step"] + 1)
-    seconds = (pd.to_numeric(ordered["step_time"], errors="coerce") * n_steps).groupby(
+    seconds = (numbers(ordered["step_time"]) * n_steps).groupby(
         [ordered["args.dataset"], ordered["args.algorithm"], ordered["run"]]).sum(min_count=1)
     return seconds.groupby(level=[0, 1]).mean().rename("seconds").reset_index()
 
@@ -91,7 +95,7 @@ def hparam_effects(frame):
         whole = draws["test_env"].nunique() == group["test_env"].nunique()
         accuracy = draws["val_acc"].mean()[whole]
         for name in names:
-            values = pd.to_numeric(draws[name].first()[whole], errors="coerce")
+            values = numbers(draws[name].first())[whole]
             if len(accuracy) >= LEAST_DRAWS and values.notna().all() and values.nunique() > 1:
                 rho = stats.spearmanr(values, accuracy).statistic
                 rows.append((dataset, algorithm, name.removeprefix("hparams."), rho, len(values)))
@@ -99,7 +103,7 @@ def hparam_effects(frame):
 
 
 def chance_correlation(n_draws: int) -> float:
-    """The |rho| that 19 of 20 unrelated hparams stay below, by the t approximation."""
+    """The |rho| that 95 % of unrelated hparams stay below, by the t approximation."""
     from scipy import stats
 
     t = stats.t.ppf(0.975, n_draws - 2)
@@ -107,11 +111,11 @@ def chance_correlation(n_draws: int) -> float:
 
 
 def teachers(frame, everything):
-    """Accuracy of `chosen` students and of their teachers on the domain held out, by cell.
+    """Accuracy of `chosen` students and of their teachers on each held-out domain.
 
     Returns a table with `dataset`, `algorithm`, `test_env`, `student` and `teacher`: on the same
-    images where diagnostics were recorded; else on the domain's in-split, where the teacher is a
-    run of the same folder. Other teachers were not measured there, and have no row.
+    images where diagnostics were recorded; otherwise on the domain's in-split, if the teacher is a
+    run of the same folder. Other teachers were not measured there and have no row.
 
     Args:
         frame: of `chosen`.
@@ -125,7 +129,7 @@ def teachers(frame, everything):
     if "args.teacher" in frame:
         taught_by = everything[everything["selected"]].set_index("run")["test_acc"]
         runs = best["args.teacher"].map(
-            lambda path: path.rstrip("/").rpartition("/")[2], na_action="ignore")
+            lambda path: str(path).rstrip("/").rpartition("/")[2], na_action="ignore")
         looked_up = runs.map(taught_by[~taught_by.index.duplicated()])
         student = student.where(teacher.notna(), best["test_acc"])
         teacher = teacher.fillna(looked_up)
@@ -136,18 +140,18 @@ def teachers(frame, everything):
 
 
 def of_test_env(frame, name: str):
-    """For each row the number in column `name` of its test env, which `{}` stands for; else NaN."""
+    """For each row the number in column `name`, with its test env for `{}`; NaN without one."""
     import pandas as pd
 
     values = pd.Series(np.nan, index=frame.index)
     for env, rows in frame.groupby("test_env").groups.items():
         if (column := name.format(env)) in frame:
-            values[rows] = pd.to_numeric(frame.loc[rows, column], errors="coerce")
+            values[rows] = numbers(frame.loc[rows, column])
     return values
 
 
 def diagnostics(frame):
-    """Means of the `DIAGNOSTICS` by data set, algorithm and step; none that nobody recorded."""
+    """Means of the `DIAGNOSTICS` by dataset, algorithm and step; columns never recorded drop."""
     values = frame[["args.dataset", "args.algorithm", "step"]].copy()
     for name, label in DIAGNOSTICS.items():
         values[label] = of_test_env(frame, name)

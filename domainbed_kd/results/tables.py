@@ -1,19 +1,27 @@
-"""Results tables: computed once, then written as text, LaTeX, Markdown or CSV."""
+"""Tables of results: what stands in which cell, how far to trust it, and in which order.
 
-import csv
-import io
-import math
+`formats` writes them as text, LaTeX, Markdown or CSV.
+"""
+
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from domainbed_kd import algorithms, datasets
+from domainbed_kd.folder import curves
+from domainbed_kd.folder.curves import Curve
+from domainbed_kd.results import protocols, selection
+from domainbed_kd.results.records import Grid
 from domainbed_kd.results.selection import Outcome, SelectionMethod
 
-# Names that tables show instead of the class's.
-DISPLAY_NAMES = {"FourDs": "4Ds"}
+#: The datasets of which DomainBed has tables, in its order.
+DOMAINBED_DATASETS = (
+    "Debug28", "Debug224", "ColoredMNIST", "RotatedMNIST", "VLCS", "PACS", "OfficeHome",
+    "TerraIncognita", "DomainNet", "SVIRO", "WILDSCamelyon", "WILDSFMoW", "SpawriousO2O_easy",
+    "SpawriousO2O_medium", "SpawriousO2O_hard", "SpawriousM2M_easy", "SpawriousM2M_medium",
+    "SpawriousM2M_hard")
 
 
 @dataclass
@@ -26,24 +34,39 @@ class Cell:
     n_trials: int = 0
     n_finished: int = 0
     n_expected: int = 0
-    #: By which (dataset, protocol) its runs were trained.
-    protocols: frozenset = frozenset()
-    #: Whether the runs of one test env were trained by several protocols, or, of a published
-    #: number, by another or an unknown one.
+    #: The (dataset, settings) its runs were trained with.
+    settings: frozenset = frozenset()
+    #: Whether the runs of one test env were trained with several settings or, of a published
+    #: number, with others or unknown ones.
     mixed: bool = False
-    #: What was wrong with teachers that its runs learnt from all the same.
+    #: What was wrong with teachers that its runs learnt from anyway.
     teacher_problems: frozenset[str] = frozenset()
-    #: Whether that is not how most of the column was trained; set by `Table`.
+    #: Whether most of the column was trained otherwise; set by `Table`.
     differs: bool = False
     #: 1 for the best of the column's comparable cells, 2 for the second, else 0; set by `Table`.
     rank: int = 0
-    #: What stands for no number.
+    #: What is shown where there is no number.
     blank: str = "X"
 
     @property
     def incomplete(self) -> bool:
         """Whether there is a number, but not from all the runs that belong to it."""
         return self.mean is not None and self.n_finished < self.n_expected
+
+    @property
+    def has_error(self) -> bool:
+        """Whether its standard error says anything: that of a single trial is always 0."""
+        return self.stderr is not None and self.n_trials != 1
+
+    @property
+    def spoken(self) -> str:
+        """The number and its marks in words, for screen readers."""
+        said = [self.number("plus or minus") if self.has_error or self.mean is None
+                else f"{self.mean:.1f}", {1: "best", 2: "second"}.get(self.rank, ""),
+                "trained by another protocol" if self.differs else "",
+                "teacher failed its audit" if self.teacher_problems else "",
+                f"{self.n_finished} of {self.n_expected} runs" if self.incomplete else ""]
+        return ", ".join(filter(None, said))
 
     def number(self, plus_minus: str) -> str:
         """Mean and standard error as DomainBed rounds them; `blank` where there is no number."""
@@ -63,7 +86,7 @@ class Table:
     dataset: str | None
     columns: list[str]
     rows: dict[str, list[Cell]]
-    #: A line on how its runs were trained, for below it; DomainBed's own output has none.
+    #: A line below it on how its runs were trained; DomainBed's own output has none.
     protocol: str = ""
 
     def __post_init__(self):
@@ -79,12 +102,12 @@ class Table:
 def _compare(column: list[Cell]) -> None:
     """Marks cells trained otherwise than most, and the best two of whole, comparable cells.
 
-    Numbers that print alike rank alike; nothing is best without something to be better than.
+    Numbers that print alike rank alike. A lone cell is not best.
     """
-    protocols = Counter(cell.protocols for cell in column if not cell.mixed)
-    usual = max(protocols, key=protocols.get, default=None)
+    settings = Counter(cell.settings for cell in column if not cell.mixed)
+    usual = max(settings, key=settings.get, default=None)
     for cell in column:
-        cell.differs = cell.mixed or cell.protocols != usual
+        cell.differs = cell.mixed or cell.settings != usual
     comparable = [cell for cell in column if not cell.differs and not cell.incomplete]
     values = sorted({f"{cell.mean:.1f}" for cell in comparable}, key=float, reverse=True)
     if len(comparable) > 1:
@@ -99,13 +122,13 @@ def _measured(values: Iterable[float], outcomes: list[tuple[str, Outcome]]) -> C
     coverages = [outcome.coverage for _, outcome in outcomes]
     return Cell(
         mean=100 * float(np.mean(values)) if values else None,
-        stderr=100 * float(np.std(values)) / math.sqrt(len(values)) if values else None,
+        stderr=100 * float(np.std(values / np.sqrt(len(values)))) if values else None,
         n_trials=len(values),
         n_finished=sum(c.n_finished for c in coverages),
         n_expected=sum(c.n_expected for c in coverages),
-        protocols=frozenset((dataset, protocol) for dataset, outcome in outcomes
-                            for protocol in outcome.coverage.protocols),
-        mixed=any(len(c.protocols) > 1 for c in coverages),
+        settings=frozenset((dataset, settings) for dataset, outcome in outcomes
+                           for settings in outcome.coverage.settings),
+        mixed=any(len(c.settings) > 1 for c in coverages),
         teacher_problems=frozenset().union(*(c.teacher_problems for c in coverages)))
 
 
@@ -118,22 +141,22 @@ def _average(row: list[Cell]) -> Cell:
         n_trials=min(cell.n_trials for cell in row),
         n_finished=sum(cell.n_finished for cell in row),
         n_expected=sum(cell.n_expected for cell in row),
-        protocols=frozenset().union(*(cell.protocols for cell in row)),
+        settings=frozenset().union(*(cell.settings for cell in row)),
         mixed=any(cell.mixed for cell in row),
         teacher_problems=frozenset().union(*(cell.teacher_problems for cell in row)))
 
 
-def ordered(names: Iterable[str], *orders: Iterable[str]) -> list[str]:
-    """The distinct names: those of the orders in their order, then the others as they come."""
-    names = list(dict.fromkeys(names))
-    known = [name for order in orders for name in order]
-    return [name for name in dict.fromkeys(known) if name in names] + [
-        name for name in names if name not in known]
+def row_order(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
+    """The distinct algorithms, as the rows of a table: those known in order, then the others.
 
-
-def row_order(names: Iterable[str]) -> list[str]:
-    """Algorithms as the rows of a table: DomainBed's, ours, then those of neither."""
-    return ordered(names, algorithms.DOMAINBED, algorithms.ALGORITHMS)
+    Args:
+        names: in the order in which unknown ones are to stand.
+        known: in order; if empty, DomainBed's, then this package's and its plug-ins'.
+    """
+    names = dict.fromkeys(names)
+    known = dict.fromkeys(known or (*algorithms.DOMAINBED, *algorithms.ALGORITHMS))
+    return [*(name for name in known if name in names),
+            *(name for name in names if name not in known)]
 
 
 def environments(dataset: str, n_envs: int) -> list[str]:
@@ -143,13 +166,40 @@ def environments(dataset: str, n_envs: int) -> list[str]:
     return [str(i) for i in range(n_envs)]
 
 
+def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMethod]],
+             upstream: bool = False) -> dict[type[SelectionMethod], list[Table]]:
+    """{selection method: its tables}.
+
+    Args:
+        found: the curves of all runs; in DomainBed's order of reading for its numbers to the bit.
+        grid: the same sweep's.
+        methods: the selection methods.
+        upstream: only DomainBed's datasets, and only its algorithms in its own order.
+    """
+    seen = [curve.args["algorithm"] for curve in found]
+    if upstream:
+        rows = row_order(seen, algorithms.DOMAINBED)
+        columns = [name for name in DOMAINBED_DATASETS if name in grid.datasets]
+    else:
+        rows = row_order([*seen, *grid.algorithms])
+        columns = [*(name for name in datasets.DATASETS if name in grid.datasets),
+                   *(name for name in grid.datasets if name not in datasets.DATASETS)]
+    searches = curves.searches(found)
+    made = {method: build(method, selection.outcomes(searches, grid, method), rows, columns,
+                          grid.n_envs) for method in methods}
+    known = protocols.of_runs(grid)
+    for table in (table for group in made.values() for table in group if table.has_data):
+        table.protocol = protocols.line(known, grid, table.dataset, table.method, rows)
+    return made
+
+
 def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[str],
           dataset_names: list[str], n_envs: dict[str, int]) -> list[Table]:
     """A method's tables: one per dataset, then that of averages.
 
     Args:
         method: the selection method.
-        outcomes: {(dataset, algorithm, test env): Outcome} of `model_selection.outcomes`.
+        outcomes: {(dataset, algorithm, test env): Outcome} of `selection.outcomes`.
         algorithm_names: the rows, in order.
         dataset_names: the datasets, in order.
         n_envs: {dataset: how many environments its records have}.
@@ -174,12 +224,14 @@ def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[s
 
 def _over_environments(dataset: str, algorithm: str, outcomes: dict, n_envs: int) -> Cell:
     """Each trial's mean over the test envs that it has, then over trials."""
-    found = {env: outcomes[dataset, algorithm, env] for env in range(n_envs)
-             if (dataset, algorithm, env) in outcomes}
-    trials = sorted({trial for outcome in found.values() for trial in outcome.accs})
-    values = [float(np.mean([o.accs[trial] for o in found.values() if trial in o.accs]))
-              for trial in trials]
-    return _measured(values, [(dataset, outcome) for outcome in found.values()])
+    found = [outcomes[dataset, algorithm, env] for env in range(n_envs)
+             if (dataset, algorithm, env) in outcomes]
+    values = []
+    for trial in sorted({trial for outcome in found for trial in outcome.accs}):
+        having = [outcome for outcome in found if trial in outcome.accs]
+        having.sort(key=lambda outcome: outcome.places.get(trial, 0))  # sums depend on the order
+        values.append(float(np.mean([outcome.accs[trial] for outcome in having])))
+    return _measured(values, [(dataset, outcome) for outcome in found])
 
 
 def teacher_problems(cells: Iterable[Cell]) -> str:
@@ -189,189 +241,9 @@ def teacher_problems(cells: Iterable[Cell]) -> str:
             f"{', '.join(sorted(found))}." if found else "")
 
 
-def display_name(algorithm: str) -> str:
-    """An algorithm's name for readers."""
-    return DISPLAY_NAMES.get(algorithm, algorithm)
-
-
-def _grid(table: Table, name: Callable[[str], str], label: Callable[[str], str],
-          cell: Callable[[Cell], str]) -> list[list[str]]:
-    """The table as rows of strings, the header first."""
-    return [[label(column) for column in ("Algorithm", *table.columns)],
-            *([name(algorithm), *map(cell, row)] for algorithm, row in table.rows.items())]
-
-
-# Text. DomainBed's own differs in that it cuts cells and has no marks.
-
-
-def _title(table: Table) -> str:
-    what = "Averages" if table.dataset is None else f"Dataset: {table.dataset}"
-    return f"-------- {what}, model selection method: {table.method}"
-
-
-def _width(table: Table) -> int:
-    return 25 if table.dataset is None else 20
-
-
-def upstream_text(table: Table) -> str:
-    """The table as DomainBed prints it, to the byte, an empty line first."""
-    width = _width(table)
-    rows = _grid(table, str, str, lambda cell: cell.number("+/-"))
-    lines = ["  ".join(text.ljust(width)[:width] for text in row) + " " for row in rows]
-    return "\n".join(["", _title(table), *lines, ""])
-
-
-def text(table: Table) -> str:
-    """As DomainBed's, but whole names, and cells that say what they lack."""
-    def cell_text(cell):
-        marks = " !" if cell.differs else ""
-        marks += " ?" if cell.teacher_problems else ""
-        marks += f" *{cell.n_finished}/{cell.n_expected}" if cell.incomplete else ""
-        return cell.number("+/-") + marks
-
-    rows = _grid(table, display_name, str, cell_text)
-    below = [table.protocol] if table.protocol else []
-    return "\n".join(["", _title(table), *_columns(rows, _width(table)), *below, ""])
-
-
-def _columns(rows: list[list[str]], least_width: int) -> list[str]:
-    """Lines in which cells stand below each other, two spaces apart."""
-    widths = [max(least_width, *map(len, column)) for column in zip(*rows)]
-    return ["  ".join(map(str.ljust, row, widths)) + " " for row in rows]
-
-
-# LaTeX.
-
-_ESCAPES = str.maketrans({
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    **{character: rf"\{character}" for character in "_%&#${}"}})
-
-
-def escape_latex(name: str) -> str:
-    """A name that LaTeX prints as it is."""
-    return name.translate(_ESCAPES)
-
-
-def latex_document(parts: Iterable[str], n_records: int) -> str:
-    """A whole document, as DomainBed's."""
-    return "\n".join([
-        r"\documentclass{article}", r"\usepackage{booktabs}", r"\usepackage{adjustbox}",
-        r"\begin{document}", r"\section{Full DomainBed results}", f"% Total records: {n_records}",
-        *parts, r"\end{document}", ""])
-
-
-def latex_section(method: str) -> str:
-    """The heading over a method's tables."""
-    return f"\n\\subsection{{Model selection: {method}}}"
-
-
-def _latex(rows: list[list[str]], title: str, after: Iterable[str] = ()) -> str:
-    return "\n".join([
-        "", rf"\subsubsection{{{title}}}", "", r"\begin{center}",
-        r"\adjustbox{max width=\textwidth}{%",
-        rf"\begin{{tabular}}{{l{'c' * (len(rows[0]) - 1)}}}", r"\toprule",
-        " & ".join(rows[0]) + r" \\", r"\midrule", *(" & ".join(row) + r" \\" for row in rows[1:]),
-        r"\bottomrule", r"\end{tabular}}", *after, r"\end{center}"])
-
-
-def upstream_latex(table: Table) -> str:
-    """The table as DomainBed writes it, to the byte: long labels lose their brace."""
-    width = _width(table)
-    rows = _grid(table, str, lambda name: rf"\textbf{{{name}}}".replace("%", r"\%"),
-                 lambda cell: cell.number(r"$\pm$"))
-    rows = [[text.ljust(width)[:width] for text in row] for row in rows]
-    return _latex(rows, table.dataset or "Averages")
-
-
-def latex(table: Table) -> str:
-    """A booktabs table that compiles: best in bold, second underlined, marks explained below."""
-    def cell_latex(cell):
-        number = cell.number(r"$\pm$")
-        number = {1: rf"\textbf{{{number}}}", 2: rf"\underline{{{number}}}"}.get(cell.rank, number)
-        number += r"$^{\dagger}$" if cell.differs else ""
-        number += r"$^{\ddagger}$" if cell.teacher_problems else ""
-        return number + (rf"$^{{*{cell.n_finished}/{cell.n_expected}}}$" if cell.incomplete else "")
-
-    def bold(name):
-        return rf"\textbf{{{escape_latex(name)}}}"
-
-    rows = _grid(table, lambda name: escape_latex(display_name(name)), bold, cell_latex)
-    cells = [cell for row in table.rows.values() for cell in row if cell.mean is not None]
-    after = []
-    if any(cell.incomplete for cell in cells):
-        after.append(r"$^{*}$ finished runs / runs of a whole sweep.")
-    if any(cell.differs for cell in cells):
-        after.append(r"$^{\dagger}$ trained by another protocol than most of the column.")
-    if problems := teacher_problems(cells):
-        after.append(r"$^{\ddagger}$ " + escape_latex(problems))
-    if table.protocol:
-        after.append(escape_latex(table.protocol))
-    if after:
-        after = ["", r"\smallskip\footnotesize " + " ".join(after)]
-    return _latex(rows, escape_latex(table.dataset or "Averages"), after)
-
-
-# Markdown and CSV.
-
-
-def markdown(table: Table) -> str:
-    """A pipe table with the best in bold."""
-    def cell_markdown(cell):
-        number = cell.number("±")
-        number = f"**{number}**" if cell.rank == 1 else number
-        number += " !" if cell.differs else ""
-        number += " ?" if cell.teacher_problems else ""
-        return number + (rf" \*{cell.n_finished}/{cell.n_expected}" if cell.incomplete else "")
-
-    rows = _grid(table, lambda name: _escape_markdown(display_name(name)), _escape_markdown,
-                 cell_markdown)
-    below = f"\n{_escape_markdown(table.protocol)}\n" if table.protocol else ""
-    title = f"{_escape_markdown(table.dataset or 'Averages')}, {table.method}"
-    return _markdown(rows, title) + below
-
-
-def _escape_markdown(name: str) -> str:
-    return "".join("\\" + c if c in r"\`*_{}[]<>#|~" else c for c in name)
-
-
-def _markdown(rows: list[list[str]], title: str) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(["", f"### {title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""])
-
-
-# Other tables than of accuracies.
-
-
-def grid(style: str, title: str, rows: list[list[str]], remark: str) -> str:
-    """Rows of strings, the header first, as text, latex or markdown, with a remark below."""
-    if style == "latex":
-        header, *body = [[escape_latex(cell) for cell in row] for row in rows]
-        header = [rf"\textbf{{{cell}}}" for cell in header]
-        return _latex([header, *body], escape_latex(title),
-                      ["", r"\smallskip\footnotesize " + escape_latex(remark)])
-    if style == "markdown":
-        escaped = [[_escape_markdown(cell) for cell in row] for row in rows]
-        return f"{_markdown(escaped, _escape_markdown(title))}\n{_escape_markdown(remark)}\n"
-    return "\n".join(["", f"-------- {title}", *_columns(rows, 0), remark, ""])
-
-
-def as_csv(tables: Iterable[Table]) -> str:
-    """One line per cell that has a number or should; accuracies in percent, unrounded."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["selection", "dataset", "algorithm", "environment", "mean", "stderr",
-                     "n_trials", "runs_finished", "runs_expected", "other_protocol",
-                     "teacher_problem"])
-    for table in tables:
-        for algorithm, row in table.rows.items():
-            for column, cell in zip(table.columns, row):
-                if cell.mean is None and not cell.n_expected:
-                    continue
-                writer.writerow([
-                    table.method, *((table.dataset, display_name(algorithm), column)
-                                    if table.dataset else (column, display_name(algorithm), "all")),
-                    *("" if value is None else value for value in (cell.mean, cell.stderr)),
-                    cell.n_trials, cell.n_finished, cell.n_expected, int(cell.differs),
-                    "; ".join(sorted(cell.teacher_problems))])
-    return out.getvalue()
+def needs_pairs(method: type[SelectionMethod], grid: Grid) -> str | None:
+    """Why a method has no tables, if the sweep has runs but none with two test envs."""
+    if not method.uses_pairs or grid.has_pairs or not grid.begun:
+        return None
+    return (f"{method.name}: needs runs with two test envs "
+            "(launch the sweep without --single_test_envs).")

@@ -1,22 +1,19 @@
 """Prints the hparams of one cell of the tables, best validation accuracy first."""
 
 import argparse
-import contextlib
-import io
-import sys
 
+from domainbed_kd.algorithms import display_name
 from domainbed_kd.console import Parser, run_main
-from domainbed_kd.folder.args import PROTOCOL
-from domainbed_kd.folder.curves import Cell, Curve, by_cell, n_records
-from domainbed_kd.results import protocols, selection, tables
-from domainbed_kd.results import records as sweeps
+from domainbed_kd.folder.args import SETTINGS
+from domainbed_kd.folder.curves import Curve, Search, n_records, searches
+from domainbed_kd.results import protocols, records, selection
 
 
 def build_parser() -> argparse.ArgumentParser:
     """DomainBed's flags."""
     parser = Parser(prog="python -m domainbed_kd.scripts.list_top_hparams", description=__doc__)
     parser.add_argument("--input_dir", required=True, help="folder of the sweep")
-    parser.add_argument("--dataset", required=True, help="a data set by name")
+    parser.add_argument("--dataset", required=True, help="a dataset by name")
     parser.add_argument("--algorithm", required=True, help="an algorithm by name")
     parser.add_argument("--test_env", type=int, required=True, help="number of a held-out domain")
     return parser
@@ -25,44 +22,35 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Loads, selects and prints."""
     args = build_parser().parse_args(argv)
-    folder = sweeps.Folder(args.input_dir)
-    output, = folder.answer("list_top_hparams", repr(args), make=lambda: [answer(folder, args)])
-    sys.stdout.write(output)
+    found = records.Folder(args.input_dir).curves()
+    trials = find(searches(found), args)
+    print(f"Total records: {n_records(found)}")
+    for method in selection.METHODS:
+        print(f"Model selection: {method.name}")
+        for trial_seed, search in trials.items():
+            print(f"trial_seed: {trial_seed}")
+            for accs, draw in method.hparams_accs(search):
+                print_draw(accs, draw)
     return 0
 
 
-def answer(folder: sweeps.Folder, args: argparse.Namespace) -> str:
-    """What is printed."""
-    curves = folder.curves()
-    cells = find_cells(by_cell(curves), args)
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        print(f"Total records: {n_records(curves)}")
-        for method in selection.METHODS:
-            print(f"Model selection: {method.name}")
-            for trial_seed, cell in cells.items():
-                print(f"trial_seed: {trial_seed}")
-                for accs, draw in method.hparams_accs(cell):
-                    print_draw(accs, draw)
-    return output.getvalue()
-
-
-def find_cells(cells: dict, args: argparse.Namespace) -> dict[int, Cell]:
-    """{trial_seed: cell} of the cell that the flags name.
+def find(every: dict, args: argparse.Namespace) -> dict[int, Search]:
+    """{trial_seed: its search} of the cell that the flags name.
 
     Raises:
         ValueError: naming what there is instead.
     """
-    shown = {tables.display_name(algorithm): algorithm for _, _, algorithm, _ in cells}
+    shown = {display_name(algorithm): algorithm for _, _, algorithm, _ in every}
     asked = {"dataset": args.dataset, "algorithm": shown.get(args.algorithm, args.algorithm),
              "test_env": args.test_env}
-    remaining = list(cells)
+    remaining = sorted(every)
     for position, (name, value) in enumerate(asked.items(), 1):
-        there = sorted({cell[position] for cell in remaining})
-        remaining = [cell for cell in remaining if cell[position] == value]
+        there = sorted({key[position] for key in remaining})
+        remaining = [key for key in remaining if key[position] == value]
         if not remaining:
             raise ValueError(f"--{name} {value}: {args.input_dir} has no such results; it has "
                              f"{', '.join(map(str, there)) or 'none at all'}.")
-    return {cell[0]: cells[cell] for cell in remaining}
+    return {key[0]: every[key] for key in remaining}
 
 
 def print_draw(accs: dict, draw: list[Curve]) -> None:
@@ -77,7 +65,7 @@ def print_draw(accs: dict, draw: list[Curve]) -> None:
         for name, value in sorted(hparams.items()):
             print(f"\t\t\t{name}: {value}")
     print("\t\toutput_dirs:")
-    told = [name for name in PROTOCOL if len({str(curve.args.get(name)) for curve in draw}) > 1]
+    told = [name for name in SETTINGS if len({str(curve.args.get(name)) for curve in draw}) > 1]
     for folder, *words in sorted({
             (curve.args.get("output_dir", ""),
              *(protocols.in_words(name, str(curve.args.get(name))) for name in told))

@@ -1,0 +1,169 @@
+"""The remarks below a sweep's tables: what marks mean, which runs are absent, why some failed."""
+
+import os
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from domainbed_kd.algorithms import display_name
+from domainbed_kd.folder import claims, files
+from domainbed_kd.folder.args import OF_SWEEP, SETTINGS
+from domainbed_kd.results import protocols, tables
+from domainbed_kd.results.records import Folder, Grid, Run
+
+# How many lines say why runs failed.
+_MOST_FAILURES = 10
+
+
+def lines(grid: Grid, made: dict, input_dir: str, failures: dict[str, str]) -> list[str]:
+    """What the tables' marks mean, which runs are absent, and what completes them.
+
+    Returns no line for a whole sweep; else the first line is empty.
+
+    Args:
+        grid: of the sweep.
+        made: {selection method: tables}.
+        input_dir: the sweep's folder.
+        failures: of `why_failed`.
+    """
+    cells = [cell for group in made.values() for table in group
+             for row in table.rows.values() for cell in row if cell.mean is not None]
+    found = []
+    if any(cell.incomplete for cell in cells):
+        found.append("* n/m: n of the m runs behind the number have finished.")
+    if any(cell.differs for cell in cells):
+        found.append("! trained by another protocol than most of the column:")
+        found += [f"    {line}" for line in _describe_settings(grid)]
+    if problems := tables.teacher_problems(cells):
+        found.append(f"? {problems}")
+    if absent := grid.absent():
+        reasons = {run: failures[name] for run in absent
+                   if (name := grid.folder_name(run)) in failures}
+        n_unfinished = len(set(absent) & grid.begun.keys()) - len(reasons)
+        n_absent = len(absent) - n_unfinished - len(reasons)
+        found.append(
+            f"Of {grid.n_runs} runs, {n_absent} are absent and {n_unfinished} unfinished:"
+            if not reasons else f"Of {grid.n_runs} runs, {n_absent} are absent, {n_unfinished} "
+            f"unfinished and {len(reasons)} failed:")
+        others = [run for run in absent if run not in reasons]
+        found += [f"    {line}" for line in _describe_absent(grid, others)]
+        found += [f"    {line}" for line in _describe_failed(grid, reasons)]
+        if command := _completing_command(grid, input_dir):
+            found += ["To complete them:", f"    {command}"]
+    return ["", *found] if found else []
+
+
+def _completing_command(grid: Grid, input_dir: str) -> str | None:
+    """The `sweep launch` command that runs what is absent; None if runs differ in their flags."""
+    words = ["python", "-m", "domainbed_kd.scripts.sweep", "launch", "--datasets", *grid.datasets,
+             "--algorithms", *grid.algorithms, "--n_trials", max(grid.trial_seeds) + 1,
+             "--n_hparams", max(grid.hparams_seeds) + 1]
+    if min(grid.hparams_seeds):
+        words += ["--n_hparams_from", min(grid.hparams_seeds)]
+    for name, default in OF_SWEEP.items():
+        value, *others = {args.get(name, default) for args in grid.begun.values()}
+        if others:
+            return None
+        if value != default:
+            words += [f"--{name}"] if value is True else [f"--{name}", value]
+    words += [] if grid.has_pairs else ["--single_test_envs"]
+    return shlex.join(map(str, [*words, "--output_dir", input_dir, "--command_launcher", "local"]))
+
+
+def why_failed(folder: Folder, grid: Grid) -> dict[str, str]:
+    """{name of a run's folder: why the run failed}, for runs that did."""
+    reasons = ((name, files.failure(f"{folder.path}/{name}")) for name in grid.unfinished_names())
+    return {name: " ".join(reason.split()).removeprefix("error: ")
+            for name, reason in reasons if reason}
+
+
+def at_work(folder: Folder, grid: Grid) -> str:
+    """That runs of a sweep are being trained right now; empty if none are."""
+    names = {*grid.unfinished_names(), *folder.without_results}
+    paths = [f"{folder.path}/{name}" for name in names]
+    n_running = sum(claims.holder(path) is not None for path in paths
+                    if os.path.exists(f"{path}/out.txt"))
+    if not n_running:
+        return ""
+    n_waiting = sum(map(files.is_waiting, paths))
+    return (f"The sweep is at work: {n_running} of its runs are in training and {n_waiting} more "
+            "wait for their turn. Missing results may still come; see `sweep status`.")
+
+
+def _describe_settings(grid: Grid) -> list[str]:
+    """One line per algorithm on each dataset whose runs were trained with several settings."""
+    counts = defaultdict(Counter)
+    for run, found in grid.settings.items():
+        for settings in found:
+            counts[run.dataset, run.algorithm][settings] += 1
+    described = []
+    for dataset in grid.datasets:
+        rows = {algorithm: counts[dataset, algorithm] for algorithm in grid.algorithms}
+        values = list(zip(*(settings for row in rows.values() for settings in row)))
+        told = [i for i, column in enumerate(values) if len(set(column)) > 1]
+        if not told:
+            continue
+        for algorithm, row in rows.items():
+            kinds = "; ".join(
+                ", ".join(protocols.in_words(SETTINGS[i], settings[i]) for i in told)
+                + f" ({n} run{'s' if n > 1 else ''})"
+                for settings, n in sorted(row.items()))
+            if kinds:
+                described.append(f"{dataset}, {display_name(algorithm)}: {kinds}")
+    return described
+
+
+def _describe_failed(grid: Grid, reasons: dict[Run, str]) -> list[str]:
+    """Which runs failed and why, one line for each reason; a long list is cut."""
+    alike = defaultdict(list)
+    for run, reason in reasons.items():
+        alike[reason].append(run)
+    described = [f"{line}: failed: {reason}" for reason, runs in alike.items()
+                 for line in _describe_absent(grid, runs)]
+    more = len(described) - _MOST_FAILURES
+    return described if more <= 0 else [
+        *described[:_MOST_FAILURES], f"and {more} more such lines; `sweep status` has them all"]
+
+
+def _describe_absent(grid: Grid, absent: list[Run]) -> list[str]:
+    """The runs in as few lines as their regularity allows."""
+    lacking = defaultdict(lambda: defaultdict(set))  # {(dataset, algorithm): {test envs: seeds}}
+    for run in absent:
+        lacking[run.dataset, run.algorithm][run.test_envs].add((run.trial_seed, run.hparams_seed))
+    alike = defaultdict(list)  # {(dataset, what it lacks): algorithms}
+    for (dataset, algorithm), by_envs in lacking.items():
+        env_sets = defaultdict(list)
+        for envs, seeds in by_envs.items():
+            env_sets[frozenset(seeds)].append(envs)
+        everything = len(grid.test_env_sets(dataset))
+        parts = []
+        for seeds, sets in env_sets.items():
+            where = "all test envs" if len(sets) == everything else (
+                "test envs " + " ".join("+".join(map(str, envs)) for envs in sets))
+            parts.append(f"{where}: {_describe_seeds(seeds)}")
+        alike[dataset, tuple(parts)].append(display_name(algorithm))
+    return [f"{dataset}, {' '.join(names)}, {part}"
+            for (dataset, parts), names in alike.items() for part in parts]
+
+
+def _describe_seeds(seeds: Iterable[tuple[int, int]]) -> str:
+    """Pairs of trial and hparams seed, as "trials 0-2, hparams 0-19; trial 3, hparams 1"."""
+    by_trial = defaultdict(set)
+    for trial, hparams in seeds:
+        by_trial[trial].add(hparams)
+    trials = defaultdict(list)
+    for trial in sorted(by_trial):
+        trials[tuple(sorted(by_trial[trial]))].append(trial)
+    return "; ".join(f"trial{'s' if len(same) > 1 else ''} {_ranges(same)}, "
+                     f"hparams {_ranges(hparams)}" for hparams, same in trials.items())
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers as "0-2 5"."""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
