@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import domainbed_kd
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
+         *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page, language):
@@ -44,7 +47,7 @@ def run_python(code, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_work_as_printed(page, tmp_path):
     for i, code in enumerate(blocks(page, "python")):
         name = re.search(r"`(\w+\.py)`", page.read_text(encoding="utf-8"))
@@ -56,7 +59,7 @@ def test_the_commands_of_a_page_work_as_printed(page, tmp_path):
             run_python(code, tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (page.parent / target).exists(), target
@@ -72,6 +75,11 @@ def test_a_sweep_file_states_its_command_and_plans(path, tmp_path):
         capture_output=True, text=True)
     assert plan.returncode == 0, plan.stderr
     assert re.search(r"^[1-9]\d* jobs: 0 done", plan.stdout, re.MULTILINE)
+
+
+def test_the_citation_states_the_packages_version():
+    stated = re.search(r"(?m)^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert stated[1] == domainbed_kd.__version__
 
 
 def test_the_printed_method_takes_forty_lines_of_code():

@@ -1,0 +1,83 @@
+"""Every method has a page, and its page says what the code does."""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from domainbed_kd import algorithms
+from domainbed_kd.results import published
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import method_pages  # noqa: E402
+
+HEADINGS = ["What it does", "Command", "Equations", "Hparams", "Logged values",
+            "Departures from the paper", "Published numbers", "Results here", "Cost"]
+
+
+@pytest.fixture(params=algorithms.SHIPPED)
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def page(method):
+    return method_pages.page_of(method).read_text(encoding="utf-8")
+
+
+def section(page, heading):
+    return re.search(rf"(?ms)^## {heading}\n(.*?)(?=^## |\Z)", page)[1].strip()
+
+
+def test_a_page_has_the_headings_of_all_and_something_below_each(method, page):
+    assert re.findall(r"(?m)^## (.*)", page) == HEADINGS
+    assert all(section(page, heading) for heading in HEADINGS)
+    name = method_pages.name_of(method)
+    assert re.search(rf"--algorithms (ERM )?{name} ", section(page, "Command"))
+
+
+def test_hparams_defaults_and_draws_are_those_of_the_code(method, page):
+    words = method_pages.words_of(page)
+    assert all(words.values()), f"{method}: an hparam is not explained"
+    assert words.keys() == {row[0] for row in method_pages.rows(method)}
+    if words:
+        assert method_pages.table(method, words).strip() in section(page, "Hparams")
+
+
+def test_published_numbers_are_those_of_the_file_with_its_sources(method, page):
+    found = re.findall(r"\d+\.\d(?: ± \d\.\d)?(?= \|)", section(page, "Published numbers"))
+    with published.PATH.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    known = {f"{float(line['mean']):.1f}"
+             + (f" ± {float(line['stderr']):.1f}" if line["stderr"] else "")
+             for line in lines if not line["domain"]}
+    assert set(found) <= known
+    assert method_pages.numbers(method).strip() in page
+
+
+def test_results_are_those_of_the_page_on_results(method, page):
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    own, erm = ([line for line in results.splitlines() if line.startswith(f"| {name} |")]
+                for name in (method_pages.name_of(method), "ERM"))
+    for ours, theirs in re.findall(r": (\d+\.\d.*?)(?:; ERM (\d.*?))?\.(?:\s|$)",
+                                   section(page, "Results here")):
+        assert any(line.endswith(f"| {ours} |") for line in own), ours
+        assert not theirs or any(line.endswith(f"| {theirs} |") for line in erm), theirs
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs" / "methods").glob("*.md")}
+    assert pages == {method_pages.page_of(method).name for method in algorithms.SHIPPED}
+    assert set(re.findall(r"\(methods/(\w+\.md)\)", index)) == pages
+
+
+@pytest.mark.parametrize("source, formula", [
+    ("10 ** r.uniform(-1, 0.5)", "10^U(−1, 0.5)"), ("r.choice([1.0, 2.0])", "{1.0, 2.0}"),
+    ("int(2 ** r.uniform(3, 9))", "⌊2^U(3, 9)⌋"), ("int(r.choice([1, 3]))", "{1, 3}"),
+    ("str(r.choice(['both', 'ce']))", "{both, ce}"), ("r.uniform(low, high)", "U(0.1, 0.3)")])
+def test_draws_are_printed_as_formulas(source, formula):
+    assert method_pages.formula(source, {"low": 0.1, "high": 0.3}) == formula
