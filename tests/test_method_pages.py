@@ -68,6 +68,11 @@ def test_results_are_those_of_the_page_on_results(method, page):
         assert not theirs or any(line.endswith(f"| {theirs} |") for line in erm), theirs
 
 
+def test_a_method_that_keeps_a_defect_of_domainbeds_says_how_to_repair_it(method, page):
+    keeps = getattr(algorithms.get_algorithm_class(method), "mends", False)
+    assert ('`"mended": true`' in section(page, "Departures from the paper")) == keeps
+
+
 def test_the_index_leads_to_every_page():
     index = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     pages = {path.name for path in (ROOT / "docs" / "methods").glob("*.md")}
