@@ -10,15 +10,7 @@ from collections.abc import Callable
 
 from domainbed_kd.console import did_you_mean
 from domainbed_kd.sweep.clusters import ray, slurm
-from domainbed_kd.sweep.workers import local, multi_gpu
-
-
-def dummy(commands: list[str], *, jobs_per_device: int = 1,
-          threads_per_job: int | None = None) -> None:
-    """Prints the commands and runs nothing, whatever the options."""
-    for command in commands:
-        print(f"Dummy launcher: {command}")
-
+from domainbed_kd.sweep.workers import dummy, local, multi_gpu
 
 REGISTRY: dict[str, Callable] = {"local": local, "dummy": dummy, "multi_gpu": multi_gpu,
                                 "slurm": slurm, "ray": ray}
@@ -44,5 +36,5 @@ def get_launcher(name: str) -> Callable:
     except (ImportError, AttributeError) as error:
         raise NotImplementedError(f"Launcher not found: {name} ({error}).") from error
     if not callable(launcher):
-        raise NotImplementedError(f"Launcher not found: {name} is no function.")
+        raise NotImplementedError(f"Launcher not found: {name} is not a function.")
     return launcher

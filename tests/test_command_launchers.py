@@ -115,9 +115,7 @@ def test_threads_are_shared_out_evenly_unless_given(tmp_path, monkeypatch):
 
 
 def test_multi_gpu_gives_each_job_a_gpu_of_its_own(tmp_path, monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "n_gpus", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7,")
     # As in the test above: a job ends when it has seen one on the other GPU.
     code = ("import os, sys, time; d = sys.argv[1]\n"
@@ -133,9 +131,7 @@ def test_multi_gpu_gives_each_job_a_gpu_of_its_own(tmp_path, monkeypatch):
 
 
 def test_multi_gpu_packs_several_jobs_on_a_gpu(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(machine, "n_gpus", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     seen = []
     monkeypatch.setattr(workers, "_run_all",
@@ -145,9 +141,7 @@ def test_multi_gpu_packs_several_jobs_on_a_gpu(monkeypatch):
 
 
 def test_multi_gpu_without_a_gpu_says_so(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(machine, "n_gpus", lambda: 0)
     with pytest.raises(ValueError, match="sees no GPU.*--command_launcher local"):
         multi_gpu(["x"])
 
@@ -173,7 +167,7 @@ def test_launchers_are_found_by_name_and_by_module():
 
 @pytest.mark.parametrize("name, message", [
     ("locl", "Did you mean local"), ("os:nothing", "nothing"), ("no.module:f", "no"),
-    ("os:sep", "no function"), ("slrm", "Did you mean slurm"),
+    ("os:sep", "not a function"), ("slrm", "Did you mean slurm"),
     ("pbs", "Known: local, dummy, multi_gpu, slurm, ray")])
 def test_an_unknown_launcher_is_named(name, message):
     with pytest.raises(NotImplementedError, match=f"Launcher not found: {name}.*{message}"):

@@ -80,23 +80,11 @@ def test_further_flags_rename_the_folder_only_when_they_are_given():
     assert " --skip_model_save --task " in given.command_str
 
 
-def test_plugins_are_in_the_command_but_not_in_the_folders_name():
+def test_what_is_not_on_record_is_in_the_command_but_not_in_the_folders_name():
     args = CASES[0]["jobs"][0]["train_args"]
-    job = Job(args, "o", plugins=["my methods.py", "package.module"])
-    assert job.command_str.endswith(" --plugin 'my methods.py' --plugin package.module")
+    job = Job(args, "o", flags=["--plugin", "my methods.py", "--wandb"])
+    assert job.command_str.endswith(" --plugin 'my methods.py' --wandb")
     assert job.output_dir == Job(args, "o").output_dir
-
-
-def test_a_launcher_that_gives_up_leaves_no_new_folder_even_with_plugins(tmp_path):
-    args = CASES[0]["jobs"][0]["train_args"]
-
-    def gives_up(commands):
-        assert (tmp_path / "sweep" / ".plugins.jsonl").exists()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Job.launch([Job(args, str(tmp_path / "sweep"), plugins=["x.py"])], gives_up)
-    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_sweep_that_domainbed_made_is_recognized_by_its_folders(tmp_path):

@@ -237,8 +237,9 @@ def words(args: Mapping) -> list[str]:
 
 
 def _words(name: str, value) -> list[str]:
-    # argparse takes a value that starts with a dash for a flag.
-    return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    # argparse takes a word that starts with a dash for a flag, and a sweep one with @ for a file.
+    return ([f"--{name}={value}"] if str(value).startswith(("-", "@"))
+            else [f"--{name}", str(value)])
 
 
 def are_args(args) -> bool:

@@ -30,6 +30,13 @@ SETTLE_S = 2
 # The exit status of a train that was told to stop, and has saved its state: 128 + SIGTERM, as a
 # shell would report it.
 STOPPED = 143
+# That of a train that found another process at work in its folder: EX_TEMPFAIL of sysexits.h.
+BUSY = 75
+
+
+class Busy(ValueError):
+    """Another process trains in the folder."""
+
 # What a file system answers that has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -63,7 +70,8 @@ def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
         wait_s: seconds to wait for another process to end, or for its heartbeat to grow stale.
 
     Raises:
-        ValueError: if another process has it for longer.
+        Busy: if another process has it for longer.
+        ValueError: if out.txt is not a regular file.
     """
     deadline = time.monotonic() + wait_s
     if (folder / files.OUT).exists() and not (folder / files.OUT).is_file():
@@ -72,7 +80,7 @@ def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
     with files.open_to_write(folder / files.OUT, "ab") as file:
         while not _taken(file, folder):
             if time.monotonic() >= deadline:
-                raise ValueError(
+                raise Busy(
                     f"Another process trains in {folder}, on {holder(folder)}. Wait for it, or "
                     "choose another --output_dir. If you are sure that it is gone, delete "
                     f"{folder / files.HEARTBEAT}.")

@@ -316,6 +316,13 @@ def is_waiting(folder: str | Path) -> bool:
             and set(os.listdir(folder)) <= {ARGS})
 
 
+def remove_waiting(folder: str | Path) -> None:
+    """Removes a job's folder in which nothing has happened."""
+    Path(folder, ARGS).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another launcher has just begun here
+        os.rmdir(folder)
+
+
 def failure(folder: str | Path) -> str | None:
     """Why a run failed, in a line; None if it has not."""
     try:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from domainbed_kd.algorithms import display_name
-from domainbed_kd.folder import claims, files
+from domainbed_kd.folder import claims, files, manifest
 from domainbed_kd.folder.args import OF_SWEEP, SETTINGS
 from domainbed_kd.results import protocols, tables
 from domainbed_kd.results.records import Folder, Grid, Run
@@ -54,7 +54,12 @@ def lines(grid: Grid, made: dict, input_dir: str, failures: dict[str, str]) -> l
 
 
 def _completing_command(grid: Grid, input_dir: str) -> str | None:
-    """The `sweep launch` command that runs what is absent; None if runs differ in their flags."""
+    """The `sweep launch` command that runs what is absent; None if runs differ in their flags.
+
+    Of a folder that says what its sweep is, no flags are needed.
+    """
+    if command := manifest.completing_command(input_dir):
+        return command
     words = ["python", "-m", "domainbed_kd.scripts.sweep", "launch", "--datasets", *grid.datasets,
              "--algorithms", *grid.algorithms, "--n_trials", max(grid.trial_seeds) + 1,
              "--n_hparams", max(grid.hparams_seeds) + 1]

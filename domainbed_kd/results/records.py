@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from domainbed_kd.folder import curves, files
+from domainbed_kd.folder import curves, files, manifest
 from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.folder.curves import Curve
 from domainbed_kd.results import record_cache
 
 # What collect_results and report leave beside the runs.
-_OURS = ("results.txt", "results.tex", "results.csv", "results.md", "report.html", "report")
+_OURS = (manifest.NAME, "results.txt", "results.tex", "results.csv", "results.md", "report.html",
+         "report")
 _MOST_WARNINGS = 10
 # A line with more brackets than this may nest deeper than `files.parse_json` allows.
 _MOST_BRACKETS = 50

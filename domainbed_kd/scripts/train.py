@@ -1,9 +1,10 @@
 """Trains one algorithm on one dataset, holding out the test domains."""
 
 import argparse
+import sys
 from pathlib import Path
 
-from domainbed_kd.console import Parser, run_main
+from domainbed_kd.console import Parser, one_line, run_main
 from domainbed_kd.folder import args as flags
 from domainbed_kd.folder import claims, output
 
@@ -38,6 +39,17 @@ def check_names(args: argparse.Namespace) -> None:
         datasets.check_test_envs(args.dataset, len(names), args.test_envs)
 
 
+def run(args: argparse.Namespace) -> int:
+    """Trains, in a folder that is this process's own."""
+    check_names(args)
+    from domainbed_kd.run import training
+
+    with output.hparams_blamed(args.algorithm, args.hparams):
+        return training.train(
+            flags.on_record(args), args.resume, args.loader_processes, args.log_test_domains,
+            args.wandb, args.image_cache, args.teacher_cache)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parses, keeps what is printed in out.txt and err.txt, and trains."""
     args = build_parser().parse_args(argv)
@@ -46,14 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     if not folder.exists():
         check_names(args)  # so that a slip of the fingers makes no folder
     folder.mkdir(parents=True, exist_ok=True)
-    with claims.held(folder, args.wait), output.kept_in(folder):
-        check_names(args)
-        from domainbed_kd.run import training
-
-        with output.hparams_blamed(args.algorithm, args.hparams):
-            return training.train(flags.on_record(args), args.resume, args.loader_processes,
-                                  bool(args.log_test_domains), bool(args.wandb), args.image_cache,
-                                  args.teacher_cache)
+    try:
+        with claims.held(folder, args.wait), output.kept_in(folder):
+            return run(args)
+    except claims.Busy as error:
+        print(one_line(error), file=sys.stderr)
+        return claims.BUSY
 
 
 if __name__ == "__main__":

@@ -37,6 +37,31 @@ START_RAY = ("Start the cluster's head with `ray start --head`, or leave the fla
              "cluster on this machine.")
 
 
+def add_flags(parser) -> None:
+    """Adds the flags of both launchers."""
+    slurm = parser.add_argument_group("launcher slurm", "see docs/clusters.md")
+    slurm.add_argument("--slurm_partition", metavar="NAME", help="default: the cluster's own")
+    slurm.add_argument("--slurm_gpus", type=int, metavar="N", help="GPUs of a job; default: 1")
+    slurm.add_argument("--slurm_cpus", type=int, metavar="N", help="CPUs of a job; default: 4")
+    slurm.add_argument("--slurm_time", type=int, metavar="MINUTES",
+                       help="after so long a job saves its state and queues again; default: 1440")
+    slurm.add_argument("--slurm_parallel", type=int, metavar="N",
+                       help="jobs at a time; default: 256")
+    slurm.add_argument("--slurm_extra", metavar="JSON",
+                       help="object of further submitit parameters, as "
+                            "'{\"slurm_account\": \"me\"}'")
+    slurm.add_argument("--slurm_logs", metavar="FOLDER",
+                       help="where submitit keeps its files; default: slurm_logs")
+    slurm.add_argument("--slurm_cluster", choices=["slurm", "local"],
+                       help="local: try it on this machine, without Slurm")
+    ray = parser.add_argument_group("launcher ray", "see docs/clusters.md")
+    ray.add_argument("--ray_address", metavar="ADDRESS",
+                     help="of a running cluster, or auto; default: one on this machine")
+    ray.add_argument("--ray_gpus", type=float, metavar="SHARE",
+                     help="GPUs of a job, such as 0.5; default: 1 where there are any")
+    ray.add_argument("--ray_cpus", type=float, metavar="N", help="CPUs of a job; default: 1")
+
+
 def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus: int = 1,
           slurm_cpus: int = 4, slurm_time: float = 1440, slurm_parallel: int = 256,
           slurm_extra: str | None = None, slurm_logs: str = "slurm_logs",

@@ -5,7 +5,7 @@ can be finished here. A folder's name depends on `data_dir`; what a run *is* doe
 made from data in another place is found by the arguments on record in its results.jsonl.
 """
 
-import contextlib
+import argparse
 import functools
 import hashlib
 import json
@@ -18,13 +18,9 @@ from collections.abc import Callable
 
 from domainbed_kd import algorithms, datasets
 from domainbed_kd.folder import claims, files
-from domainbed_kd.folder.args import identity, label, words
-from domainbed_kd.folder.claims import STOPPED
+from domainbed_kd.folder.args import identity, label, of_sweep, off_record, words
+from domainbed_kd.folder.claims import BUSY, STOPPED
 from domainbed_kd.seeds import seed_hash
-
-# A file in a sweep's folder: the plug-ins of each launch, which runs do not record. Only
-# `plugins_of` reads it.
-_PLUGINS = ".plugins.jsonl"
 
 _encode = json.JSONEncoder(sort_keys=True).encode
 
@@ -55,11 +51,11 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
 
     Args:
         n_trials: trial seeds 0 to n_trials - 1.
-        dataset_names: names of data sets.
+        dataset_names: names of datasets.
         algorithms: names of algorithms.
         n_hparams_from: the first hparams seed.
         n_hparams: the hparams seed after the last.
-        data_dir: the folder of the data sets.
+        data_dir: the folder of the datasets.
         task: "domain_generalization" or "domain_adaptation".
         holdout_fraction: share of each domain that is kept for validation.
         single_test_envs: hold out single domains only, no pairs.
@@ -67,7 +63,7 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
             stay out, so that folders keep the names that DomainBed gives them.
 
     Raises:
-        ValueError: if a data set has too few domains.
+        ValueError: if a dataset has too few domains.
     """
     given = {name: value for name, value in more.items() if value is not None}
     env_sets = {name: _env_sets_of(name, data_dir, single_test_envs) for name in dataset_names}
@@ -90,7 +86,7 @@ def teacher_args(train_args: dict) -> dict:
     return args
 
 
-def _key(args: dict) -> tuple:
+def key_of(args: dict) -> tuple:
     """What a run trains, hashable; who teaches it is for the sweep to know."""
     return tuple(identity({**args, "teacher": None}).values())
 
@@ -106,7 +102,7 @@ class Runs:
         """The name of the folder with that name, else of one with the same run, else None."""
         if name in self.names or not self.names:
             return name if self.names else None
-        return self._by_identity.get(_key(train_args))
+        return self._by_identity.get(key_of(train_args))
 
     @functools.cached_property
     def _by_identity(self) -> dict[tuple, str]:
@@ -121,54 +117,48 @@ class Runs:
                 continue
             if args is None and not os.path.exists(os.path.join(path, files.RESULTS)):
                 args, rank = files.planned_args(path), 1  # it may say what it waits to train
-            if args and rank > best.get(key := _key(args), 0):
+            if args and rank > best.get(key := key_of(args), 0):
                 found[key], best[key] = name, rank
         return found
 
 
-def plugins_of(sweep_output_dir: str, dataset: str, algorithm: str) -> list[str]:
-    """The plug-ins with which an algorithm was last launched on a data set, as far as is known.
+def plan(launches: list[argparse.Namespace]) -> list["Job"]:
+    """The jobs of a sweep's launches, each with its teacher; teachers that it lacks come first.
 
-    Where that never happened, those that came with either, of what this package lacks.
+    Args:
+        launches: the flags of each; of a run that several list, the last one's count.
+
+    Raises:
+        ValueError: if teachers are needed but are to save no model.
     """
-    try:
-        with open(os.path.join(sweep_output_dir, _PLUGINS), "rb") as file:
-            lines = file.readlines()
-    except OSError:  # there is none, or it is a colleague's who keeps it to himself
-        return []
-    of_pair, of_name = {}, {}
-    for line in lines:
-        try:
-            found = json.loads(line)
-            names, plugins = [*found["datasets"], *found["algorithms"]], found["plugins"]
-            of_pair |= {(d, a): plugins for d in found["datasets"] for a in found["algorithms"]}
-        except (ValueError, LookupError, TypeError):
-            continue  # torn by a machine that broke down
-        of_name |= {name: plugins for name in names}
-    lacking = [name for name, known in ((dataset, datasets.DATASETS),
-                                        (algorithm, algorithms.SHIPPED)) if name not in known]
-    return of_pair.get((dataset, algorithm)) or list(dict.fromkeys(
-        plugin for name in lacking for plugin in of_name.get(name, [])))
+    folder, listed = launches[-1].output_dir, {}
+    for args in reversed(launches):
+        for train_args in list_args(args):
+            listed.setdefault(key_of(train_args), (train_args, args))
+    runs, added = Runs(folder), {}
+    flags = {id(args): off_record(args) for args in launches}
+    made = {key: Job(train_args, folder, runs, flags=flags[id(args)])
+            for key, (train_args, args) in listed.items()}
+    for key, (train_args, args) in listed.items():
+        if not algorithms.learns_from_run(train_args["algorithm"]):
+            continue
+        if args.skip_model_save:
+            raise ValueError(f"--skip_model_save: {train_args['algorithm']} learns from the model "
+                             "of an ERM run. Leave the flag out.")
+        teacher = teacher_args(train_args)
+        of_teacher = key_of(teacher)
+        if of_teacher not in made and of_teacher not in added:
+            added[of_teacher] = Job(teacher, folder, runs, flags=flags[id(args)])
+        made[key].teacher = made.get(of_teacher) or added[of_teacher]
+    return [*added.values(), *made.values()]
 
 
-def _keep_plugins(some: list["Job"]) -> None:
-    """Leaves for `plugins_of` what jobs of one sweep are launched with."""
-    if not some or not some[0].plugins:
-        return
-
-    def whole(plugin):
-        is_path = plugin.endswith(".py") or os.path.isdir(os.path.join(plugin, "domainbed"))
-        return os.path.abspath(plugin) if is_path else plugin
-
-    line = _encode({"plugins": [whole(plugin) for plugin in some[0].plugins],
-                    **{f"{kind}s": sorted({job.train_args[kind] for job in some})
-                       for kind in ("dataset", "algorithm")}}) + "\n"
-    path = os.path.join(os.path.dirname(some[0].output_dir), _PLUGINS)
-    with contextlib.suppress(OSError):  # a sweep goes without, say in a colleague's folder
-        with open(path, "a+", encoding="utf-8") as file:
-            file.seek(0)
-            if line not in file:
-                file.write(line)  # at the end, and at once, whoever else does
+def list_args(args: argparse.Namespace) -> list[dict]:
+    """The train arguments of the jobs that a launch's flags ask for."""
+    return make_args_list(
+        n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
+        n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams,
+        single_test_envs=args.single_test_envs, **of_sweep(args))
 
 
 class Job:
@@ -182,10 +172,9 @@ class Job:
         train_args: an entry of `make_args_list`.
         sweep_output_dir: the sweep's folder.
         runs: what that folder holds; share one among many jobs.
-        plugins: modules that train loads first.
         teacher: the job whose model it learns from, which must be done first.
-        flags: words of train that change nothing in its records. Neither these nor plug-ins nor
-            the teacher are part of the folder's name.
+        flags: words of train that change nothing in its records. Neither these nor the teacher
+            are part of the folder's name.
     """
 
     NOT_LAUNCHED = "Not launched"  # also of one that waits in a launcher's queue
@@ -196,13 +185,11 @@ class Job:
     STATES = (DONE, RUNNING, INTERRUPTED, FAILED, NOT_LAUNCHED)
 
     def __init__(self, train_args: dict, sweep_output_dir: str, runs: Runs | None = None,
-                 plugins: list[str] | tuple = (), teacher: "Job | None" = None,
-                 flags: list[str] | tuple = ()):
+                 teacher: "Job | None" = None, flags: list[str] | tuple = ()):
         name = hashlib.md5(_encode(train_args).encode()).hexdigest()
         found = (runs or Runs(sweep_output_dir)).find(name, train_args)
         self.output_dir = os.path.join(sweep_output_dir, found or name)
         self.train_args = {**train_args, "output_dir": self.output_dir}
-        self.plugins = plugins
         self.teacher = teacher
         self.flags = flags
         self.exit_status = 0
@@ -215,8 +202,7 @@ class Job:
         teacher = {"teacher": self.teacher.output_dir} if self.teacher else {}
         return shlex.join([
             "python", "-m", "domainbed_kd.scripts.train", *words(dict(sorted(
-                self.train_args.items())) | teacher | {"plugin": list(self.plugins)}),
-            *self.flags])
+                self.train_args.items())) | teacher), *self.flags])
 
     def __str__(self):
         args = self.train_args
@@ -261,6 +247,7 @@ class Job:
         """What it trains, in words."""
         return label(self.train_args)
 
+    @functools.cached_property
     def cost(self) -> dict[str, float]:
         """What it has taken so far; see `files.cost`."""
         return files.cost(self.output_dir)
@@ -284,7 +271,12 @@ class Job:
     @property
     def was_stopped(self) -> bool:
         """Whether somebody stopped it, so that it has not failed and can go on."""
-        return self.exit_status == STOPPED
+        return self.exit_status in (STOPPED, BUSY)
+
+    @property
+    def was_taken(self) -> bool:
+        """Whether another process trained in its folder when it was started."""
+        return self.exit_status == BUSY
 
     def keep_reason(self) -> None:
         """Leaves in the file `failed` why it ended, unless it did so itself or was stopped."""
@@ -300,25 +292,20 @@ class Job:
         Returns the jobs that failed or were stopped; none if the launcher returns no exit statuses.
         One that another launcher has finished, or is at, has not failed.
         Folders in which nothing has begun when the launcher gives up are removed, so that their
-        jobs count as not launched; so is the sweep's if it is new and empty.
+        jobs count as not launched.
         """
-        new = {sweep for job in jobs if not os.path.isdir(sweep := os.path.dirname(job.output_dir))}
         print("Launching...")
         print("Making job directories:")
         for job in [*jobs, *later]:
             os.makedirs(job.output_dir, exist_ok=True)
             files.leave_args(job.output_dir, job.train_args)
             job.has_folder = True
-        _keep_plugins(jobs)
         try:
             statuses = launcher_fn([job.command_str for job in jobs])
         except BaseException:
-            for folder in [*(job.output_dir for job in [*jobs, *later]), *new]:
-                if (found := set(os.listdir(folder))) <= {_PLUGINS, files.ARGS}:
-                    for name in found:
-                        os.unlink(os.path.join(folder, name))
-                    with contextlib.suppress(OSError):  # another launcher has just begun here
-                        os.rmdir(folder)
+            for job in [*jobs, *later]:
+                if files.is_waiting(job.output_dir):
+                    files.remove_waiting(job.output_dir)
             raise
         print(f"Launched {len(jobs)} jobs!")
         if not isinstance(statuses, list):

@@ -6,6 +6,7 @@ commands.
 """
 
 import contextlib
+import importlib.metadata
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from domainbed_kd import console, machine
-from domainbed_kd.folder import args, files
+from domainbed_kd.folder import args, claims, files
 
 # What the fork server imports, and the command that gains from it.
 WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
@@ -52,26 +53,21 @@ def multi_gpu(commands: list[str], *, jobs_per_device: int = 1,
     return _run_all(commands, slots, threads_per_job)
 
 
-def n_gpus() -> int:
-    """How many GPUs `multi_gpu` uses.
-
-    Raises:
-        ValueError: if no GPU is visible.
-    """
-    return len(_visible_gpus())
-
-
 def _visible_gpus() -> list[str]:
-    import torch
+    if found := machine.gpus():
+        return found
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    raise ValueError(
+        f"multi_gpu: torch {importlib.metadata.version('torch')} sees no GPU "
+        f"(CUDA_VISIBLE_DEVICES is {'not set' if chosen is None else repr(chosen)}). Use "
+        "--command_launcher local.")
 
-    count, chosen = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if count == 0:
-        raise ValueError(
-            f"multi_gpu: torch {torch.__version__} sees no GPU (CUDA_VISIBLE_DEVICES is "
-            f"{'not set' if chosen is None else repr(chosen)}). Use --command_launcher local.")
-    if chosen is None:
-        return [str(i) for i in range(count)]
-    return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()][:count]
+
+def dummy(commands: list[str], *, jobs_per_device: int = 1,
+          threads_per_job: int | None = None) -> None:
+    """Prints the commands and runs nothing, whatever the options."""
+    for command in commands:
+        print(f"Dummy launcher: {command}")
 
 
 class _Running(NamedTuple):
@@ -163,6 +159,8 @@ def _outcome(job: _Running, argv: list[str]) -> str:
     took = f"({time.monotonic() - job.start:.0f} s)"
     if status == 0:
         return f"done  {what}  {took}"
+    if status == claims.BUSY:
+        return f"left  {what}  {took}  another process trains it"
     why = _why(status)
     if job.errors:
         lines = job.errors.read().decode(errors="replace").strip().splitlines()
@@ -176,8 +174,9 @@ def _why(status: int) -> str:
 
 def report(command: str, status: int, n_done: int, n_all: int) -> None:
     """Says on stderr what became of a job that ran elsewhere."""
-    outcome = (f"done  {label(command)}" if status == 0
-               else f"failed  {label(command)}  {_why(status)}")
+    outcome = (f"done  {label(command)}" if status == 0 else
+               f"left  {label(command)}  another process trains it" if status == claims.BUSY else
+               f"failed  {label(command)}  {_why(status)}")
     print(f"[{n_done}/{n_all}] {outcome}", file=sys.stderr)
 
 

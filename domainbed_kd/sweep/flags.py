@@ -1,0 +1,220 @@
+"""The flags of a sweep, and the launches that they, or the folder alone, stand for."""
+
+import argparse
+import glob
+import math
+import os
+import shlex
+
+from domainbed_kd import algorithms, console, datasets
+from domainbed_kd.folder import args as runs
+from domainbed_kd.folder import manifest
+from domainbed_kd.sweep import clusters
+
+# DomainBed's default: all but its debug datasets.
+DEFAULT_DATASETS = [name for name in datasets.DOMAINBED if datasets.facts(name).NEEDS_FILES]
+# The most runs that a sweep may list; all of DomainBed's with all algorithms are 361,200.
+_MOST_RUNS = 10**6
+# What says, beside the flags of each run, which runs a sweep has.
+_OWN = ("datasets", "algorithms", "n_trials", "n_hparams_from", "n_hparams", "single_test_envs")
+_SHARED = tuple(flag.name for flag in runs.FLAGS.values()
+                if flag.in_sweep and flag.name != "fork")
+# Flags that make a sweep another one; the rest only says how it is run and what else is kept.
+_DEFINING = {*_OWN, *(name for name in _SHARED if runs.FLAGS[name].is_identity)}
+# What a launch leaves in sweep.json beside these, and paths that count from where it was.
+_LAUNCHER = ("command_launcher", "jobs_per_device", "threads_per_job", "retry")
+_PATHS = ("data_dir", "image_cache", "teacher_cache", "slurm_logs")
+_ABSENT = object()
+
+
+class SweepParser(console.Parser):
+    """Reads the lines of an @FILE as a shell would."""
+
+    #: What errors are blamed on, where it is not the command line.
+    source = ""
+
+    def error(self, message: str):
+        """Prints the message and exits with 2."""
+        super().error(self.source + message)
+
+    def _read_args_from_files(self, arg_strings):
+        for word in arg_strings:
+            if word.startswith("@") and not os.path.isfile(word[1:]):
+                there = glob.glob(os.path.join(glob.escape(os.path.dirname(word[1:])), "*.args"))
+                self.error(f"{word}: No such file. After the @ comes the path of one that holds "
+                           f"flags.{console.did_you_mean(word, [f'@{path}' for path in there])}")
+        return super()._read_args_from_files(arg_strings)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """The words of a line."""
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"{error} in a line of the @FILE: {arg_line}")
+
+
+def build_parser(description: str = "", epilog: str = "") -> SweepParser:
+    """DomainBed's flags, then ours."""
+    parser = SweepParser(
+        prog="python -m domainbed_kd.scripts.sweep", description=description, epilog=epilog,
+        fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", choices=["launch", "delete_incomplete", "status", "plan"],
+        help="run what is not done, or go on with it; delete the folders of jobs that are neither "
+             "done nor running; count jobs by state; tell what the sweep will cost")
+    add("dir", nargs="?", metavar="DIR",
+        help="folder of the sweep, right after the command. Of a sweep that was launched there "
+             "nothing else is needed; flags that say which runs it has replace what it knows")
+    add("--output_dir", metavar="DIR", help="the same, as in DomainBed")
+    add("--datasets", nargs="+", default=DEFAULT_DATASETS, metavar="NAME",
+        help="default: all of DomainBed's but the Debug ones")
+    add("--algorithms", nargs="+", default=list(algorithms.ALGORITHMS), metavar="NAME",
+        help="default: all that ship")
+    add("--n_hparams_from", type=int, default=0, metavar="SEED",
+        help="first hparams seed, 0 being the defaults; default: 0")
+    add("--n_hparams", type=int, default=20, metavar="SEED",
+        help="hparams seed after the last; default: 20")
+    add("--n_trials", type=int, default=3, metavar="N",
+        help="trials, that is splits and random hparams, of each; default: 3")
+    add("--single_test_envs", action="store_true",
+        help="hold out single domains only; leave-one-out model selection needs the pairs too")
+    add("--command_launcher", default="local", metavar="NAME", help="default: local")
+    add("--seed", type=int, default=0, help="has no effect, as in DomainBed")
+    add("--skip_confirmation", action="store_true", help="ask nothing")
+    runs.add_flags(parser.add_argument_group("of each run, as `train` takes them"),
+                   runs.FLAGS.values(), for_sweep=True)
+    add = parser.add_argument_group("beyond DomainBed").add_argument
+    add("--retry", type=int, default=0, metavar="N",
+        help="launch: start jobs that fail up to N times more; default: 0")
+    add("--watch", type=float, nargs="?", const=5.0, metavar="SECONDS",
+        help="status: show it again every so often, by itself every 5 seconds, until all jobs are "
+             "done")
+    add("--hours_per_run", type=float, metavar="HOURS",
+        help="plan: what a run takes where no run in the folder has measured it")
+    add("--budget", type=float, metavar="HOURS",
+        help="plan: print the most trials and seeds of hparams that the launcher can finish in so "
+             "long")
+    add("--jobs_per_device", type=int, metavar="N",
+        help="jobs at a time, on each GPU if there are several; default: 1")
+    add("--threads_per_job", type=int, metavar="N",
+        help="CPU threads of a job; default: the cores shared out evenly")
+    clusters.add_flags(parser)
+    return parser
+
+
+def parse(parser: SweepParser, argv: list[str] | None
+          ) -> tuple[argparse.Namespace, list[argparse.Namespace]]:
+    """The flags, with the folder as `output_dir`, and the launches that the sweep consists of.
+
+    That is one, as the flags say it, or where they do not say which runs the sweep has, those in
+    its sweep.json, with the flags that are given in place of theirs. Of launches, the flags that
+    say how a sweep is run are the last one's.
+
+    Raises:
+        ValueError, FileNotFoundError: if the folder is not given or does not say what it is.
+    """
+    given = _given(parser, argv)
+    folder = given.pop("dir", None)
+    if folder is None and "output_dir" not in given:
+        parser.error("the following arguments are required: DIR or --output_dir.")
+    if folder is not None and given.setdefault("output_dir", folder) != folder:
+        raise ValueError(f"Two folders are given: {folder} and --output_dir "
+                         f"{given['output_dir']}. Leave one out.")
+    defaults = {action.dest: action.default for action in parser._actions}
+    known = []
+    if given.keys().isdisjoint(_DEFINING):
+        known = _of_manifest(parser, given["output_dir"])
+        if folder is not None and not known:
+            raise ValueError(
+                f"{folder} has no {manifest.NAME}, which DomainBed's sweeps, those of older "
+                "versions and new ones lack. Give the flags that say which runs the sweep has, "
+                "as --datasets and --algorithms." if os.path.isdir(folder) else
+                f"{folder}: there is no such folder. Give the flags that say which runs the sweep "
+                "has, as --datasets and --algorithms, and launch it.")
+    launches = [argparse.Namespace(**defaults | each | given) for each in known or [{}]]
+    for launch in launches:
+        check(launch)
+    return launches[-1], launches
+
+
+def _given(parser: SweepParser, argv: list[str] | None) -> dict:
+    """What a command line says, without defaults."""
+    # argparse sets no default where there is a value already, and appends to none.
+    absent = {action.dest: _ABSENT for action in parser._actions} | {"plugin": None}
+    found = parser.parse_args(argv, argparse.Namespace(**absent))
+    return {name: value for name, value in vars(found).items()
+            if value is not _ABSENT and not (name in ("plugin", "dir") and value is None)}
+
+
+def _of_manifest(parser: SweepParser, folder: str) -> list[dict]:
+    """What the launches in a folder's sweep.json said; of those that list the same runs, one."""
+    found = {}
+    for entry in manifest.launches(folder):
+        parser.source = f"{os.path.join(folder, manifest.NAME)}: "
+        flags = _given(parser, ["launch", *entry["flags"]])
+        parser.source = ""
+        if os.path.abspath(entry["cwd"]) != os.getcwd():
+            flags |= {name: os.path.join(entry["cwd"], flags[name])
+                      for name in _PATHS if flags.get(name)}
+        key = repr([flags.get(name) for name in (*_OWN, *_SHARED)])
+        found.pop(key, None)  # the last one's place and launcher count
+        found[key] = flags
+    return list(found.values())
+
+
+def for_manifest(args: argparse.Namespace) -> list[str]:
+    """The words that a launch leaves in sweep.json."""
+    def whole(plugin):
+        is_path = plugin.endswith(".py") or os.path.isdir(os.path.join(plugin, "domainbed"))
+        return os.path.abspath(plugin) if is_path else plugin
+
+    names = [*_OWN, *_SHARED, *_LAUNCHER, *(
+        name for name in vars(args) if name.startswith(("slurm_", "ray_")))]
+    return runs.words({name: getattr(args, name) for name in names}
+                      | {"plugin": [whole(plugin) for plugin in args.plugin]})
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses values that no sweep can use.
+
+    Raises:
+        ValueError: naming the flag, what was found and what it takes.
+    """
+    runs.check(args)
+    lowest = {"n_trials": 1, "n_hparams_from": 0, "jobs_per_device": 1, "threads_per_job": 1,
+              "retry": 0, "slurm_gpus": 0, "slurm_cpus": 1, "slurm_time": 1, "slurm_parallel": 1,
+              "ray_gpus": 0, "ray_cpus": 0}
+    for name, low in lowest.items():
+        if (value := getattr(args, name)) is not None and not low <= value < math.inf:
+            raise ValueError(f"--{name} is {value}; it takes a number from {low} up.")
+    for name in ("hours_per_run", "budget"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}; it takes a number of hours above 0.")
+    if args.watch is not None and not 0 < args.watch < math.inf:
+        raise ValueError(f"--watch is {args.watch}; it takes a number of seconds above 0.")
+    if args.n_hparams <= args.n_hparams_from:
+        raise ValueError(
+            f"--n_hparams is {args.n_hparams} and --n_hparams_from {args.n_hparams_from}: no seed "
+            "is left. The one is the hparams seed after the last, not a count.")
+    if (n := args.n_trials * (args.n_hparams - args.n_hparams_from)) > _MOST_RUNS:
+        raise ValueError(f"--n_trials {args.n_trials} and --n_hparams {args.n_hparams} make {n} "
+                         f"runs of each algorithm; at most {_MOST_RUNS} are listed.")
+    if args.task == "domain_adaptation" and not args.uda_holdout_fraction:
+        raise ValueError("--task domain_adaptation needs unlabeled images of the test domains. "
+                         "Pass --uda_holdout_fraction, for example 0.5.")
+    clusters.parse_extra(args.slurm_extra)
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; it takes a folder.")
+
+
+def resolve_names(args: argparse.Namespace) -> None:
+    """Puts each name as it is registered, once; plug-ins must be loaded.
+
+    Raises:
+        NotImplementedError: if a name is unknown.
+    """
+    args.algorithms = list(dict.fromkeys(
+        name if name in algorithms.ALGORITHMS else algorithms.get_algorithm_class(name).__name__
+        for name in args.algorithms))
+    args.datasets = list(dict.fromkeys(
+        datasets.get_dataset_class(name, args.data_dir).__name__ for name in args.datasets))
