@@ -17,6 +17,13 @@ test: lint
 lint: $(VENV)/tests-installed
 	$(PY) -m ruff check .
 
+# The site, into site/; a link that leads nowhere fails. `serve` shows it while you write.
+docs: $(VENV)/docs-installed
+	$(VENV)/bin/zensical build --strict --clean
+
+serve: $(VENV)/docs-installed
+	$(VENV)/bin/zensical serve
+
 # The numbers, texts and hashes that must equal DomainBed's; DOMAINBED=DIR also asks a checkout.
 parity: $(VENV)/tests-installed
 	$(PY) -m pytest -n auto -k "domainbed or upstream or golden"
@@ -38,7 +45,7 @@ chaos: $(VENV)/tests-installed
 		--launcher $$launcher --folder chaos/$$launcher || exit 1; done
 
 clean:
-	rm -rf $(VENV) demo chaos train_output bench.json bench.md gpu.json gpu.md
+	rm -rf $(VENV) .cache demo site chaos train_output bench.json bench.md gpu.json gpu.md
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,4 +56,8 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 $(VENV)/tests-installed: $(VENV)/installed
 	$(PY) -m pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(PY) -m pip install --quiet --editable ".[docs]"
 	touch $@

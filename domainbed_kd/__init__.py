@@ -1,3 +1,74 @@
-"""Knowledge distillation for domain generalization, in DomainBed's Algorithm interface."""
+"""Knowledge distillation for domain generalization, in DomainBed's Algorithm interface.
+
+`import domainbed_kd as dk` costs nothing: what `__all__` names is imported when it is first used.
+"""
 
 __version__ = "0.1.0"
+
+_MODULES = ("algorithms", "datasets", "hparams_registry", "losses", "model_selection", "networks",
+            "results", "teachers")
+__all__ = ["algorithms", "datasets", "hparams_registry", "losses", "model_selection", "networks",
+           "results", "teachers", "train"]
+
+TYPE_CHECKING = False  # true for type checkers, without importing typing
+if TYPE_CHECKING:
+    import os
+
+    import pandas
+
+    from domainbed_kd import (
+        algorithms,
+        datasets,
+        hparams_registry,
+        losses,
+        model_selection,
+        networks,
+        results,
+        teachers,
+    )
+
+
+def train(output_dir: "str | os.PathLike[str]", **flags: object) -> "pandas.DataFrame":
+    """Trains one run, as `domainbed-kd train` does, and returns its records.
+
+    A run that was interrupted goes on where it was; a finished one is only read.
+
+    Args:
+        output_dir: the run's folder.
+        flags: of `domainbed-kd train --help` by name, such as algorithm="KD", test_envs=[3],
+            hparams={"lr": 0.001}, diagnostics=True.
+
+    Raises:
+        SystemExit: if a flag is unknown, or a value is not one that it takes.
+        ValueError, OSError, NotImplementedError: as the run's own errors say.
+    """
+    import json
+
+    from domainbed_kd import results
+    from domainbed_kd.scripts import train as script
+
+    words = ["--output_dir", str(output_dir)]
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, dict):
+            words.append(json.dumps(value))
+        elif isinstance(value, (list, tuple)):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    script.main(words)
+    return results.to_frame(output_dir)
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        import importlib
+
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_MODULES])

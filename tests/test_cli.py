@@ -60,6 +60,25 @@ def test_the_package_imports_nothing_of_its_own_nor_others():
     assert imported_by("-c", "import domainbed_kd") - without == {"domainbed_kd"}
 
 
+def test_the_public_names_are_imported_when_they_are_used():
+    assert domainbed_kd.losses.kd_loss and domainbed_kd.teachers.from_run
+    assert all(getattr(domainbed_kd, name) for name in domainbed_kd.__all__)
+    assert set(domainbed_kd.__all__) <= set(dir(domainbed_kd))
+    with pytest.raises(AttributeError, match="no attribute 'teacher'"):
+        domainbed_kd.teacher  # noqa: B018
+
+
+def test_a_run_is_trained_from_python_with_the_flags_of_train(tmp_path):
+    records = domainbed_kd.train(
+        tmp_path, dataset="Debug28", test_envs=(0, 1), steps=2, checkpoint_freq=1,
+        hparams={"batch_size": 4}, skip_model_save=True, teacher=None)
+    assert list(records["step"]) == [0, 1] and set(records["args.test_envs"]) == {(0, 1)}
+    assert set(records["hparams.batch_size"]) == {4} and (tmp_path / "done").exists()
+    assert not (tmp_path / "model.pkl").exists()
+    with pytest.raises(SystemExit):
+        domainbed_kd.train(tmp_path, algoritm="ERM")
+
+
 @pytest.mark.parametrize("args", [["--help"], ["sweep", "launch", "--help"]])
 def test_help_needs_no_library_that_is_slow_to_import(args):
     modules = imported_by("-m", "domainbed_kd", *args)

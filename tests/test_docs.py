@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +30,6 @@ def commands(page):
 def run_all(lines, folder):
     """Runs them in one folder, in turn, with this interpreter as `python`."""
     (folder / "sweeps").symlink_to(ROOT / "sweeps")
-    if (ROOT / "demo").exists():  # `make demo` made it: the sweep need not be trained again
-        shutil.copytree(ROOT / "demo", folder / "demo")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for line in lines:
         process = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True,
@@ -54,7 +51,7 @@ def test_the_commands_of_a_page_work_as_printed(page, tmp_path):
         if i == 0 and name:
             (tmp_path / name.group(1)).write_text(code, encoding="utf-8")
     run_all(commands(page), tmp_path)
-    if page.name == "analysis.md":
+    if page.name in ("analysis.md", "python.md"):
         for code in blocks(page, "python"):
             run_python(code, tmp_path)
 
