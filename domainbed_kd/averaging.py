@@ -37,7 +37,8 @@ def add_to_mean(mean: dict[str, Tensor], new: dict[str, Tensor], n: float) -> No
 class MovingAverage(nn.Module):
     """The uniform mean of a network's weights after updates `start`, `start` + 1, ...
 
-    Updates count from 1; until `start` it is the live network (Arpit et al., equation 1). Every
+    Updates count from 1; until `start` it is the live network; with 0 the mean begins with what
+    the network is now (Arpit et al., equation 1). Every
     floating-point entry of the state dict is averaged, BatchNorm's statistics too. Count and mean
     are in the state dict, so a resumed run ends in the same average.
     """
@@ -108,6 +109,10 @@ class BetaAverage(MovingAverage):
         return self._parts[min(max(0, n - self.start), len(self._parts) - 1)]
 
 
+# Which segments count; raised whenever that changes, so that no run follows two rules.
+_RULES = 2
+
+
 @dataclass
 class Segment:
     """The mean weights after steps `start` to `end`, and the live network's loss after `end`."""
@@ -124,8 +129,9 @@ class LossValley(nn.Module):
     Training has converged at the end of a segment whose loss none of the next `n_converge` - 1
     undercuts. The valley lasts until the lowest of `n_tolerance` losses in a row is above
     1 + `tolerance_ratio` times the mean loss at convergence. Segments weigh the same, however long
-    they are. As in the authors' code, those around convergence can be counted more than once:
-    `averaged` lists the (start, end) steps of all that were, in order.
+    they are. As in the authors' code, those around convergence can be counted more than once, and
+    the first segment at convergence is the result only if none is ever added: `averaged` lists the
+    (start, end) steps of all that were, in order.
 
     It holds at most `n_tolerance` segments and their average, on the CPU. All of its state is in
     its state dict, as plain numbers and tensors.
@@ -188,7 +194,7 @@ class LossValley(nn.Module):
             return
         self.converged_at = latest[0].end
         self.threshold = sum(losses) / len(losses) * (1 + self.tolerance_ratio)
-        self._average(latest[0])
+        self.mean = {name: tensor.clone() for name, tensor in latest[0].weights.items()}
         before = list(self.segments)[:self.n_tolerance - self.n_converge + 1]
         above = [i for i, segment in enumerate(before) if segment.loss > self.threshold]
         first = above[-1] + 1 if above else 0
@@ -200,7 +206,7 @@ class LossValley(nn.Module):
 
     def _average(self, segment: Segment) -> None:
         self.averaged.append((segment.start, segment.end))
-        if not self.mean:
+        if len(self.averaged) == 1:  # what stood there from convergence on does not count
             self.mean = {name: tensor.clone() for name, tensor in segment.weights.items()}
         else:
             add_to_mean(self.mean, segment.weights, len(self.averaged))
@@ -208,6 +214,7 @@ class LossValley(nn.Module):
     def get_extra_state(self) -> dict:
         """What torch stores of this module: everything that a resumed run needs."""
         return {
+            "rules": _RULES,
             "segments": [dict(vars(segment)) for segment in self.segments],
             "converged_at": self.converged_at,
             "threshold": self.threshold,
@@ -217,7 +224,15 @@ class LossValley(nn.Module):
         }
 
     def set_extra_state(self, state: dict) -> None:
-        """The inverse of `get_extra_state`."""
+        """The inverse of `get_extra_state`.
+
+        Raises:
+            ValueError: if an unfinished run's state was saved under other rules.
+        """
+        finished = state["averaged"] and not state["segments"]
+        if state.get("rules") != _RULES and not finished:
+            raise ValueError("SWAD: this run was begun by a version that averaged other segments, "
+                             "so it cannot go on. Start it again: --resume never.")
         self.segments = deque(
             (Segment(**segment) for segment in state["segments"]), maxlen=self.n_tolerance)
         self.converged_at = state["converged_at"]
@@ -244,9 +259,12 @@ class WithMovingAverage:
         self.average = self.new_average()
 
     def new_average(self) -> MovingAverage:
-        """The mean from update `sma_start` on, of those that `averages_after` lets in."""
+        """The mean from update `sma_start` on, of those that `averages_after` lets in.
+
+        As in the authors' code, the weights before that update are its first part.
+        """
         return MovingAverage(
-            self.network, self.averages_after + self.hparams.get("sma_start", 100))
+            self.network, self.averages_after + max(0, self.hparams.get("sma_start", 100) - 1))
 
     def update(self, minibatches, unlabeled=None):
         """The algorithm's step; then the average takes it in."""
@@ -329,12 +347,12 @@ class WithLossValley:
         return values
 
     def checkpoint(self, step: int, last: bool, validate, batches) -> None:
-        """Ends a segment every `swad_interval` steps, and training with the last step."""
+        """Ends a segment at step 0, every `swad_interval` steps, and at the last step."""
         super().checkpoint(step, last, validate, batches)
         if step < self.averages_after and not last:
             self.average.restart()
             return
-        if (last or (step > 0 and step % self.interval == 0)) and not self.valley.dead:
+        if (last or step % self.interval == 0) and not self.valley.dead:
             n = self.average.n_updates.item()
             self.valley.add(Segment(
                 {name: tensor.to("cpu", copy=True)

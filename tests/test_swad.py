@@ -2,6 +2,7 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_averaging import (
@@ -38,6 +39,8 @@ SETTINGS = [(3, 6, 0.3), (3, 6, 0.0), (3, 6, 0.2), (2, 5, 0.1), (3, 3, 0.3), (1,
 def naive(losses, n_converge, n_tolerance, ratio):
     """(averaged segments, index of the converged one, threshold, dead), by looking at all losses.
 
+    Without any averaged segment the converged one is the result.
+
     The card's rules read as statements on indices: no queue, no running state.
     """
     n = len(losses)
@@ -52,7 +55,7 @@ def naive(losses, n_converge, n_tolerance, ratio):
     oldest = max(0, seen - n_tolerance + 1)
     candidates = range(oldest, min(oldest + n_tolerance - n_converge, seen) + 1)
     first = max((i + 1 for i in candidates if losses[i] > threshold), default=oldest)
-    averaged = [k, *range(first + 1, candidates[-1] + 1)]
+    averaged = [*range(first + 1, candidates[-1] + 1)]
 
     last_oldest = max(0, n - n_tolerance)
     for t in range(seen + 1, n):
@@ -94,7 +97,70 @@ def test_segments_thresholds_and_steps_equal_a_naive_reading_of_the_rules(name, 
     assert valley.converged_at == (None if converged is None else 10 * converged + 9)
     assert valley.threshold == (threshold and pytest.approx(threshold, rel=1e-12))
     assert valley.dead == dead
+    averaged = averaged or [converged]
     torch.testing.assert_close(mean["w"].item(), sum(2.0**i for i in averaged) / len(averaged))
+
+
+ALTERNATING = [1.1, 1.2] * 7
+
+
+@pytest.mark.filterwarnings("ignore:SWAD")
+@pytest.mark.parametrize(("losses", "converged", "threshold", "averaged", "result", "dead"), [
+    pytest.param([5, 4, 3, 2, 1, *ALTERNATING[:9]], 4, 1.43, range(4, 14), 1636.8, False, id="A"),
+    pytest.param([5 - 0.3 * i for i in range(14)], None, None, [13], 2.0**13, False, id="B"),
+    pytest.param([5, 4, 3, 2, 1, 1.1, 1.2, 2, 3, 4, 5, 6, 7, 8], 4, 1.43, [4, 5, 6], 37.333333,
+                 True, id="C"),
+    pytest.param([1, *ALTERNATING[:9]], 0, 1.43, [1, 2, 0, 0, *range(10)], 73.642857, False,
+                 id="D"),
+    pytest.param([1.3, 1.2, 1.1, 1.0, *[1.05, 1.06] * 3, 1.05], 3, 1.347667,
+                 [1, 2, 3, *range(3, 11)], 186.727273, False, id="E"),
+])
+def test_it_averages_what_the_authors_code_averages(
+        losses, converged, threshold, averaged, result, dead):
+    valley = LossValley()
+    for i, loss in enumerate(losses):
+        valley.add(segment(i, loss))
+    mean = valley.finish()["w"].item()
+    assert valley.averaged == [(10 * i, 10 * i + 9) for i in averaged]
+    assert valley.converged_at == (None if converged is None else 10 * converged + 9)
+    assert valley.threshold == (threshold and pytest.approx(threshold, rel=1e-6))
+    assert mean == pytest.approx(result, rel=1e-7) and valley.dead == dead
+
+
+@pytest.mark.filterwarnings("ignore:SWAD")
+def test_on_random_losses_it_averages_what_a_naive_reading_of_the_rules_averages():
+    r = np.random.RandomState(0)
+    for _ in range(1000):
+        n_tolerance = r.randint(1, 9)
+        settings = r.randint(1, n_tolerance + 1), n_tolerance, r.choice([0.0, 0.1, 0.3, 1.0])
+        losses = r.choice([0.8, 1.0, 1.2, 1.5, 2.0], size=r.randint(5, 41)).tolist()
+        valley = LossValley(*settings)
+        for i, loss in enumerate(losses):
+            valley.add(segment(i, loss))
+        mean = valley.finish()["w"].item()
+        averaged, converged, _, dead = naive(losses, *settings)
+        assert valley.averaged == [(10 * i, 10 * i + 9) for i in averaged]
+        assert valley.dead == dead
+        averaged = averaged or [converged]
+        assert mean == pytest.approx(sum(2.0**i for i in averaged) / len(averaged))
+
+
+def test_if_nothing_is_added_after_convergence_the_converged_segment_is_the_result():
+    valley = LossValley(n_converge=1, n_tolerance=1)
+    valley.add(segment(0, 1.0))
+    valley.add(segment(1, 9.0))
+    assert valley.dead and valley.averaged == []
+    assert_same(valley.finish(), segment(0, 1.0).weights)
+
+
+def test_a_run_begun_under_other_rules_does_not_go_on_but_a_finished_one_still_loads():
+    valley = LossValley()
+    valley.add(segment(0, 1.0))
+    old = valley.get_extra_state()
+    del old["rules"]
+    with pytest.raises(ValueError, match="averaged other segments.*--resume never"):
+        LossValley().set_extra_state(old)
+    LossValley().set_extra_state(old | {"segments": [], "averaged": [(0, 9)]})
 
 
 def test_the_scripts_reach_every_end_that_a_run_can_have():
@@ -207,7 +273,7 @@ def test_the_swad_model_is_the_offline_average_of_the_live_weights():
     n_steps, settings = 101, (3, 6, 0.02)
     run = Run(scripted_losses(n_steps), n_steps, swad_interval=5, swad_n_converge=settings[0],
               swad_n_tolerance=settings[1], swad_tolerance_ratio=settings[2]).advance(0, n_steps)
-    ends = list(range(5, 101, 5))
+    ends = list(range(0, 101, 5))
     starts = [0] + [end + 1 for end in ends]
     segments = [offline_mean(run.live[start:end + 1]) for start, end in zip(starts, ends)]
     averaged, converged, _, dead = naive([run.losses[end] for end in ends], *settings)
@@ -252,7 +318,7 @@ def test_validation_sees_the_live_network_at_every_interval_and_at_the_last_step
         before = len(predictions)
         run.algorithm.checkpoint(step, step == 22, validate, run.batches)
         steps += [step] * (len(predictions) - before)
-    assert steps == [5, 10, 15, 20, 22]
+    assert steps == [0, 5, 10, 15, 20, 22]
     assert all(predictions)
 
 

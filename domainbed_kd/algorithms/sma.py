@@ -1,8 +1,10 @@
 """SMA: ERM, evaluated with the simple moving average of its weights.
 
 Arpit et al., "Ensemble of Averages: Improving Model Selection and Boosting Performance in Domain
-Generalization", NeurIPS 2022, https://arxiv.org/abs/2110.10832. Averaging starts at update 100,
-as in the paper. Departure: BatchNorm's statistics are averaged too.
+Generalization", NeurIPS 2022, https://arxiv.org/abs/2110.10832. Averaging starts at update 100.
+As in the authors' class (github.com/salesforce/ensemble-of-averages), the weights before that
+update are the mean's first part; the paper's equation 1 leaves them out.
+Departure: BatchNorm's statistics are averaged too.
 On top of another algorithm: `--hparams '{"averaging": "sma"}'`.
 """
 
