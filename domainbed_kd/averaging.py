@@ -354,10 +354,12 @@ class WithLossValley:
             return
         if (last or step % self.interval == 0) and not self.valley.dead:
             n = self.average.n_updates.item()
+            with torch.random.fork_rng():  # as MTL draws when it predicts
+                loss = validate(super().predict)
             self.valley.add(Segment(
                 {name: tensor.to("cpu", copy=True)
                  for name, tensor in self.average.network.state_dict().items()},
-                step - n + 1, step, validate(super().predict)))
+                step - n + 1, step, loss))
             self.average.restart()
         if last:
             self.average.network.load_state_dict(self.valley.finish())
