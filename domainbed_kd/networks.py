@@ -234,6 +234,7 @@ class WideResNet(_Staged):
         self.layer3 = stage(widths[2], widths[3], stride=2)
         self.bn1 = nn.BatchNorm2d(widths[3], momentum=0.9)
         self.n_outputs = widths[3]
+        self.activation = nn.Identity()
 
     def stages(self):
         """The three stages, at the image's side, its half and its quarter."""
@@ -242,7 +243,7 @@ class WideResNet(_Staged):
 
     def pool(self, x):
         """Mean over the pixels, (B, n_outputs)."""
-        return F.avg_pool2d(x, x.shape[2:]).flatten(1)
+        return self.activation(F.avg_pool2d(x, x.shape[2:]).flatten(1))
 
 
 class ResNet(_Staged):
@@ -322,13 +323,14 @@ class DINOv2(nn.Module):
             for name, parameter in self.network.named_parameters():
                 parameter.requires_grad_("attn" in name)
         self.dropout = nn.Dropout(hparams["vit_dropout"])
+        self.activation = nn.Identity()
 
     def forward(self, x):
         """(B, 3840) of images (B, 3, H, W), H and W multiples of 14."""
         blocks = self.network.get_intermediate_layers(x, n=4, return_class_token=True)
         patches, _ = blocks[-1]  # (B, H / 14 * W / 14, 768)
         tokens = [token for _, token in blocks] + [patches.mean(dim=1)]
-        return self.dropout(torch.cat(tokens, dim=1))
+        return self.activation(self.dropout(torch.cat(tokens, dim=1)))
 
 
 def _refuse_contradictions(side: int, hparams) -> None:
