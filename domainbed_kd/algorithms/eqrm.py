@@ -42,6 +42,8 @@ def kde_quantile(risks: Tensor, alpha: Tensor) -> Tensor:
 class EQRM(Annealed):
     """The mean risk of the domains, and after some updates its quantile."""
 
+    mends = True
+
     @staticmethod
     def search_space(dataset):
         """Which quantile, from which update on, and Adam's learning rate from there."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from domainbed_kd import datasets
 from domainbed_kd.algorithms.annealed import Annealed
-from domainbed_kd.algorithms.base import SMALL_IMAGES
 from domainbed_kd.losses import BANDWIDTHS, squared_mmd
 
 
@@ -41,7 +41,7 @@ class RDM(Annealed):
             else (0.0, lambda r: 0.0),
             "rdm_lr": (1.5e-5, lambda r: r.uniform(8e-6, 2e-5)),
         }
-        if dataset not in SMALL_IMAGES:
+        if not datasets.facts(dataset).SMALL_IMAGES:
             space["batch_size"] = ((40, lambda r: int(r.uniform(30, 60))) if large
                                    else (88, lambda r: int(r.uniform(70, 100))))
         return space

@@ -36,6 +36,8 @@ class Transfer(Algorithm):
     seeks a larger gap.
     """
 
+    mends = True
+
     @staticmethod
     def search_space(dataset):
         """The gap's weight; the adversary's radius, steps and learning rate; which optimiser."""

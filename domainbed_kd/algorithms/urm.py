@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd.algorithms.base import SMALL_IMAGES, Algorithm, between, fixed, one_of
+from domainbed_kd import datasets
+from domainbed_kd.algorithms.base import Algorithm, between, fixed, one_of
 from domainbed_kd.algorithms.erm import ERM
 
 WIDTH = 100  # of the discriminator's layers
@@ -45,7 +46,7 @@ class URM(ERM):
     @staticmethod
     def search_space(dataset):
         """The adversary's weight; the discriminator's labels, optimiser, layers and noise."""
-        if dataset in SMALL_IMAGES:
+        if datasets.facts(dataset).SMALL_IMAGES:
             lr = 1e-3, lambda r: 10 ** r.uniform(-5.5, -3.5)
         else:
             lr = 5e-5, lambda r: 10 ** r.uniform(-6, -4.5)
