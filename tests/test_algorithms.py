@@ -20,7 +20,7 @@ UPSTREAMS = [name for name in ALGORITHMS if name in golden("default_hparams.json
 SMALL = (3, 16, 16)
 # Events that would otherwise come after thousands of updates come within the first few here.
 EARLY = {"linear_steps": 1, "teacher_steps": 2, "sma_start": 2, "scmd_sma_start": 2,
-         "swad_interval": 2, "total_steps": 6}
+         "swad_interval": 2, "total_steps": 6, "eqrm_burnin_iters": 2, "iters": 2}
 # SANDMask's default masks everything.
 LEARNING = {"tau": 0.5}
 
@@ -128,13 +128,13 @@ def train(algorithm, steps):
 # What sets in later does so before, at and after the restart.
 RESTARTS = [(name, {key: at for key in anneal})
             for name in ALGORITHMS
-            for anneal in [[key for key in hparams_of(name) if key.endswith("anneal_iters")]]
+            for anneal in [[key for key in hparams_of(name) if key.endswith("iters")]]
             for at in ((2, 3, 4) if anneal else (None,))]
 
 
 @pytest.mark.parametrize(("name", "anneal"), RESTARTS)
 def test_a_restarted_run_ends_in_the_same_bits(name, anneal):
-    hparams = hparams_of(name, **EARLY, **anneal)
+    hparams = hparams_of(name, **(EARLY | anneal))
     whole = build(name, hparams=hparams)
     train(whole, range(3))
 

@@ -56,18 +56,19 @@ class RDM(Annealed):
             raise ValueError("RDM: the domains' batches must be of one size, and these have "
                              f"{sorted(sizes)} images.")
         x, y = (torch.cat(part) for part in zip(*minibatches))
-        risks = F.cross_entropy(self.network(x), y, reduction="none")
-        rows = risks.view(len(minibatches), -1)
-        worst = worst_row(rows)
-        erm_loss = rows.mean(dim=1).mean()
+        logits = self.network(x)
+        erm_loss = torch.stack([F.cross_entropy(z, t) for z, t in zip(
+            logits.chunk(len(minibatches)), y.chunk(len(minibatches)))]).mean()
+        risks = F.cross_entropy(logits, y, reduction="none")
+        worst = worst_row(risks.view(len(minibatches), -1))
         matching = matching_penalty(worst, risks)
         variance = risks.var() + worst.var()
 
         hparams = self.hparams
         loss = erm_loss
         if self.has_begun(hparams["rdm_penalty_anneal_iters"], lr=hparams["rdm_lr"]):
-            loss = loss + (
-                hparams["rdm_lambda"] * matching + hparams["variance_weight"] * variance)
+            loss = (loss + hparams["rdm_lambda"] * matching
+                    + hparams["variance_weight"] * variance)
         self.update_count += 1
         self.descend(loss)
         return {"update_count": float(self.update_count.item()), "total_loss": loss.item(),
