@@ -59,7 +59,10 @@ def test_the_commands_of_a_page_work_as_printed(page, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+        where = (page.parent / target).resolve()
+        assert target.startswith("https://") or where.exists(), target
+        if ROOT / "docs" in page.parents and not target.startswith("https://"):
+            assert ROOT / "docs" in where.parents, f"{target} is not on the site"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.args")), ids=lambda p: p.name)

@@ -68,6 +68,15 @@ def test_results_are_those_of_the_page_on_results(method, page):
         assert not theirs or any(line.endswith(f"| {theirs} |") for line in erm), theirs
 
 
+def test_the_results_in_readme_are_those_of_the_page_on_results():
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"(?m)^\| \[(\w+)\].*\| (\d+\.\d ± \d\.\d) \|$", readme)
+    assert len(shown) == 6
+    for name, value in shown:
+        assert re.search(rf"(?m)^\| {name} \|.*\| {value} \|$", results), name
+
+
 def test_a_method_that_keeps_a_defect_of_domainbeds_says_how_to_repair_it(method, page):
     keeps = getattr(algorithms.get_algorithm_class(method), "mends", False)
     assert ('`"mended": true`' in section(page, "Departures from the paper")) == keeps
