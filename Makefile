@@ -24,7 +24,8 @@ docs: $(VENV)/docs-installed
 serve: $(VENV)/docs-installed
 	$(VENV)/bin/zensical serve
 
-# The numbers, texts and hashes that must equal DomainBed's; DOMAINBED=DIR also asks a checkout.
+# The numbers, texts and hashes that must equal DomainBed's; DOMAINBED=DIR also compares a
+# checkout, every algorithm of which trains for a few updates.
 parity: $(VENV)/tests-installed
 	$(PY) -m pytest -n auto -k "domainbed or upstream or golden"
 	$(if $(DOMAINBED),$(PY) tools/parity.py $(DOMAINBED))

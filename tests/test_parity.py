@@ -9,11 +9,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def checkout(folder, seed_hash="from domainbed_kd.seeds import seed_hash"):
+OURS = """from domainbed_kd.algorithms import get_algorithm_class
+ALGORITHMS = ['ERM', 'CORAL']"""
+
+
+def checkout(folder, seed_hash="from domainbed_kd.seeds import seed_hash", algorithms=OURS):
     files = {
         "lib/misc.py": seed_hash,
         "hparams_registry.py": "from domainbed_kd.hparams_registry import *",
-        "algorithms.py": "ALGORITHMS = ['ERM', 'CORAL']",
+        "algorithms.py": algorithms,
         "scripts/sweep.py": "from domainbed_kd.sweep.jobs import *",
     }
     for name, text in files.items():
@@ -24,8 +28,8 @@ def checkout(folder, seed_hash="from domainbed_kd.seeds import seed_hash"):
 
 
 def ask(folder):
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "parity.py"), str(folder)],
-                          capture_output=True, text=True)
+    return subprocess.run([sys.executable, str(ROOT / "tools" / "parity.py"), str(folder),
+                           "--cases", "2"], capture_output=True, text=True)
 
 
 def test_a_checkout_that_derives_the_same_is_equal(tmp_path):
@@ -33,12 +37,29 @@ def test_a_checkout_that_derives_the_same_is_equal(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert "seed_hash: 150 of 150 equal" in answer.stdout
     assert "table of its own sweep: equal" in answer.stdout
+    assert "ERM: 2 of 2 agree, largest difference 0.0e+00\n" in answer.stdout
+    assert "CORAL: 2 of 2 agree, largest difference 0.0e+00\n" in answer.stdout
 
 
 def test_a_checkout_that_derives_other_seeds_is_told_apart(tmp_path):
     answer = ask(checkout(tmp_path, "def seed_hash(*args): return 1"))
     assert answer.returncode == 1
     assert "seed_hash: 0 of 150 equal, the first: (0, 'lr')" in answer.stdout
+
+
+def test_a_checkout_whose_algorithm_trains_otherwise_is_told_apart_with_the_case(tmp_path):
+    answer = ask(checkout(tmp_path, algorithms="""from domainbed_kd import algorithms
+ALGORITHMS = ['ERM', 'CORAL']
+class ERM(algorithms.ERM):
+    def update(self, minibatches, unlabeled=None):
+        super().update(minibatches)
+        return super().update(minibatches)
+def get_algorithm_class(name):
+    return ERM if name == 'ERM' else algorithms.get_algorithm_class(name)"""))
+    assert answer.returncode == 1
+    assert "ERM: 0 of 2 agree, largest difference " in answer.stdout
+    assert ", the first: {'input_shape': " in answer.stdout
+    assert "CORAL: 2 of 2 agree" in answer.stdout
 
 
 @pytest.mark.parametrize("folder", ["absent", "."])

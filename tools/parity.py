@@ -1,21 +1,29 @@
-"""Asks a DomainBed checkout whether it still derives what we derive, to the bit.
+"""Compares a DomainBed checkout with this package.
 
-Compares seeds, hparam draws, job folders and the text tables of the sweep in tests/data. Exit
-status 0 if all are equal, 1 if some differ, 2 if the checkout cannot be asked.
+Seeds, hparam draws, job folders and the text tables of the sweep in tests/data must be equal to
+the bit. Every algorithm then trains here and there for a few updates on the CPU, at shapes, hparams
+and seeds that are drawn anew each time from the seed that is printed. Their values, logits and
+weights must agree to 1e-4, or to 30 times what DomainBed's own move by when its initial weights
+move by 1e-7. Exit status 0 if all agree, 1 if some differ, 2 if the checkout cannot be imported.
 """
 
 import argparse
 import contextlib
 import importlib
 import io
+import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import short_runs
+import torch
+
 from domainbed_kd import hparams_registry, seeds
-from domainbed_kd.algorithms import ALGORITHMS
+from domainbed_kd.algorithms import ALGORITHMS, get_algorithm_class
 from domainbed_kd.console import Parser, run_main
 from domainbed_kd.datasets import DOMAINBED
 from domainbed_kd.scripts import collect_results
@@ -69,6 +77,56 @@ def differences(theirs: dict) -> Iterator[tuple[str, int, list[str]]]:
         if sweep.Job(their, "out").output_dir != jobs.Job(our, "out").output_dir]
 
 
+def draw_case(algorithm: str, theirs, r: random.Random) -> dict:
+    """A short run for `short_runs.run` that DomainBed can train, with its own hparams."""
+    shapes = [(1, 28, 28), (2, 28, 28), (3, 28, 28), (3, 32, 32)]
+    if algorithm != "ARM":  # its context network takes images
+        shapes += 4 * [(r.randint(5, 40),)]
+    shape, updates = r.choice(shapes), r.randint(4, 8)
+    is_image = len(shape) == 3
+    seed = r.choice([None, r.randrange(2**31)])
+    hparams = (theirs.default_hparams(algorithm, "Debug28") if seed is None
+               else theirs.random_hparams(algorithm, "Debug28", seed))
+    # A step of usual size would turn the last bit of a CNN's gradients into the fourth digit.
+    hparams |= {name: 1e-4 for name in ("lr", "lr_g", "lr_d") if is_image and name in hparams}
+    hparams |= {name: r.randint(0, updates) for name in hparams if name.endswith("iters")}
+    per_domain = r.randint(4, 8) if is_image else r.choice([4, 7, 16, 32, 40])
+    hparams |= {
+        "batch_size": per_domain, "linear_steps": r.randint(0, updates),
+        "mlp_width": 40, "mlp_depth": 3, "mlp_dropout": r.choice([0.0, 0.5]),
+        "nonlinear_classifier": r.random() < 0.3,
+        "weight_decay": r.choice([0.0, 10 ** r.uniform(-6, -2)])}
+    return {"input_shape": shape, "num_classes": r.randint(2, 7), "num_domains": r.randint(2, 4),
+            "per_domain": per_domain, "updates": updates, "evaluate_after": r.randint(1, updates),
+            "seed": r.randrange(2**31), "data_seed": r.randrange(2**31), "hparams": hparams}
+
+
+def compare_algorithm(ours: Callable, theirs: Callable, case: dict) -> tuple[float, bool]:
+    """The largest difference in a case, and whether it is within the tolerance."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = short_runs.run(theirs, case)
+        found = short_runs.differences(short_runs.run(ours, case), expected)
+        moved = short_runs.differences(short_runs.run(theirs, case, nudge=1e-7), expected)
+    return max(found.values()), all(
+        found[what] <= max(1e-4, 30 * moved[what]) for what in found)
+
+
+def compare_algorithms(theirs: dict, seed: int, n: int) -> Iterator[tuple[str, int, float, list]]:
+    """(algorithm, cases, largest difference, cases that differ) of all that both have."""
+    torch.set_num_threads(1)  # another number sums in another order
+    if not torch.cuda.is_available():  # TRM and RDM ask for it
+        torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    for algorithm in (name for name in ALGORITHMS if name in theirs["algorithms"].ALGORITHMS):
+        r = random.Random(f"{seed} {algorithm}")
+        cases = [draw_case(algorithm, theirs["hparams_registry"], r) for _ in range(n)]
+        compared = [compare_algorithm(
+            get_algorithm_class(algorithm), theirs["algorithms"].get_algorithm_class(algorithm),
+            case) for case in cases]
+        yield algorithm, n, max(apart for apart, _ in compared), [
+            case for case, (_, agrees) in zip(cases, compared) if not agrees]
+
+
 def our_table() -> str:
     """What our collect_results prints, as DomainBed would, on the sweep in tests/data."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as text:
@@ -81,15 +139,24 @@ def main(argv: list[str] | None = None) -> int:
     """Prints a line per comparison."""
     parser = Parser(description=__doc__)
     parser.add_argument("checkout", type=Path, help="folder that holds domainbed/")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6),
+                        help="draws the algorithms' cases; at random by default")
+    parser.add_argument("--cases", type=int, default=5, help="per algorithm (5)")
     args: argparse.Namespace = parser.parse_args(argv)
-    failed = False
-    for what, n, differing in differences(import_checkout(args.checkout)):
+    theirs, failed = import_checkout(args.checkout), False
+    for what, n, differing in differences(theirs):
         failed |= bool(differing)
         first = f", the first: {differing[0]}" if differing else ""
         print(f"{what}: {n - len(differing)} of {n} equal{first}")
     golden = (SWEEP.parent / "collect_results_text.txt").read_text(encoding="utf-8")
     equal = our_table() == golden
     print(f"table of its own sweep: {'equal' if equal else 'differs'}")
+    print(f"algorithms, --seed {args.seed}:")
+    for algorithm, n, apart, differing in compare_algorithms(theirs, args.seed, args.cases):
+        failed |= bool(differing)
+        first = f", the first: {differing[0]}" if differing else ""
+        print(f"{algorithm}: {n - len(differing)} of {n} agree, "
+              f"largest difference {apart:.1e}{first}", flush=True)
     return 1 if failed or not equal else 0
 
 
