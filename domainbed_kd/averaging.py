@@ -293,17 +293,14 @@ class WithBetaAverage(WithMovingAverage):
 
     def new_average(self):
         """The mean from update `beta_start` on, of those that `averages_after` lets in."""
-        start = self.averages_after + self.hparams.get("beta_start", 0)
-        return self.by_beta(self.hparams.get("beta_average", 0.5), start)
-
-    def by_beta(self, beta: float, start: int = 0) -> BetaAverage:
-        """The mean of what the network is from update `start` to the run's last."""
         if "total_steps" not in self.hparams:
             raise ValueError("hparams['averaging'] is 'beta', which needs the run's number of "
                              "steps: pass it as hparams['total_steps'].")
+        beta = self.hparams.get("beta_average", 0.5)
         if not beta > 0:
             raise ValueError(f"beta_average is {beta}; it takes a number above 0.")
-        return BetaAverage(self.network, self.hparams["total_steps"], beta, start)
+        return BetaAverage(self.network, self.hparams["total_steps"], beta,
+                           self.averages_after + self.hparams.get("beta_start", 0))
 
 
 class WithLossValley:

@@ -67,6 +67,22 @@ def Classifier(in_features: int, out_features: int, is_nonlinear: bool = False) 
         nn.Linear(in_features // 4, out_features))
 
 
+class CosineClassifier(nn.Module):
+    """Logits (B, C) of features (B, D): their cosines with text (C, D), times `scale`.
+
+    Neither learns. Text is kept at unit length.
+    """
+
+    def __init__(self, text: Tensor, scale: Tensor):
+        super().__init__()
+        self.register_buffer("text", F.normalize(text, dim=-1))
+        self.register_buffer("scale", scale.clone())
+
+    def forward(self, x):
+        """Logits (B, C)."""
+        return self.scale * F.normalize(x, dim=-1) @ self.text.T
+
+
 class Frozen(nn.Module):
     """A teacher: `module`, in eval mode, that nothing trains, saves or copies along.
 

@@ -1,5 +1,6 @@
 """Teachers: CLIP, and the networks of finished runs. Frozen, with their own preprocessing."""
 
+import copy
 import difflib
 import json
 import pickle
@@ -236,11 +237,37 @@ class CLIP(networks.Frozen):
         """Embeddings (B, D), not normalized, of the student's images."""
         return self.module.encode_image(self.preprocess(x)).float()
 
+    @property
+    def scale(self) -> Tensor:
+        """What cosines are multiplied by to be its logits, a scalar: 100 for OpenAI's weights."""
+        return self.module.logit_scale.detach().exp().float()
+
     @torch.no_grad()
     def logits(self, x: Tensor, text: Tensor) -> Tensor:
         """Scaled cosines (B, C) of the student's images and text embeddings (C, D)."""
-        cosine = F.normalize(self(x), dim=-1) @ F.normalize(text, dim=-1).T
-        return self.module.logit_scale.exp().float() * cosine
+        return self.scale * (F.normalize(self(x), dim=-1) @ F.normalize(text, dim=-1).T)
+
+
+class ImageTower(nn.Module):
+    """A copy of a CLIP's image network that can be trained; the CLIP itself stays as it is.
+
+    Raises:
+        ValueError: if the model's image network is not a module named `visual`.
+    """
+
+    def __init__(self, clip: CLIP):
+        super().__init__()
+        visual = getattr(clip.module, "visual", None)
+        if not isinstance(visual, nn.Module):
+            raise ValueError(f"The image network of a {type(clip.module).__name__} cannot be "
+                             "trained: it takes a CLIP whose image network is its attribute "
+                             "'visual', as open_clip's have it.")
+        self.clip = clip  # for its preprocessing
+        self.visual = copy.deepcopy(visual).requires_grad_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeddings (B, D), not normalized, of the student's images."""
+        return self.visual(self.clip.preprocess(x)).float()
 
 
 def normalization(hparams: dict, input_shape: Sequence[int]) -> tuple:

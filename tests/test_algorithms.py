@@ -31,6 +31,9 @@ class Clip(nn.Module):
     def __init__(self):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.visual = nn.Sequential(
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.utils.skip_init(nn.Linear, 12, 8))
+        self.visual[2].load_state_dict({"weight": torch.eye(8, 12), "bias": torch.zeros(8)})
 
     def tokenizer(self, texts):
         return torch.tensor([[1.0 if "bright" in text else -1.0, len(text)] for text in texts])
@@ -39,7 +42,7 @@ class Clip(nn.Module):
         return tokens[:, :1] + 0.1 * (tokens[:, 1:] * torch.arange(8)).sin()
 
     def encode_image(self, x):
-        return F.adaptive_avg_pool2d(x, 2).flatten(1)[:, :8]
+        return self.visual(x)
 
 
 def hparams_of(name, seed=0, **overrides):
@@ -116,7 +119,7 @@ def test_an_update_returns_plain_floats_and_predict_logits(name):
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(name):
     first, second, other = (build(name, seed=seed) for seed in (1, 1, 2))
     assert_same(first.state_dict(), second.state_dict())
-    if checkpoints.optimizers(first):
+    if checkpoints.optimizers(first) and name not in ("VL2VSD", "CLIPood"):  # they start as CLIP
         assert any(not torch.equal(a, b)
                    for a, b in zip(first.parameters(), other.parameters()))
 

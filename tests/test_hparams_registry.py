@@ -70,7 +70,8 @@ def test_a_draw_lies_on_both_sides_of_its_default_or_is_fixed(algorithm):
         assert len(values) > 1 or values == {json.dumps(default)}, name
 
 
-OURS = ("KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs", "SDViT")
+OURS = ("KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs", "SDViT", "VL2VADiP",
+        "VL2VSD", "WAKD", "LFME", "CLIPood", "XDED")
 
 
 @pytest.mark.parametrize("algorithm", OURS)

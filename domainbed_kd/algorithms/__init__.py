@@ -20,8 +20,6 @@ DOMAINBED = (
 _ORDER = (*DOMAINBED, "SMA", "SWAD")
 # Files whose classes other methods build on; they are no methods themselves.
 _ABSTRACT = ("base", "annealed", "taught")
-# Names that a class cannot have, or that users type in another form.
-_ALIASES = {"4Ds": "FourDs"}
 
 
 def _discover() -> tuple[dict[str, str], set[str], dict[str, str]]:
@@ -52,6 +50,8 @@ def _discover() -> tuple[dict[str, str], set[str], dict[str, str]]:
 
 
 _MODULES, _TAUGHT, _DISPLAY_NAMES = _discover()
+# Names that a class cannot have, as users type them: "4Ds" is FourDs.
+_ALIASES = {shown: name for name, shown in _DISPLAY_NAMES.items()}
 _REGISTERED: dict[str, type] = {}
 SHIPPED = tuple(_MODULES)
 ALGORITHMS = list(SHIPPED)

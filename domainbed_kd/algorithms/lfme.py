@@ -1,0 +1,73 @@
+"""LFME: a student's logits are pulled to the probabilities of an expert for each domain.
+
+Chen et al., "LFME: A Simple Framework for Learning from Multiple Experts in Domain
+Generalization", NeurIPS 2024, https://arxiv.org/abs/2410.17020. Loss, constants and range from the
+authors' code (github.com/liangchen527/LFME), as is the variant without experts.
+Departures: the student is built before the experts, so a weight of 0 is ERM; experts are part of
+the algorithm's state, so that they follow its mode and survive a restart, where theirs stay out of
+it; networks are DomainBed's, not always a ResNet-18.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from domainbed_kd import networks
+from domainbed_kd.algorithms.base import at_least, fixed, forked_rng
+from domainbed_kd.algorithms.erm import ERM
+
+
+class LFME(ERM):
+    """Cross-entropy, and the squared distance of logits from the probabilities of experts.
+
+    Each expert learns one domain by ERM at the same time, and judges its images before its step.
+    Without `lfme_experts` the labels, one-hot, take the probabilities' place.
+    """
+
+    takes = ERM.takes | {"lfme_weight": at_least(0)}
+
+    @staticmethod
+    def search_space(dataset):
+        """The weight of the pull, and whether experts do it."""
+        return {
+            "lfme_weight": (1.0, lambda r: 10 ** r.uniform(-2, 1)),
+            "lfme_experts": fixed(True),
+        }
+
+    def __init__(self, input_shape, num_classes, num_domains, hparams):
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        self.experts = nn.ModuleList()
+        if not (hparams["lfme_experts"] and hparams["lfme_weight"]):
+            return
+        with forked_rng():
+            for _ in range(num_domains):
+                featurizer = networks.Featurizer(input_shape, hparams)
+                self.experts.append(nn.Sequential(featurizer, networks.Classifier(
+                    featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])))
+        self.expert_optimizer = self.adam(self.experts)
+
+    def update(self, minibatches, unlabeled=None):
+        """A step of each expert on its domain, and one of the student on all."""
+        x, y = (torch.cat(part) for part in zip(*minibatches))
+        weight, terms = self.hparams["lfme_weight"], {}
+        if self.experts:
+            wanted, terms["expert_loss"] = self._step_of_experts(minibatches)
+        logits = self.network(x)
+        classify = F.cross_entropy(logits, y)
+        if not weight:
+            return self.descend(classify, classify=classify)
+        if not self.experts:
+            wanted = F.one_hot(y, logits.shape[1]).to(logits.dtype)
+        regularize = F.mse_loss(logits, wanted)
+        return self.descend(
+            classify + weight * regularize, classify=classify, regularize=regularize, **terms)
+
+    def _step_of_experts(self, minibatches):
+        """Their probabilities (B, C) of all images, before the step, and their mean loss."""
+        logits = [expert(x) for expert, (x, _) in zip(self.experts, minibatches)]
+        # No expert reads another's domain, so one Adam on the sum is an Adam for each.
+        loss = sum(F.cross_entropy(z, y) for z, (_, y) in zip(logits, minibatches))
+        self.expert_optimizer.zero_grad()
+        loss.backward()
+        self.expert_optimizer.step()
+        return torch.cat(logits).detach().softmax(dim=1), loss.detach() / len(logits)

@@ -1,0 +1,42 @@
+"""WAKD: distillation without labels, evaluated with the mean of the student's weights.
+
+Berezovskiy & Morozov, "Weight Averaging Improves Knowledge Distillation under Domain Shift", ICCV
+2023 workshop on out-of-distribution generalization, https://arxiv.org/abs/2309.11446. Loss and
+constants from the authors' code (github.com/vorobeevich/distillation-in-dg).
+Departures: the teacher is the sweep's ERM run unless `--teacher` names a SWAD run as theirs, the
+run has DomainBed's length, not 50,000 steps, and its crops, not those of 8 % of an image and more;
+the average starts after a tenth of the run, as theirs; BatchNorm learns, and its statistics are
+averaged, unless `freeze_bn`; the temperature is drawn.
+"""
+
+from domainbed_kd.algorithms.base import above, at_least, fixed, or_null
+from domainbed_kd.algorithms.taught import Taught
+from domainbed_kd.averaging import MovingAverage, WithMovingAverage
+from domainbed_kd.losses import kd_loss
+
+
+class WAKD(WithMovingAverage, Taught):
+    """Divergence from the teacher alone; predicts with the mean of its weights since early on."""
+
+    needs_same_view = "all that it learns is what its teacher says of the very same crop"
+    takes = Taught.takes | {"wakd_temperature": above(0), "wakd_start": or_null(at_least(1))}
+
+    @staticmethod
+    def search_space(dataset):
+        """The temperature, and the student's update from which to average: null for a tenth."""
+        return Taught.search_space(dataset) | {
+            "wakd_temperature": (5.0, lambda r: r.choice([2.0, 3.0, 5.0])),
+            "wakd_start": fixed(None),
+        }
+
+    def new_average(self):
+        """The mean from the student's update `wakd_start` on."""
+        start = self.hparams["wakd_start"]
+        if start is None:
+            start = max(1, (self.hparams.get("total_steps", 5001) - self.averages_after) // 10)
+        return MovingAverage(self.network, self.averages_after + start)
+
+    def distill(self, x, y):
+        """One step on KD alone."""
+        loss = kd_loss(self.network(x), self.teacher_logits(x), self.hparams["wakd_temperature"])
+        return self.descend(loss, distill=loss)
