@@ -2,7 +2,7 @@
 
 `assets/published.csv` has a line for each method and dataset, with the mean accuracy in percent
 over its domains or, where `domain` is given, on that domain. Fields are empty where the source does
-not state them.
+not state them. `verified` is false of numbers read in a later paper only, not in the authors' own.
 """
 
 import csv
@@ -34,6 +34,7 @@ class Row(NamedTuple):
     steps: int | None
     search: str
     source: str
+    verified: bool
 
     @property
     def label(self) -> str:
@@ -41,14 +42,16 @@ class Row(NamedTuple):
         return f"{self.method}, published"
 
 
-def load() -> list[Row]:
-    """All lines of the file."""
+def load(unverified: bool = False) -> list[Row]:
+    """The verified lines of the file or, with `unverified`, all; tables print the former alone."""
     with PATH.open(encoding="utf-8", newline="") as file:
-        return [Row(**line | {
+        rows = [Row(**line | {
             "mean": float(line["mean"]),
             "stderr": float(line["stderr"]) if line["stderr"] else None,
-            "steps": int(line["steps"]) if line["steps"] else None})
+            "steps": int(line["steps"]) if line["steps"] else None,
+            "verified": line["verified"] == "true"})
             for line in csv.DictReader(file)]
+    return [row for row in rows if row.verified or unverified]
 
 
 def search(n_hparams: int, n_trials: int) -> str:
