@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from domainbed_kd import datasets
+from domainbed_kd.datasets import archives, counts, sources
 from domainbed_kd.scripts import download
 
 CONTENT = bytes(range(256)) * 40
@@ -77,7 +78,7 @@ def images(folder: Path, domain: str, counts: dict):
 
 
 def test_a_file_is_fetched_whole_and_leaves_no_part(server, tmp_path):
-    download.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
+    archives.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
     assert [p.name for p in tmp_path.iterdir()] == ["data.bin"]
     assert (tmp_path / "data.bin").read_bytes() == CONTENT
 
@@ -85,11 +86,11 @@ def test_a_file_is_fetched_whole_and_leaves_no_part(server, tmp_path):
 def test_a_broken_download_is_refused_and_goes_on_where_it_broke_off(server, tmp_path):
     server.break_after = 3000
     with pytest.raises(OSError, match="broke off after 3000 of 10240 bytes. Run the same command"):
-        download.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
+        archives.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
     assert [p.name for p in tmp_path.iterdir()] == ["data.bin.part"]
 
     server.break_after = None
-    download.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
+    archives.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
     assert server.requested == [("/data.bin", None), ("/data.bin", "bytes=3000-")]
     assert (tmp_path / "data.bin").read_bytes() == CONTENT
 
@@ -97,30 +98,30 @@ def test_a_broken_download_is_refused_and_goes_on_where_it_broke_off(server, tmp
 def test_a_server_that_cannot_resume_is_read_from_the_start(server, tmp_path):
     (tmp_path / "data.bin.part").write_bytes(b"something else")
     server.ranges = False
-    download.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
+    archives.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
     assert (tmp_path / "data.bin").read_bytes() == CONTENT
 
 
 def test_a_part_that_is_longer_than_the_file_is_thrown_away(server, tmp_path):
     (tmp_path / "data.bin.part").write_bytes(2 * CONTENT)
-    download.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
+    archives.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
     assert (tmp_path / "data.bin").read_bytes() == CONTENT
 
 
 def test_what_is_there_is_not_fetched_again(server, tmp_path):
     (tmp_path / "data.bin").write_bytes(b"mine")
-    download.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
+    archives.fetch_url(server.url("data.bin"), tmp_path / "data.bin")
     assert server.requested == []
 
 
 def test_a_missing_file_is_reported_with_its_url(server, tmp_path):
     with pytest.raises(OSError, match="nothing.bin cannot be fetched .*404"):
-        download.fetch_url(server.url("nothing.bin"), tmp_path / "x")
+        archives.fetch_url(server.url("nothing.bin"), tmp_path / "x")
 
 
 def test_a_redirect_away_from_https_is_refused():
-    handler = download._NoDowngrade()
-    request = download.urllib.request.Request("https://example.org/a")
+    handler = archives._NoDowngrade()
+    request = archives.urllib.request.Request("https://example.org/a")
     with pytest.raises(urllib.error.HTTPError, match="away from https"):
         handler.redirect_request(request, io.BytesIO(), 302, "", {}, "http://example.org/a")
     assert handler.redirect_request(
@@ -128,14 +129,14 @@ def test_a_redirect_away_from_https_is_refused():
 
 
 def test_everything_is_fetched_by_https():
-    assert download.TERRA_URL.startswith("https://")
-    assert all(source.page.startswith("https://") for source in download.SOURCES.values())
+    assert sources.TERRA_URL.startswith("https://")
+    assert all(source.page.startswith("https://") for source in sources.SOURCES.values())
 
 
 def test_a_file_on_drive_without_gdown_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gdown", None)
     with pytest.raises(ValueError, match=r"pip install domainbed_kd\[download\]"):
-        download.fetch_drive("id", tmp_path / "PACS.zip")
+        archives.fetch_drive("id", tmp_path / "PACS.zip")
 
 
 def fake_gdown(monkeypatch, do):
@@ -153,7 +154,7 @@ def test_a_refusal_by_drive_says_how_to_get_the_file_by_hand(tmp_path, monkeypat
 
     fake_gdown(monkeypatch, refuse)
     with pytest.raises(OSError, match="(?s)Too many users.*uc\\?id=abc in a browser.*PACS.zip"):
-        download.fetch_drive("abc", tmp_path / "PACS.zip")
+        archives.fetch_drive("abc", tmp_path / "PACS.zip")
 
 
 # Checksums.
@@ -162,7 +163,7 @@ def test_a_refusal_by_drive_says_how_to_get_the_file_by_hand(tmp_path, monkeypat
 def test_a_checksum_is_kept_where_the_archive_was(tmp_path):
     path = tmp_path / "a.zip"
     path.write_bytes(CONTENT)
-    with download.verified(path):
+    with archives.verified(path):
         assert path.exists()
     assert not path.exists()
     digest = hashlib.sha256(CONTENT).hexdigest()
@@ -174,7 +175,7 @@ def test_an_archive_with_another_checksum_is_refused_and_deleted(tmp_path):
     path.write_bytes(CONTENT)
     (tmp_path / "a.zip.sha256").write_text("0123abcd  a.zip\n")
     with pytest.raises(ValueError, match="a.zip has the SHA-256 .* says 0123abcd"):
-        with download.verified(path):
+        with archives.verified(path):
             pytest.fail("was let in")
     assert not path.exists()
     assert (tmp_path / "a.zip.sha256").read_text() == "0123abcd  a.zip\n"
@@ -183,8 +184,8 @@ def test_an_archive_with_another_checksum_is_refused_and_deleted(tmp_path):
 def test_an_archive_that_cannot_be_unpacked_leaves_no_checksum(tmp_path):
     path = tmp_path / "a.zip"
     path.write_bytes(b"PK damaged")
-    with pytest.raises(ValueError, match="damaged"), download.verified(path):
-        download.unpack(path, tmp_path)
+    with pytest.raises(ValueError, match="damaged"), archives.verified(path):
+        archives.unpack(path, tmp_path)
     assert not (tmp_path / "a.zip.sha256").exists()
 
 
@@ -209,7 +210,7 @@ def make_zip(path, members: dict):
 def test_archives_are_unpacked(make, suffix, tmp_path):
     make(tmp_path / f"a.{suffix}", {"d/x.txt": b"one", "y.txt": b"two"})
     (tmp_path / "out").mkdir()
-    download.unpack(tmp_path / f"a.{suffix}", tmp_path / "out")
+    archives.unpack(tmp_path / f"a.{suffix}", tmp_path / "out")
     assert (tmp_path / "out" / "d" / "x.txt").read_bytes() == b"one"
     assert (tmp_path / "out" / "y.txt").read_bytes() == b"two"
 
@@ -222,7 +223,7 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused(make, suffix, name, 
     make(tmp_path / f"a.{suffix}", {"good": b"", name: b"evil"})
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="outside its folder"):
-        download.unpack(tmp_path / f"a.{suffix}", tmp_path / "out")
+        archives.unpack(tmp_path / f"a.{suffix}", tmp_path / "out")
     assert not list(tmp_path.rglob("*evil*"))
 
 
@@ -233,7 +234,7 @@ def test_a_link_that_leads_out_of_its_folder_is_refused(tmp_path):
         tar.addfile(link)
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="outside its folder"):
-        download.unpack(tmp_path / "a.tar", tmp_path / "out")
+        archives.unpack(tmp_path / "a.tar", tmp_path / "out")
 
 
 @pytest.mark.parametrize("make, suffix", [(make_tar, "tar.gz"), (make_zip, "zip")])
@@ -243,7 +244,7 @@ def test_a_damaged_archive_is_refused_in_one_line(make, suffix, tmp_path):
     path.write_bytes(path.read_bytes()[:-300])
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="is damaged .*Delete it"):
-        download.unpack(path, tmp_path / "out")
+        archives.unpack(path, tmp_path / "out")
 
 
 # Whole data sets.
@@ -257,7 +258,7 @@ def drive_with(monkeypatch, make, members):
 def pacs_archive():
     classes = datasets.get_dataset_class("PACS").CLASSES
     return {f"kfold/{domain}/{label}/{i}.jpg": b""
-            for domain, counts in download.PUBLISHED["PACS"].items()
+            for domain, counts in counts.PUBLISHED["PACS"].items()
             for label, n in zip(classes, counts) for i in range(n)}
 
 
@@ -289,7 +290,7 @@ def test_an_archive_of_something_else_leaves_no_data_set(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["downloads"]
 
 
-@pytest.mark.parametrize("name", [n for n, s in download.SOURCES.items() if s.fetch is None])
+@pytest.mark.parametrize("name", [n for n, s in sources.SOURCES.items() if s.fetch is None])
 def test_what_cannot_be_fetched_says_where_to_get_it(name, tmp_path, capsys):
     assert download.main(["--data_dir", str(tmp_path), "--datasets", name]) == 1
     out = capsys.readouterr().out
@@ -339,21 +340,21 @@ def naive_places(content):
 
 def test_terra_places_are_those_of_trying_all_pairs():
     content = annotations(300)
-    found = list(download.terra_places(content))
+    found = list(sources.terra_places(content))
     assert set(found) == naive_places(content)
     assert len({place for _, place in found}) > 10
 
 
 def test_terra_places_read_each_image_and_annotation_once():
     content = annotations(5000)
-    assert len(list(download.terra_places(content))) > 2000
+    assert len(list(sources.terra_places(content))) > 2000
     assert {name: items.read for name, items in content.items()} == {
         "categories": 12, "images": 5000, "annotations": 5500}
 
 
 def terra_archives(folder, leave_out=()):
     """The two archives, and the places they should lead to."""
-    contents = {name: annotations(120, name) for name in download.TERRA_ANNOTATIONS}
+    contents = {name: annotations(120, name) for name in sources.TERRA_ANNOTATIONS}
     make_tar(folder / "eccv_18_annotations.tar.gz", {
         **{f"eccv_18_annotation_files/{name}_annotations.json": json.dumps(content).encode()
            for name, content in contents.items()},
@@ -367,7 +368,7 @@ def terra_archives(folder, leave_out=()):
 def test_terra_is_built_from_its_archives(server, tmp_path, monkeypatch, capsys):
     expected = terra_archives(tmp_path)
     server.files.update({p.name: p.read_bytes() for p in tmp_path.glob("*.tar.gz")})
-    monkeypatch.setattr(download, "TERRA_URL", server.url(""))
+    monkeypatch.setattr(sources, "TERRA_URL", server.url(""))
     assert download.main(
         ["--data_dir", str(tmp_path / "data"), "--datasets", "TerraIncognita"]) == 1  # too few
     root = tmp_path / "data" / "terra_incognita"
@@ -384,7 +385,7 @@ def test_terra_without_all_its_images_is_refused_and_leaves_no_data_set(
     expected = terra_archives(tmp_path, leave_out=("train-6.jpg", "train-12.jpg"))
     assert {"train-6.jpg", "train-12.jpg"} <= {name for name, _ in expected}
     server.files.update({p.name: p.read_bytes() for p in tmp_path.glob("*.tar.gz")})
-    monkeypatch.setattr(download, "TERRA_URL", server.url(""))
+    monkeypatch.setattr(sources, "TERRA_URL", server.url(""))
     with pytest.raises(ValueError, match="lacks 2 annotated images, such as train-12.jpg"):
         download.main(["--data_dir", str(tmp_path / "data"), "--datasets", "TerraIncognita"])
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["downloads"]
@@ -395,17 +396,17 @@ def test_terra_without_all_its_images_is_refused_and_leaves_no_data_set(
 
 def test_published_numbers_add_up_to_what_papers_print():
     totals = {name: sum(sum(n) if isinstance(n, tuple) else n for n in domains.values())
-              for name, domains in download.PUBLISHED.items()}
+              for name, domains in counts.PUBLISHED.items()}
     assert totals == {"VLCS": 10729, "PACS": 9991, "OfficeHome": 15588, "TerraIncognita": 24330,
                       "DomainNet": 586575}
 
 
-@pytest.mark.parametrize("name", download.PUBLISHED)
+@pytest.mark.parametrize("name", counts.PUBLISHED)
 def test_published_domains_are_in_the_loaders_order(name):
-    assert list(download.PUBLISHED[name]) == sorted(download.PUBLISHED[name])
+    assert list(counts.PUBLISHED[name]) == sorted(counts.PUBLISHED[name])
     labels = datasets.environments(name)
-    assert len(labels) == len(download.PUBLISHED[name])
-    for label, domain in zip(labels, download.PUBLISHED[name]):
+    assert len(labels) == len(counts.PUBLISHED[name])
+    for label, domain in zip(labels, counts.PUBLISHED[name]):
         initial, digits = label[0], label[1:] if label[1:].isdigit() else ""
         assert domain[0].lower() == initial.lower() and domain.endswith(digits)
 
@@ -414,7 +415,7 @@ def test_published_domains_are_in_the_loaders_order(name):
 def small(monkeypatch, tmp_path):
     """VLCS as if it had been published small, and complete in tmp_path."""
     classes = datasets.get_dataset_class("VLCS").CLASSES
-    monkeypatch.setitem(download.PUBLISHED, "VLCS", {"Real World": 10, "sketch": (1, 1, 1, 1, 2)})
+    monkeypatch.setitem(counts.PUBLISHED, "VLCS", {"Real World": 10, "sketch": (1, 1, 1, 1, 2)})
     images(tmp_path / "VLCS", "Real_world", dict.fromkeys(classes, 2))
     images(tmp_path / "VLCS", "sketch", dict(zip(classes, (1, 1, 1, 1, 2))))
     return tmp_path
@@ -453,7 +454,7 @@ def test_verify_accepts_the_real_pacs(pacs, capsys):
 def test_list_names_every_source_with_its_licence(capsys):
     assert download.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(download.SOURCES)
+    assert [line.split()[0] for line in lines[1:]] == list(sources.SOURCES)
     assert "CDLA-Permissive" in next(line for line in lines if line.startswith("Terra"))
 
 
@@ -474,4 +475,79 @@ def test_misuse_is_said_in_one_line(arguments, said, tmp_path):
 
 
 def test_every_data_set_has_a_source_or_needs_none():
-    assert set(datasets.DATASETS) - set(download.SOURCES) == {"Debug28", "Debug224", "DigitsDG"}
+    assert set(datasets.DATASETS) - set(sources.SOURCES) == {"Debug28", "Debug224", "DigitsDG"}
+
+
+# Servers and archives that nobody planned for.
+
+class Answer(Handler):
+    """Answers every request with the same bytes, whatever HTTP says of them."""
+
+    def do_GET(self):
+        self.wfile.write(self.server.answer)
+        self.close_connection = True
+
+
+@pytest.mark.parametrize("answer", [
+    b"", b"no HTTP at all\r\n\r\n", b"HTTP/1.1 abc OK\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\ntorn",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nno number\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n" + b"X: y\r\n" * 200 + b"\r\n"])
+def test_a_server_that_breaks_http_is_one_line_with_file_and_url(server, tmp_path, answer):
+    server.RequestHandlerClass, server.answer = Answer, answer
+    url, path = server.url("PACS.zip"), tmp_path / "PACS.zip"
+    with pytest.raises(OSError) as error:
+        archives.fetch_url(url, path)
+    said = str(error.value)
+    assert url in said and str(path) in said and "\n" not in said and "again" in said
+    assert not path.exists()
+
+
+def test_a_length_that_is_not_a_number_is_ignored(server, tmp_path):
+    server.RequestHandlerClass = Answer
+    server.answer = b"HTTP/1.0 200 OK\r\nContent-Length: many\r\n\r\nall of it"
+    archives.fetch_url(server.url("a"), tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"all of it"
+
+
+def zipped(tmp_path, change):
+    """A zip of one stored file whose headers `change` has edited."""
+    path = tmp_path / "PACS.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("kfold/a.jpg", b"image")
+    content = bytearray(path.read_bytes())
+    change(content, content.index(b"PK\x03\x04"), content.index(b"PK\x01\x02"))
+    path.write_bytes(content)
+    return path
+
+
+def encrypt(content, local, central):
+    content[local + 6] |= 1
+    content[central + 8] |= 1
+
+
+def pack_strangely(content, local, central):
+    content[local + 8] = content[central + 10] = 97
+
+
+@pytest.mark.parametrize("change, word", [(encrypt, "encrypted"), (pack_strangely, "compression")])
+def test_a_zip_that_python_cannot_open_is_one_line_with_file_and_url(tmp_path, change, word):
+    path = zipped(tmp_path, change)
+    with pytest.raises(ValueError, match=word) as error:
+        archives.unpack(path, tmp_path, "https://example.org/PACS.zip")
+    said = str(error.value)
+    assert f"{path} from https://example.org/PACS.zip" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"[]", b'{"categories": 3}', b"\xff"])
+def test_annotations_that_are_not_what_they_should_be_are_one_line(tmp_path, content):
+    archive = tmp_path / "eccv_18_annotations.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in sources.TERRA_ANNOTATIONS:
+            member = tarfile.TarInfo(f"{name}_annotations.json")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match="cis_test_annotations.json in .*is damaged") as error:
+        sources.build_terra(tmp_path / "images.tar.gz", archive, tmp_path / "terra")
+    said = str(error.value)
+    assert str(archive) in said and sources.TERRA_URL + archive.name in said and "\n" not in said

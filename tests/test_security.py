@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from domainbed_kd.scripts import download
+from domainbed_kd.datasets import archives, sources
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "domainbed_kd").rglob("*.py"), *(ROOT / "tools").glob("*.py")])
@@ -78,7 +78,7 @@ def test_no_archive_writes_outside_its_folder(name, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
         file.writestr(name, "bad")
     with pytest.raises(ValueError, match="outside"):
-        download.unpack(tmp_path / "x.zip", folder)
+        archives.unpack(tmp_path / "x.zip", folder)
     if "\\" not in name:
         (tmp_path / "content").write_text("bad")
         with tarfile.open(tmp_path / "x.tar", "w") as file:
@@ -87,10 +87,10 @@ def test_no_archive_writes_outside_its_folder(name, tmp_path):
             member.name = name
             file.addfile(member, (tmp_path / "content").open("rb"))
         if name == "/tmp/out":  # tar's filter makes it relative, as tar does
-            download.unpack(tmp_path / "x.tar", folder)
+            archives.unpack(tmp_path / "x.tar", folder)
         else:
             with pytest.raises(ValueError, match="outside"):
-                download.unpack(tmp_path / "x.tar", folder)
+                archives.unpack(tmp_path / "x.tar", folder)
     assert sorted(os.listdir(tmp_path)) == sorted(
         {"in", "x.zip", *(["x.tar", "content"] if "\\" not in name else [])})
 
@@ -102,7 +102,7 @@ def test_a_link_in_an_archive_does_not_lead_outside(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as file:
         file.addfile(link)
     with pytest.raises(ValueError, match="outside"):
-        download.unpack(tmp_path / "x.tar", tmp_path / "in")
+        archives.unpack(tmp_path / "x.tar", tmp_path / "in")
     assert os.listdir(tmp_path / "in") == []
 
 
@@ -121,11 +121,11 @@ def test_damaged_archives_are_refused_in_a_line(tmp_path):
                 damaged[r.randrange(len(damaged))] = r.randrange(256)
             (tmp_path / name).write_bytes(damaged)
             try:
-                download.unpack(tmp_path / name, tmp_path / "in")
+                archives.unpack(tmp_path / name, tmp_path / "in")
             except (ValueError, OSError, NotImplementedError) as error:
                 assert "\n" not in str(error), seed
 
 
 def test_every_download_is_over_tls():
-    assert download.TERRA_URL.startswith("https://")
-    assert all(source.page.startswith("https://") for source in download.SOURCES.values())
+    assert sources.TERRA_URL.startswith("https://")
+    assert all(source.page.startswith("https://") for source in sources.SOURCES.values())

@@ -286,8 +286,8 @@ def make_sweep(folder: Path, n_runs: int, n_records: int = 5) -> None:
         MADE_UP["algorithms"])
     rng = random.Random(0)
     for args in jobs.make_args_list(
-            -(-n_runs // each), MADE_UP["datasets"], MADE_UP["algorithms"], 0, 20, 5001, "data",
-            "domain_generalization", 0.2, False, None)[:n_runs]:
+            -(-n_runs // each), MADE_UP["datasets"], MADE_UP["algorithms"], 0, 20, "data",
+            "domain_generalization", 0.2, False, steps=5001)[:n_runs]:
         name = hashlib.md5(json.dumps(args, sort_keys=True).encode()).hexdigest()
         hparams = hparams_registry.random_hparams(
             args["algorithm"], args["dataset"],

@@ -1,0 +1,175 @@
+"""Fetching and unpacking archives of datasets: downloads resume, unpacking is all or nothing."""
+
+import gzip
+import hashlib
+import http.client
+import lzma
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+CHUNK = 1 << 20  # bytes
+
+
+class _NoDowngrade(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, fp, code, message, headers, newurl):
+        if request.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise urllib.error.HTTPError(
+                newurl, code, "redirected away from https", headers, fp)
+        return super().redirect_request(request, fp, code, message, headers, newurl)
+
+
+def fetch_url(url: str, path: Path) -> None:
+    """Downloads to `path`, continuing `path`.part if there is one.
+
+    Raises:
+        OSError: if the server cannot be reached or breaks off; what arrived is kept.
+    """
+    from tqdm import tqdm
+
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.build_opener(_NoDowngrade).open(request, timeout=60) as response:
+            if response.status != 206:  # the server sends all of it
+                start = 0
+            length = response.headers.get("Content-Length") or ""
+            total = start + int(length) if length.isdecimal() else None
+            with part.open("ab" if start else "wb") as file, tqdm(
+                    total=total, initial=start, unit="B", unit_scale=True, desc=path.name,
+                    disable=not sys.stderr.isatty()) as bar:
+                while chunk := response.read(CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code == 416 and start:
+            part.unlink()  # longer than the file on the server, so not a part of it
+            return fetch_url(url, path)
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{url} cannot be fetched to {path} ({what}). If it was the connection, run "
+                      "the same command again: it continues where it broke off.") from error
+    size = part.stat().st_size
+    if total is not None and size != total:
+        raise OSError(f"{url}, for {path}, broke off after {size} of {total} bytes. Run the same "
+                      "command again: it continues from there.")
+    part.rename(path)
+
+
+def fetch_drive(file_id: str, path: Path) -> None:
+    """Downloads a file from Google Drive to `path`.
+
+    Raises:
+        ValueError: if gdown is not installed.
+        OSError: if Drive does not give the file.
+    """
+    if path.exists():
+        return
+    try:
+        import gdown
+    except ImportError:
+        raise ValueError(f"{path.name} is on Google Drive, which needs gdown. Run: pip install "
+                         "domainbed_kd[download]") from None
+    from gdown.exceptions import FileURLRetrievalError
+
+    try:
+        gdown.download(id=file_id, output=str(path), quiet=not sys.stderr.isatty(), resume=True)
+    except (FileURLRetrievalError, OSError) as error:
+        raise OSError(
+            f"Google Drive does not give {path.name} ({error}). Download https://drive.google.com/"
+            f"uc?id={file_id} in a browser, save it as {path}, and run the same command again."
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def verified(path: Path) -> Iterator[None]:
+    """Inside, an archive may be unpacked: its SHA-256 is what `path`.sha256 says, if that exists.
+
+    Afterwards the SHA-256 is written there and the archive, no longer needed, is deleted.
+
+    Raises:
+        ValueError: if the SHA-256 differs; the archive is then deleted.
+    """
+    digest, known = sha256(path), path.with_name(f"{path.name}.sha256")
+    expected = (known.read_text(encoding="utf-8").split() or [""])[0] if known.exists() else digest
+    if digest != expected:
+        path.unlink()
+        raise ValueError(
+            f"{path.name} has the SHA-256 {digest}, but {known} says {expected}. It is deleted. "
+            f"Run the same command again; if its publisher changed it, delete {known} first.")
+    yield
+    known.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    path.unlink()
+
+
+@contextmanager
+def opened(archive: Path, url: str = "") -> Iterator[None]:
+    """Inside, an archive that is damaged, encrypted or dangerous is refused in one line.
+
+    Args:
+        archive: the file.
+        url: where it is from, to be named.
+    """
+    source = f"{archive}{f' from {url}' if url else ''}"
+    try:
+        yield
+    except tarfile.FilterError as error:
+        raise ValueError(f"{source} is not unpacked, as it would write outside its folder: "
+                         f"{error}. Get it from elsewhere.") from error
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
+            EOFError) as error:
+        reason = " ".join(str(error).split())  # tarfile's takes lines
+        raise ValueError(f"{source} is damaged ({reason}). Delete it and run the same command "
+                         "again.") from error
+    except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed in an unknown way
+        raise ValueError(f"{source} cannot be unpacked ({error}). Unpack it by hand.") from error
+
+
+def unpack(archive: Path, folder: Path, url: str = "") -> None:
+    """Unpacks a .zip or .tar.* into an existing folder.
+
+    Args:
+        archive: the file.
+        folder: where to.
+        url: where the archive is from, for messages.
+
+    Raises:
+        ValueError: if it is damaged or encrypted, or would write outside the folder.
+    """
+    with opened(archive, url):
+        if archive.suffix != ".zip":
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            return
+        with zipfile.ZipFile(archive) as file:
+            for name in file.namelist():
+                path = PurePosixPath(name.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                    raise ValueError(f"{archive} is not unpacked, as it would write outside its "
+                                     f"folder: {name}. Get it from elsewhere.")
+            file.extractall(folder)
+
+
+@contextmanager
+def beside(data_dir: Path) -> Iterator[Path]:
+    """A temporary folder on the disk where its contents belong."""
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpacking-") as folder:
+        yield Path(folder)
