@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Loads, selects and prints."""
     args = build_parser().parse_args(argv)
-    found = records.Folder(args.input_dir).curves()
+    found = records.Folder(args.input_dir).curves(as_listed=True)
     trials = find(searches(found), args)
     print(f"Total records: {n_records(found)}")
     for method in selection.METHODS:
