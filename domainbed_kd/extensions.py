@@ -138,3 +138,7 @@ def _import(name: str):
         return sys.modules[key]
     except (ImportError, SyntaxError) as error:
         raise ValueError(f"--plugin {name}: {error}") from error
+    except SystemExit as error:
+        raise ValueError(f"--plugin {name} ends the program when it is imported, by "
+                         f"sys.exit({error.code!r}). Put that under if __name__ == \"__main__\"."
+                         ) from error

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import averaging, checkpoints, datasets, networks
+from domainbed_kd.folder import files
+from domainbed_kd.folder.args import are_args
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -49,17 +51,15 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     """
     from domainbed_kd import algorithms
 
-    if not (folder / "done").exists():
+    if not files.is_done(folder):
         raise FileNotFoundError(f"{folder} holds no finished run. Train the teacher there first.")
-    if not (folder / "model.pkl").exists():
+    if not (folder / files.MODEL).exists():
         raise FileNotFoundError(
             f"{folder} holds no model.pkl. Train the teacher again without --skip_model_save.")
-    model = checkpoints.load(folder / "model.pkl")
-    absent = {"args", "model_dict", "model_hparams", "model_input_shape", "model_num_classes",
-              "model_num_domains"} - model.keys()
-    if absent:
-        raise ValueError(f"{folder / 'model.pkl'} is no run's model: it lacks "
-                         f"{', '.join(sorted(absent))}. Name the folder of a run of train.")
+    model = checkpoints.load(folder / files.MODEL)
+    if problem := _what_is_not_a_models(model):
+        raise ValueError(f"{folder / files.MODEL} is not the model of a run: {problem}. Name the "
+                         "folder of a run of train.")
     args = model["args"]
     if dataset not in (None, args["dataset"]):
         raise ValueError(f"The teacher in {folder} trained on {args['dataset']}, the student "
@@ -97,6 +97,23 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     teacher.weights_loaded = 1.0
     teacher.held_out = args["test_envs"]
     return teacher
+
+
+def _what_is_not_a_models(model) -> str | None:
+    """What tells that a checkpoint is not the model of a run, in words; None if nothing does."""
+    if not isinstance(model, dict):
+        return f"it holds a {type(model).__name__}"
+    kinds = {"args": dict, "model_dict": dict, "model_hparams": dict,
+             "model_input_shape": (tuple, list), "model_num_classes": int,
+             "model_num_domains": int}
+    if absent := sorted(kinds.keys() - model.keys()):
+        return f"it lacks {', '.join(absent)}"
+    for name, kind in kinds.items():
+        if not isinstance(model[name], kind):
+            return f"its {name} is a {type(model[name]).__name__}"
+    if not are_args(model["args"]):
+        return "its args do not tell what the run trained"
+    return None
 
 
 def audit(algorithm: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],

@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import GOLDENS
 from PIL import Image
 
@@ -178,6 +180,10 @@ def contents(folder):
     (STATUS, ["--hparams", "lr=1"], "--hparams is not JSON"),
     # Folders and files that are not what they should be.
     (TRAIN, ["--output_dir", "file"], "file"),
+    (TRAIN, ["--output_dir", ""], "--output_dir is empty; it takes a folder."),
+    (LAUNCH, ["--output_dir", ""], "--output_dir is empty; it takes a folder."),
+    (STATUS, ["--output_dir", ""], "--output_dir is empty; it takes a folder."),
+    (LAUNCH, ["--n_trials", "1000000000"], "make 1000000000 runs"),
     (TRAIN, ["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
     (TRAIN, ["--output_dir", "a\0b"], "null byte"),
     (TRAIN, ["--dataset", "PACS", "--data_dir", "absent"], "absent"),
@@ -481,6 +487,83 @@ def test_a_teacher_whose_model_is_damaged_or_dangerous_is_refused(content, tmp_p
     (tmp_path / "teacher" / "model.pkl").write_bytes(content)
     refused([*TRAIN, "--algorithm", "KDDG", "--teacher", "teacher"], "model.pkl", capsys)
     assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    ([1, 2], "it holds a list"), (torch.zeros(3), "it holds a Tensor"), ({}, "it lacks args"),
+    ({"args": [], "model_dict": {}, "model_hparams": {}, "model_input_shape": (3, 28, 28),
+      "model_num_classes": 2, "model_num_domains": 2}, "its args is a list"),
+    ({"args": {"dataset": "Debug28", "test_envs": [0]}, "model_dict": {}, "model_hparams": {},
+      "model_input_shape": (3, 28, 28), "model_num_classes": 2, "model_num_domains": 2},
+     "its args do not tell what the run trained")])
+def test_a_teacher_file_that_holds_no_model_is_said_to(content, message, tmp_path, capsys):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "done").write_text("done")
+    torch.save(content, tmp_path / "teacher" / "model.pkl")
+    refused([*TRAIN, "--algorithm", "KDDG", "--teacher", "teacher"],
+            f"teacher/model.pkl is not the model of a run: {message}", capsys)
+
+
+@pytest.mark.parametrize("command", [TRAIN, LAUNCH, STATUS])
+@pytest.mark.parametrize("name", ["ends.py", "ends"])
+def test_a_plugin_that_ends_the_program_is_blamed(command, name, tmp_path, capsys):
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(7)\n")
+    (tmp_path / "sweep").mkdir()
+    refused([*command, "--plugin", name], f"--plugin {name} ends the program", capsys)
+
+
+def test_a_method_that_ends_the_program_has_failed_and_that_is_noted(tmp_path, capsys):
+    (tmp_path / "ends.py").write_text(
+        "import sys\nfrom domainbed_kd.algorithms.erm import ERM\n"
+        "class Ends(ERM):\n    def update(self, *_):\n        sys.exit(0)\n")
+    refused([*TRAIN, "--plugin", "ends.py", "--algorithm", "Ends"], "sys.exit(0) was called",
+            capsys)
+    assert "sys.exit(0) was called" in (tmp_path / "run" / "failed").read_text()
+    assert not (tmp_path / "run" / "done").exists()
+
+
+def test_a_folder_whose_name_starts_with_a_dash_is_a_folder(tmp_path, capsys):
+    dashed = [*LAUNCH, "--output_dir=-dash", "--single_test_envs", "--steps", "1", "--hparams",
+              '{"batch_size": 4}']
+    assert said(dashed, capsys)[0] == 0
+    assert len(list((tmp_path / "-dash").glob("*/done"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["results.jsonl", "args.json", "out.txt", "err.txt", "failed",
+                                  "memory.json", "heartbeat", "sweep.json"])
+def test_a_fifo_in_the_place_of_any_file_holds_no_command_up(name, tmp_path):
+    single = [*SWEEP, "--single_test_envs", "--steps", "1", "--hparams", '{"batch_size": 4}']
+    python = [sys.executable, "-m", "domainbed_kd"]
+    listed = subprocess.run([*python, "sweep", "launch", *single, "--command_launcher", "dummy"],
+                            capture_output=True, text=True).stdout
+    run = Path(re.search(r"--output_dir (\S+)", listed)[1])
+    run.mkdir(parents=True)
+    if name != "out.txt":
+        (run / "out.txt").touch()
+    os.mkfifo(run.parent / name if name == "sweep.json" else run / name)
+    for command in (["sweep", "status", *single], ["sweep", "launch", *single],
+                    ["collect_results", "--input_dir", "sweep"]):
+        ran = subprocess.run([*python, *command], capture_output=True, text=True, timeout=90)
+        assert ran.returncode in (0, 1, 2) and "Traceback" not in ran.stderr, ran.stderr
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 10000, '{"seconds": 1' + "0" * 400 + "}", '"\\ud800"', '{"a": ' * 400 + "1" + "}" * 400,
+    '{"test_envs": [400000000], "dataset": "Debug28", "algorithm": "ERM", "trial_seed": 0, '
+    '"hparams_seed": 0}'])
+@pytest.mark.parametrize("name", ["results.jsonl", "args.json", "memory.json", "heartbeat"])
+def test_json_that_nobody_could_bear_is_skipped_in_every_file(text, name, tmp_path, capsys):
+    for folder in ("sweep/a", "sweep/b"):
+        Path(folder).mkdir(parents=True)
+    line = json.loads(next(Path("results").glob("*/results.jsonl")).read_text().splitlines()[0])
+    Path("sweep/b/results.jsonl").write_text(json.dumps(line) + "\n")
+    Path("sweep/a/out.txt").touch()
+    Path("sweep/a", name).write_text(
+        f'{{"step": 1, "args": {text}}}\n' if name == "results.jsonl" else text)
+    for command in (STATUS, PLAN, ["collect_results", "--input_dir", "sweep"]):
+        status, _, err = said(command, capsys)
+        assert status == 0 and "Traceback" not in err, err
 
 
 def test_a_folder_of_mixed_and_damaged_results_is_read_as_far_as_it_goes(tmp_path, capsys):

@@ -224,3 +224,62 @@ print([name for name in sys.modules if name not in known], file=sys.stderr)"""
     new = ast.literal_eval(done.stderr.splitlines()[-1])
     heavy = [name for name in new if name.startswith(("domainbed_kd", "torch", "tensorboard"))]
     assert all(name.startswith("torch.utils.serialization") for name in heavy)  # torch.save's
+
+
+SERVER = """if True:
+    import multiprocessing.forkserver, os, signal, sys, threading, time
+    from domainbed_kd.sweep import workers
+
+    def server():
+        # The one child of this process that is no resource tracker.
+        found = []
+        for pid in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split():
+            if b"forkserver" in open(f"/proc/{pid}/cmdline", "rb").read():
+                found.append(int(pid))
+        return found
+
+    def strike():
+        folder, n = sys.argv[1], int(sys.argv[2])
+        while len(os.listdir(folder)) < n:
+            time.sleep(0.01)
+        for pid in server():
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Thread(target=strike, daemon=True).start()
+    print(workers.local(sys.argv[3:], jobs_per_device=2))"""
+
+
+def test_a_sweep_goes_on_when_its_fork_server_is_killed_and_no_two_of_a_job_overlap(tmp_path):
+    # Each job notes when it begins and ends, and takes a lock that a second one would miss.
+    code = ("import fcntl, os, sys, time; folder, me = sys.argv[1:]\n"
+            "lock = open(f'{folder}/../lock{me}', 'w'); fcntl.flock(lock, fcntl.LOCK_EX)\n"
+            "first = not os.path.exists(f'{folder}/{me}')\n"
+            "n = len([f for f in os.listdir(folder + '/../at_work')])\n"
+            "open(f'{folder}/../at_work/{os.getpid()}', 'w').close()\n"
+            "if n > 1: open(f'{folder}/../overlap', 'w').write(str(n))\n"
+            "import signal\n"
+            "def stop(*_):\n"
+            "    os.unlink(f'{folder}/../at_work/{os.getpid()}'); os._exit(143)\n"
+            "signal.signal(signal.SIGTERM, stop)\n"
+            "open(f'{folder}/../log{me}', 'a').write('x')\n"
+            "open(f'{folder}/{me}', 'w').close()\n"
+            "time.sleep(100 if first else 0.2)\n"
+            "os.unlink(f'{folder}/../at_work/{os.getpid()}')")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (tmp_path / "at_work").mkdir()
+    ran = subprocess.run(
+        [sys.executable, "-c", SERVER, str(begun), "2",
+         *(python(code, begun, i) for i in range(2))],
+        capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "[0, 0]\n", ran
+    assert "Traceback" not in ran.stderr
+    assert ran.stderr.count("The server that starts jobs died. Its 2 jobs are interrupted") == 1
+    assert [(tmp_path / f"log{i}").read_text() for i in range(2)] == ["xx", "xx"]
+    assert not (tmp_path / "overlap").exists() and os.listdir(tmp_path / "at_work") == []
+
+
+def test_a_job_that_exits_with_255_has_failed_and_is_not_started_again(tmp_path):
+    code = "import sys; open(sys.argv[1], 'a').write('x'); sys.exit(255)"
+    assert local([python(code, tmp_path / "log")]) == [255]
+    assert (tmp_path / "log").read_text() == "x"

@@ -646,7 +646,10 @@ def test_two_launchers_on_one_folder_run_each_job_once(tmp_path):
     launchers = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                   text=True) for _ in range(2)]
     errors = [launcher.communicate()[1] for launcher in launchers]
-    assert [launcher.returncode for launcher in launchers] == [0, 0], errors
+    for launcher, said in zip(launchers, errors):  # who ends first may have left a job running
+        assert launcher.returncode == ("that others run are not done yet" in said), said
+        assert "failed" not in said, said
+    assert 0 in (launcher.returncode for launcher in launchers)
     runs = sorted(runs_in(tmp_path / "sweep"))
     assert len(runs) == 3
     for run in runs:

@@ -386,7 +386,7 @@ def test_weights_that_do_not_all_fit_are_refused_in_one_line(finished, tmp_path)
         teachers.from_run(tmp_path, "Debug28", [1])
     assert "\n" not in str(error.value)
     checkpoints.save(tmp_path / "model.pkl", {"state_dict": model["model_dict"]})
-    with pytest.raises(ValueError, match="is no run's model: it lacks args, model_dict"):
+    with pytest.raises(ValueError, match="is not the model of a run: it lacks args, model_dict"):
         teachers.from_run(tmp_path, "Debug28", [1])
 
 

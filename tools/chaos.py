@@ -33,9 +33,11 @@ FLAGS = {
               # submitit takes a signal in a job's last ten minutes for a time-out: here, any.
               "--slurm_time", "5", "--slurm_parallel", "2"]}
 KILLS = {
-    "local": {"job": 7, "launcher": 3},
+    "local": {"job": 6, "launcher": 3, "server": 3, "tracker": 1},
     "ray": {"node": 6, "job": 2, "launcher": 2},
     "slurm": {"time-out": 6, "job": 2, "launcher": 2}}
+# What multiprocessing runs beside a launcher: the server that starts jobs, and who cleans up.
+HELPERS = {"server": b"forkserver", "tracker": b"resource_tracker"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -125,6 +127,16 @@ class RayCluster:
         self.node = self.cluster.add_node(**self.size)
 
 
+def children(pid: int, module: bytes) -> list[int]:
+    """The children of a process in which a module of multiprocessing's runs."""
+    try:
+        return [int(child) for task in Path(f"/proc/{pid}/task").glob("*")
+                for child in (task / "children").read_text().split()
+                if module in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:
+        return []  # it has ended
+
+
 def descendants(pid: int) -> list[int]:
     """The processes that a process started, and those that they did."""
     children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*")
@@ -162,6 +174,8 @@ def strike(kind: str, r: random.Random, folder: Path, launcher: subprocess.Popen
         return True
     if kind == "launcher":
         return launcher.poll() is None and kill(launcher.pid)
+    if kind in HELPERS:
+        return any([kill(pid) for pid in children(launcher.pid, HELPERS[kind])])
     victims = submissions(folder) if kind == "time-out" else jobs_at_work(folder)
     number = signal.SIGUSR2 if kind == "time-out" else signal.SIGKILL
     return bool(victims) and kill(r.choice(victims), number)

@@ -71,12 +71,10 @@ def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
 
     Raises:
         Busy: if another process has it for longer.
-        ValueError: if out.txt is not a regular file.
+        ValueError: if something in the folder is in the place of one of a run's files.
     """
     deadline = time.monotonic() + wait_s
-    if (folder / files.OUT).exists() and not (folder / files.OUT).is_file():
-        raise ValueError(f"{folder / files.OUT} is not a regular file. Delete it, or choose "
-                         "another --output_dir.")
+    files.refuse_irregular(folder)
     with files.open_to_write(folder / files.OUT, "ab") as file:
         while not _taken(file, folder):
             if time.monotonic() >= deadline:

@@ -124,6 +124,19 @@ def _read_object(path: str | Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def refuse_irregular(folder: Path) -> None:
+    """Refuses a folder in which something else is in the place of one of a run's files.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name in (RESULTS, OUT, ERR, FAILED, DONE, ARGS, MEMORY, STATE, MODEL, SAFETENSORS,
+                 HEARTBEAT):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is not a regular file. Delete it, or choose "
+                             "another --output_dir.")
+
+
 # Writing; what a file is written to is never waited for.
 
 

@@ -51,6 +51,13 @@ def kept_in(folder: Path) -> Iterator[None]:
                 traceback.print_exception(error.__cause__, file=err.file)
             print(one_line(error), file=err.file, flush=True)
             raise
+        except SystemExit as error:
+            # A run's own way to end is to return.
+            stopped = ValueError(f"sys.exit({error.code!r}) was called during the run, which has "
+                                 "not finished. Look for it in the plug-ins.")
+            files.note_failure(folder, one_line(stopped))
+            print(one_line(stopped), file=err.file, flush=True)
+            raise stopped from error
         except Exception as error:
             files.note_failure(
                 folder, f"{type(error).__name__}: {one_line(error).removeprefix('error: ')}")

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -29,6 +29,10 @@ from domainbed_kd.folder import args, claims, files
 WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
 # How long a job may take to save its state when the sweep is interrupted.
 GRACE_S = 10
+# The exit status that multiprocessing makes up where the fork server died before it could tell.
+UNKNOWN = 255
+# How often a job goes on with a new fork server.
+MAX_LOST = 5
 
 
 def local(commands: list[str], *, jobs_per_device: int = 1,
@@ -102,9 +106,11 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
     waiting, free = deque(enumerate(argvs)), deque(enumerate(slots, 1))
     running: dict[int, _Running] = {}
     lines = {}  # {sentinel: JobLine}
-    statuses: list[int] = [0] * len(argvs)
+    statuses, n_lost = [0] * len(argvs), Counter()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD if any(map(_is_warm, argvs)) else [])
     sys.stdout.flush()
-    with interruptible(), _stopping(running), _fork_server(argvs) as context, (
+    with interruptible(), _stopping(running), (
             console.bar(total=len(argvs), unit="job") if quiet
             else contextlib.nullcontext()) as bar:
         while waiting or running:
@@ -112,10 +118,8 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
                 index, argv = waiting.popleft()
                 slot = free.popleft()
                 errors = tempfile.NamedTemporaryFile() if quiet else None
-                process = context.Process(target=_work, args=(
-                    argv, {**os.environ, **variables, **slot[1]}, threads,
-                    errors.name if errors else None))
-                process.start()
+                process = _start(context, argv, {**os.environ, **variables, **slot[1]}, threads,
+                                 errors.name if errors else None)
                 running[process.sentinel] = _Running(
                     index, process, slot, time.monotonic(), errors)
                 if quiet and sys.stderr.isatty() and _is_warm(argv):
@@ -125,19 +129,28 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
             ended = multiprocessing.connection.wait(list(running), 1 if lines else None)
             for line in lines.values():
                 line.refresh()
+            orphans = any(_is_orphan(running[sentinel].process) for sentinel in ended)
+            if orphans:  # then all are
+                ended = list(running)
+                _stop_orphans([job.process for job in running.values()])
             for sentinel in ended:
                 job = running.pop(sentinel)
                 if sentinel in lines:
                     lines.pop(sentinel).close()
-                job.process.join()
                 free.append(job.slot)
                 statuses[job.index] = job.process.exitcode
+                if orphans and job.process.exitcode == UNKNOWN:
+                    n_lost[job.index] += 1
+                    statuses[job.index] = claims.STOPPED
+                    if n_lost[job.index] <= MAX_LOST:
+                        waiting.appendleft((job.index, argvs[job.index]))
+                        continue
                 if bar is not None:
                     bar.update()
                 done = len(argvs) - len(waiting) - len(running)
+                outcome = _outcome(job, argvs[job.index], statuses[job.index])
                 with console.lifted():
-                    print(f"[{done}/{len(argvs)}] {_outcome(job, argvs[job.index])}",
-                          file=sys.stderr)
+                    print(f"[{done}/{len(argvs)}] {outcome}", file=sys.stderr)
                 if job.errors:
                     job.errors.close()
     return statuses
@@ -153,9 +166,9 @@ def _is_warm(argv: list[str]) -> bool:
     return argv[:3] == [sys.executable, "-m", WARM_MODULE]
 
 
-def _outcome(job: _Running, argv: list[str]) -> str:
+def _outcome(job: _Running, argv: list[str], status: int) -> str:
     """What became of a job, in a line."""
-    status, what = job.process.exitcode, _label_of(argv)
+    what = _label_of(argv)
     took = f"({time.monotonic() - job.start:.0f} s)"
     if status == 0:
         return f"done  {what}  {took}"
@@ -189,19 +202,71 @@ def _label_of(argv: list[str]) -> str:
     return args.label(args.of_words(argv[3:])) if _is_warm(argv) else shlex.join(argv)
 
 
-@contextlib.contextmanager
-def _fork_server(argvs: list[list[str]]) -> Iterator:
-    """The multiprocessing context whose server has imported what warm commands need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD if any(map(_is_warm, argvs)) else [])
-    # Ctrl-C reaches the whole group; jobs leave it to this process, which tells them to save.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+def _start(context, argv: list[str], environment: dict, threads: int | None, errors: str | None):
+    """A job as a child of the fork server, which is started first if there is none or it died.
+
+    Raises:
+        OSError: if the server dies again and again.
+    """
+    for _ in range(MAX_LOST):
+        may_go, go = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(may_go, argv, environment, threads, errors))
+        with contextlib.suppress(EOFError, OSError), go, may_go:
+            # Ctrl-C reaches the whole group; jobs leave it to this process, which has them save.
+            previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+            try:
+                multiprocessing.forkserver.ensure_running()
+            finally:
+                if _in_main_thread():
+                    signal.signal(signal.SIGINT, previous)
+            process.start()
+            go.send(None)  # a job that the server forked just before it died ends without
+            return process
+    raise OSError("the server that starts jobs died several times. Does this machine run out of "
+                  "memory? Lower --jobs_per_device.")
+
+
+def _is_orphan(process) -> bool:
+    """Whether a job that seems to have ended is at work, as its fork server died."""
+    process.join()
+    return process.exitcode == UNKNOWN and _is_alive(process.pid)
+
+
+def _stop_orphans(processes: list) -> None:
+    """Has jobs save and end whose fork server died, so that nobody can learn how they end."""
+    for process in processes:
+        process.join()  # which the server's death ends too
+    orphans = [process.pid for process in processes if process.exitcode == UNKNOWN]
+    with console.lifted():
+        print(f"The server that starts jobs died. Its {len(orphans)} jobs are interrupted and go "
+              "on with a new one.", file=sys.stderr)
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    _wait_for(orphans)
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    _wait_for(orphans)
+
+
+def _wait_for(pids: list[int]) -> None:
+    """Waits until processes have ended, for GRACE_S seconds at most."""
+    deadline = time.monotonic() + GRACE_S
+    while any(map(_is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of ours that need not be our child has not ended."""
     try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        if _in_main_thread():
-            signal.signal(signal.SIGINT, previous)
-    yield context
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return not os.path.exists("/proc/self/stat")  # where there is none, somebody reaps it
 
 
 def _in_main_thread() -> bool:
@@ -240,9 +305,7 @@ def _stop(processes: list) -> None:
     try:
         for process in processes:
             process.terminate()
-        deadline = time.monotonic() + GRACE_S
-        for process in processes:
-            process.join(max(0, deadline - time.monotonic()))
+        _wait_for([process.pid for process in processes])
     finally:
         for process in processes:
             # Each job leads a group of its own, which outlives it if it left workers behind.
@@ -252,9 +315,15 @@ def _stop(processes: list) -> None:
             process.join()
 
 
-def _work(argv: list[str], environment: dict, threads: int | None, errors: str | None) -> None:
+def _work(may_go, argv: list[str], environment: dict, threads: int | None, errors: str | None
+          ) -> None:
     """Becomes the command, in a child of the fork server; with `errors`, prints there only."""
     os.setpgid(0, 0)
+    try:
+        may_go.recv()
+    except EOFError:
+        sys.exit(claims.STOPPED)
+    may_go.close()
     os.environ.clear()
     os.environ.update(environment)
     if errors:
