@@ -1,6 +1,6 @@
 # Every target works on a bare clone: the virtual environment is made when it is needed.
 # TORCH=cpu installs PyTorch's CPU builds, where PyTorch has them for the platform (Linux, Windows):
-# 0.2 GB in place of the CUDA builds' 3 GB.
+# about 1 GB once installed, where the CUDA builds take 6 GB.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
