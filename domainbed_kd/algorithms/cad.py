@@ -93,9 +93,9 @@ class CAD(Algorithm):
         rows, part, whole = self.masks(y[:, None] == y, domains[:, None] == domains)
         share = log_share(similarities(features, temperature), part, whole)
         rows = rows & share.isfinite()
-        mean = torch.where(rows, share, 0).sum() / rows.sum().clamp(min=1)
         sign = -1 if self.hparams["is_flipped"] else 1
-        return sign * temperature / BASE_TEMPERATURE * mean
+        losses = sign * (temperature / BASE_TEMPERATURE) * share
+        return torch.where(rows, losses, 0).sum() / rows.sum().clamp(min=1)
 
     def update(self, minibatches, unlabeled=None):
         """One step on the cross-entropy and the weighted bottleneck."""
@@ -103,8 +103,8 @@ class CAD(Algorithm):
         domains = torch.cat([torch.full_like(labels, i)
                              for i, (_, labels) in enumerate(minibatches)])
         features = self.featurizer(x)
-        classify = F.cross_entropy(self.classifier(features), y)
         bottleneck = self.bottleneck(self.project(features), y, domains)
+        classify = F.cross_entropy(self.classifier(features), y)
         loss = classify + self.hparams["lmbda"] * bottleneck
         self.descend(loss)
         return {"clf_loss": classify.item(), "bn_loss": bottleneck.item(),
