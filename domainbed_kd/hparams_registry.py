@@ -28,7 +28,7 @@ OPTIONAL = {
     "swad_n_tolerance": "likewise: validations, all above the threshold, that end it (6)",
     "swad_tolerance_ratio": "likewise: share by which the threshold exceeds its first losses (0.3)",
     "beta_average": "with averaging by 'beta': its parameter; below 1 both ends count most (0.5)",
-    "beta_start": "likewise: the update from which; 0 takes in the initial weights (0)",
+    "beta_start": "likewise: the update from which; 0 is for students that start trained (0)",
     "mended": "true: mend the known defect in DomainBed's numbers of a method (docs/protocol.md)",
     "canonical_view": "true: frozen teachers look at images without augmentation",
     "class_names": "the classes as words, in label order, for methods that read text",

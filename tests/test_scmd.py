@@ -218,7 +218,7 @@ def test_an_average_of_an_average_is_refused():
 
 
 def test_a_start_before_the_first_update_is_refused():
-    with pytest.raises(ValueError, match="SCMD: scmd_sma_start is 0; it takes at least 1"):
+    with pytest.raises(ValueError, match="SCMD: scmd_sma_start is 0; it takes at least 1, or null"):
         make("SCMD", scmd_sma_start=0)
 
 
@@ -270,3 +270,12 @@ def test_a_weight_of_0_asks_clip_nothing():
 def test_classes_must_be_named(names, words):
     with pytest.raises(ValueError, match=words):
         make("SCMD", class_names=names)
+
+
+@pytest.mark.parametrize("total_steps, published, start", [
+    (5001, False, 300), (5001, True, 300), (240, False, 14), (15001, False, 900),
+    (15001, True, 300), (1, False, 1)])
+def test_the_average_begins_after_the_share_of_the_run_that_300_is_of_5001(
+        total_steps, published, start):
+    algorithm = make("SCMD", total_steps=total_steps, scmd_published=published)
+    assert algorithm.average.start == start - 1

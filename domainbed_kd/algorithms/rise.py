@@ -145,6 +145,8 @@ class RISE(Algorithm):
             "rise_distill": (high, lambda r: r.uniform(low, high)),
             "rise_distance": (1.0, lambda r: 2 ** r.uniform(-1, 1)),
             "rise_relative": fixed(None),  # null: the weight of both distances is one
+            # At 1, the authors', the relative distance is nearly inert: its gradient is a hundredth
+            # of the absolute one's. At 0.05 to 0.1 they are alike.
             "rise_relative_temperature": fixed(1.0),
             "rise_clip_head_at_test": fixed(dataset == "TerraIncognita"),
             "rise_optimizer": fixed("adam"),

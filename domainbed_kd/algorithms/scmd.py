@@ -3,11 +3,12 @@
 Leng et al., "Choosing Wisely and Learning Deeply: Selective Cross-Modality Distillation via CLIP
 for Domain Generalization", TMLR 2024, https://arxiv.org/abs/2311.15145.
 Losses, schedule and constants from the authors' code.
-Departures: CLIP gets its own normalization, the selection phase ends after its share of the run's
-steps, not of a literal 5,000, and the logit scale has no weight decay (`scmd_published` undoes all
-three; `clip_renormalize` the first alone); everything runs in the precision of the inputs, not in
-half; lr, weight decay, batch size and the student are DomainBed's, so BatchNorm learns unless
-`freeze_bn` and the ImageNet weights are torchvision's V1 unless `weights` is IMAGENET1K_V2.
+Departures: CLIP gets its own normalization, the selection phase ends and the average begins after
+their shares of the run's steps, not of a literal 5,000, and the logit scale has no weight decay
+(`scmd_published` undoes all three; `clip_renormalize` the first alone); everything runs in the
+precision of the inputs, not in half; lr, weight decay, batch size and the student are DomainBed's,
+so BatchNorm learns unless `freeze_bn` and the ImageNet weights are torchvision's V1 unless
+`weights` is IMAGENET1K_V2.
 Like theirs, the pass that finds the hardest samples runs in train mode: BatchNorm that is not
 frozen takes in the whole batch there, and the kept samples in the step.
 """
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import averaging, datasets, teachers
-from domainbed_kd.algorithms.base import above, at_least, between, fixed, forked_rng
+from domainbed_kd.algorithms.base import above, at_least, between, fixed, forked_rng, or_null
 from domainbed_kd.algorithms.erm import ERM
 from domainbed_kd.losses import kd_loss
 
@@ -49,7 +50,7 @@ class SCMD(ERM):
     takes = ERM.takes | {
         "scmd_lambda1": at_least(0), "scmd_lambda2": at_least(0), "scmd_last_k": between(0, 1),
         "scmd_worst_case": above(0, up_to=1), "scmd_temperature": above(0),
-        "scmd_sma_start": at_least(1)}  # updates count from 1
+        "scmd_sma_start": or_null(at_least(1))}  # updates count from 1
 
     @staticmethod
     def search_space(dataset):
@@ -64,14 +65,14 @@ class SCMD(ERM):
             "scmd_worst_case": (0.2, lambda r: r.choice([0.2, 0.25, 0.3])),
             "scmd_temperature": (3.0, lambda r: r.uniform(2, 5)),
             "scmd_sma": fixed(True),
-            "scmd_sma_start": fixed(300),
+            "scmd_sma_start": fixed(None),  # null: 300 of 5,001 updates, and as much of others
             "scmd_published": fixed(False),
         }
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         teachers.check_class_names("SCMD", hparams, num_classes)
-        start, published = hparams["scmd_sma_start"], hparams["scmd_published"]
+        published = hparams["scmd_published"]
         renormalize = hparams["clip_renormalize"] and not published
         with forked_rng():
             self.teacher = teachers.clip(hparams | {"clip_renormalize": renormalize}, input_shape)
@@ -86,6 +87,9 @@ class SCMD(ERM):
             "params": [self.log_scale], "lr": 1e-4,
             "weight_decay": hparams["weight_decay"] if published else 0})
         self.register_buffer("update_count", torch.tensor(0))
+        start = hparams["scmd_sma_start"]
+        if start is None:
+            start = 300 if published else max(1, round(0.06 * hparams.get("total_steps", 5001)))
         # The authors fold update `start` into a copy of the one before it.
         self.average = averaging.MovingAverage(self.network, start - 1)
 
