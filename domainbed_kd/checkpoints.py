@@ -31,8 +31,8 @@ def save(path: Path, content: dict) -> None:
 def save_safetensors(path: Path, content: dict) -> None:
     """A model's tensors by name; what else there is of it, as JSON, in the file's metadata.
 
-    What is no tensor in model_dict (an average's bookkeeping, which `predict` does not need) is
-    left out.
+    What is not a tensor in model_dict (an average's bookkeeping, which `predict` does not need)
+    is left out.
     """
     from safetensors.torch import save as as_bytes
 

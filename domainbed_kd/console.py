@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
-# What a user can mend: a missing folder, an unknown name, a value out of range.
+# What a user can fix: a missing folder, an unknown name, a value out of range.
 USER_ERRORS = (ValueError, OSError, NotImplementedError)
 # What to do about an error of the system's.
 HINTS = {
@@ -109,11 +109,11 @@ def parse_hparams(text: str) -> dict:
     """The hparams of a JSON object, such as '{"lr": 0.001}'.
 
     Raises:
-        ValueError: if the text is no JSON object, or holds a number that is not finite.
+        ValueError: if the text is not a JSON object, or holds a number that is not finite.
     """
     def finite(number):
         if not math.isfinite(float(number)):
-            raise ValueError(f"--hparams: {number} is no finite number: {text}")
+            raise ValueError(f"--hparams: {number} is not a finite number: {text}")
         return float(number)
 
     try:

@@ -76,6 +76,22 @@ def test_the_heartbeat_of_a_dead_machine_expires(tmp_path, other_machine):
     assert not beat.exists()
 
 
+def test_a_heartbeat_from_the_future_is_stale_beyond_what_clocks_may_differ(
+        tmp_path, other_machine):
+    (tmp_path / "out.txt").touch()
+    beat = tmp_path / "heartbeat"
+    beat.write_text('{"host": "ahead", "boot": "earlier", "pid": 1}')
+    now = time.time()
+    os.utime(beat, (now + claims.STALE_S / 2,) * 2)
+    assert claims.holder(tmp_path) == "ahead"
+    with pytest.raises(claims.Busy, match=f"delete {beat}"), claims.held(tmp_path, wait_s=0):
+        pass
+    os.utime(beat, (now + 10 * claims.STALE_S,) * 2)
+    assert claims.holder(tmp_path) is None
+    with claims.held(tmp_path, wait_s=0):
+        assert json.loads(beat.read_text())["pid"] == os.getpid()
+
+
 def test_who_takes_over_a_stale_heartbeat_second_loses(tmp_path, other_machine, monkeypatch):
     beat = tmp_path / "heartbeat"
     beat.write_text('{"host": "lost", "boot": "earlier", "pid": 1}')

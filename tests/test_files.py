@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from domainbed_kd.folder import args, claims, files
+from domainbed_kd.folder.foreign import parse_json
 
 ARGS = {"dataset": "VLCS", "algorithm": "ERM", "test_envs": [0], "trial_seed": 0,
         "hparams_seed": 0}
@@ -32,7 +33,7 @@ def in_time(function, *values):
     ('{"a": [1, -2.5, null, true, "b"]}', {"a": [1, -2.5, None, True, "b"]}),
     ("Infinity", float("inf")), ("[" * 40 + "]" * 40, None)])
 def test_json_within_bounds_is_read(text, found):
-    assert files.parse_json(text) == (found if found is not None else json.loads(text))
+    assert parse_json(text) == (found if found is not None else json.loads(text))
 
 
 @pytest.mark.parametrize("text", [
@@ -40,7 +41,7 @@ def test_json_within_bounds_is_read(text, found):
     "1" + "0" * 10000, '"\\ud800"', '{"\\ud800": 1}', "", "{", b"\xff\xfe", b"\x00" * 100])
 def test_json_that_no_reader_could_bear_is_a_value_error(text):
     with pytest.raises(ValueError):
-        files.parse_json(text)
+        parse_json(text)
 
 
 @pytest.fixture(params=["fifo", "socket", "device", "folder", "link to a FIFO"])

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from domainbed_kd.folder import files
 from domainbed_kd.folder.args import are_args
+from domainbed_kd.folder.foreign import parse_json
 
 # Beyond this step a record is damaged.
 MOST_STEPS = 2 ** 53
@@ -176,7 +177,7 @@ def read_records(run: str | Path, skipped: list[str] | None = None) -> list[dict
     path, found, broken = Path(run, files.RESULTS), [], []
     for number, line in enumerate(files.read_bytes(path).splitlines(), 1):
         try:
-            record = files.parse_json(line)
+            record = parse_json(line)
         except ValueError:
             record = None
         if what := problem(record):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from domainbed_kd.folder.args import FLAGS, NEVER, are_args
+from domainbed_kd.folder.foreign import parse_json
 
 #: A line of JSON for each evaluation; records of an attempt that cannot be continued.
 RESULTS, OLD_RESULTS = "results.jsonl", "results.jsonl.old"
@@ -31,8 +32,6 @@ HEARTBEAT = "heartbeat"
 
 # Of a file that is read whole, and of one line, in bytes.
 MOST_BYTES = 2**26
-# Of JSON: the depth that is read, and the size of an integer.
-_MOST_NESTED, _MOST_BITS = 50, 63
 _BLOCK = 2**16
 # Arguments in out.txt that are not text; the others are shown as they are.
 _NOT_TEXT = {name for name, flag in FLAGS.items()
@@ -73,36 +72,6 @@ def read_bytes(path: str | Path) -> bytes:
         if os.fstat(file.fileno()).st_size > MOST_BYTES:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
         return file.readall()
-
-
-def parse_json(text: bytes | str):
-    """What JSON from anywhere says, if whatever follows can bear it; NaN and Infinity are numbers.
-
-    Raises:
-        ValueError: in a few words, if it is not JSON, is nested too deeply, or holds an integer
-            of more than 63 bits or text that cannot be written as UTF-8.
-    """
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    level = [found]
-    for _ in range(_MOST_NESTED):
-        below = []
-        for value in level:
-            if isinstance(value, dict):
-                below += value
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-            elif isinstance(value, str):
-                value.encode()  # a lone surrogate is a ValueError
-            elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
-                raise ValueError("an integer of more than 63 bits")
-        if not below:
-            return found
-        level = below
-    raise ValueError("nested too deeply")
 
 
 def read_json(path: str | Path):

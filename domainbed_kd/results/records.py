@@ -18,13 +18,14 @@ import msgspec
 from domainbed_kd.folder import curves, files, manifest
 from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.folder.curves import Curve
+from domainbed_kd.folder.foreign import parse_json
 from domainbed_kd.results import record_cache
 
 # What collect_results and report leave beside the runs.
 _OURS = (manifest.NAME, "results.txt", "results.tex", "results.csv", "results.md", "report.html",
          "report")
 _MOST_WARNINGS = 10
-# A line with more brackets than this may nest deeper than `files.parse_json` allows.
+# A line with more brackets than this may nest deeper than `parse_json` allows.
 _MOST_BRACKETS = 50
 
 
@@ -148,7 +149,7 @@ def _decode(line: bytes):
         with contextlib.suppress(ValueError):
             return msgspec.json.decode(line)
     with contextlib.suppress(ValueError):  # slow, and accepts NaN
-        return files.parse_json(line)
+        return parse_json(line)
     return None
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from domainbed_kd.folder import claims
 from domainbed_kd.folder.claims import STOPPED
-from domainbed_kd.sweep import workers
+from domainbed_kd.sweep import children, workers
 
 # How long a job that goes on elsewhere waits until its first process has lost the folder.
 WAIT = f" --wait {claims.STALE_S + 60}"
@@ -30,9 +30,6 @@ MAX_TIMEOUTS = 1000
 POLL_S = 1
 # How long the head of a Ray cluster may take to answer; Ray itself waits for two minutes.
 CONNECT_S = 3
-# How often it is asked whether it is there, and how long it may be away; after a minute Ray would
-# end this process.
-ASK_S, AWAY_S = 5, 30
 START_RAY = ("Start the cluster's head with `ray start --head`, or leave the flag out for a "
              "cluster on this machine.")
 
@@ -118,7 +115,7 @@ def parse_extra(extra: str | None) -> dict:
     """The further submitit parameters of a JSON object; none for None.
 
     Raises:
-        ValueError: if the text is no JSON object.
+        ValueError: if the text is not a JSON object.
     """
     if extra is None:
         return {}
@@ -139,7 +136,7 @@ def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int
     with executor.batch():
         jobs = [executor.submit(Task(command)) for command in commands]
     pending, statuses = dict(enumerate(jobs)), [1] * len(jobs)
-    with workers.interruptible():
+    with children.interruptible():
         try:
             while pending:
                 time.sleep(POLL_S)
@@ -209,7 +206,8 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
         ray_cpus: CPUs that a job takes.
 
     Raises:
-        ValueError: if Ray is not there, or the cluster is not or has not what a job takes.
+        ValueError: if Ray is not installed, the cluster is unreachable, or it lacks the
+            resources that a job takes.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -235,7 +233,7 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
                 raise ValueError(f"A job takes {wanted} {name}s, and the Ray cluster has "
                                  f"{there.get(name, 0):g}. Lower --ray_{name.lower()}s.")
         task = library.remote(num_cpus=ray_cpus, num_gpus=ray_gpus, max_retries=0)(_run_here)
-        with workers.interruptible():
+        with children.interruptible():
             return _tasks(library, task, commands)
     finally:
         library.shutdown()
@@ -251,8 +249,8 @@ def _check_address(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"--ray_address {address} is no address; it takes auto, or HOST:PORT of "
-                         "the cluster's head, such as 10.0.0.1:6379.")
+        raise ValueError(f"--ray_address {address} is not an address; it takes auto, or HOST:PORT "
+                         "of the cluster's head, such as 10.0.0.1:6379.")
     if problem := _unreachable(host, port):
         raise ValueError(f"--ray_address {address}: nobody answers there ({problem}). {START_RAY}")
 
@@ -273,20 +271,10 @@ def _run_here(command: str, folder: str, path: list[str]) -> int:
     return workers.local([command])[0]
 
 
-def _why_lost(library) -> str:
-    """Why nothing of this process can run on the cluster; empty if it can."""
-    host, _, port = library.get_runtime_context().gcs_address.rpartition(":")
-    if problem := _unreachable(host, port):
-        return f"nobody answers at {host}:{port} ({problem})"
-    own = library.get_runtime_context().get_node_id()
-    is_alive = any(node["Alive"] for node in library.nodes() if node["NodeID"] == own)
-    return "" if is_alive else "its node on this machine is dead"
-
-
 def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
     """Starts all tasks, again where a machine is lost, and waits for them.
 
-    If the cluster itself is lost, what has not ended counts as stopped.
+    If this process's own node is lost, what has not ended counts as stopped.
     """
 
     def start(command):
@@ -294,19 +282,9 @@ def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
 
     pending = {start(command): i for i, command in enumerate(commands)}
     statuses, n_lost, n_done = [STOPPED] * len(commands), [0] * len(commands), 0
-    there = time.monotonic()
     try:
         while pending:
-            ended, _ = library.wait(list(pending), num_returns=1, timeout=ASK_S)
-            if not ended:
-                why = _why_lost(library)
-                if not why:
-                    there = time.monotonic()
-                elif time.monotonic() - there > AWAY_S:
-                    print(f"The Ray cluster is lost: {why}.", file=sys.stderr)
-                    return statuses
-                continue
-            (ref,) = ended
+            (ref,), _ = library.wait(list(pending), num_returns=1)
             i = pending.pop(ref)
             try:
                 statuses[i] = library.get(ref)

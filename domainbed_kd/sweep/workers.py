@@ -9,14 +9,11 @@ import contextlib
 import importlib.metadata
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
 import os
-import runpy
 import shlex
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -24,15 +21,7 @@ from typing import NamedTuple
 
 from domainbed_kd import console, machine
 from domainbed_kd.folder import args, claims, files
-
-# What the fork server imports, and the command that gains from it.
-WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
-# How long a job may take to save its state when the sweep is interrupted.
-GRACE_S = 10
-# The exit status that multiprocessing makes up where the fork server died before it could tell.
-UNKNOWN = 255
-# How often a job goes on with a new fork server.
-MAX_LOST = 5
+from domainbed_kd.sweep import children
 
 
 def local(commands: list[str], *, jobs_per_device: int = 1,
@@ -107,10 +96,9 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
     running: dict[int, _Running] = {}
     lines = {}  # {sentinel: JobLine}
     statuses, n_lost = [0] * len(argvs), Counter()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD if any(map(_is_warm, argvs)) else [])
+    context = children.context(any(map(children.is_warm, argvs)))
     sys.stdout.flush()
-    with interruptible(), _stopping(running), (
+    with children.interruptible(), _stopping(running), (
             console.bar(total=len(argvs), unit="job") if quiet
             else contextlib.nullcontext()) as bar:
         while waiting or running:
@@ -118,31 +106,32 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
                 index, argv = waiting.popleft()
                 slot = free.popleft()
                 errors = tempfile.NamedTemporaryFile() if quiet else None
-                process = _start(context, argv, {**os.environ, **variables, **slot[1]}, threads,
-                                 errors.name if errors else None)
+                process = children.start(
+                    context, argv, {**os.environ, **variables, **slot[1]}, threads,
+                    errors.name if errors else None)
                 running[process.sentinel] = _Running(
                     index, process, slot, time.monotonic(), errors)
-                if quiet and sys.stderr.isatty() and _is_warm(argv):
+                if quiet and sys.stderr.isatty() and children.is_warm(argv):
                     lines[process.sentinel] = JobLine(
                         args.of_words(argv[3:]), position=slot[0])
             # Lines are looked up every second, where there are any.
             ended = multiprocessing.connection.wait(list(running), 1 if lines else None)
             for line in lines.values():
                 line.refresh()
-            orphans = any(_is_orphan(running[sentinel].process) for sentinel in ended)
+            orphans = any(children.is_orphan(running[sentinel].process) for sentinel in ended)
             if orphans:  # then all are
                 ended = list(running)
-                _stop_orphans([job.process for job in running.values()])
+                children.stop_orphans([job.process for job in running.values()])
             for sentinel in ended:
                 job = running.pop(sentinel)
                 if sentinel in lines:
                     lines.pop(sentinel).close()
                 free.append(job.slot)
                 statuses[job.index] = job.process.exitcode
-                if orphans and job.process.exitcode == UNKNOWN:
+                if orphans and job.process.exitcode == children.UNKNOWN:
                     n_lost[job.index] += 1
                     statuses[job.index] = claims.STOPPED
-                    if n_lost[job.index] <= MAX_LOST:
+                    if n_lost[job.index] <= children.MAX_LOST:
                         waiting.appendleft((job.index, argvs[job.index]))
                         continue
                 if bar is not None:
@@ -160,10 +149,6 @@ def words(command: str) -> list[str]:
     """A command's words, with this interpreter for `python`."""
     argv = shlex.split(command)
     return [sys.executable if argv[0] == "python" else argv[0], *argv[1:]]
-
-
-def _is_warm(argv: list[str]) -> bool:
-    return argv[:3] == [sys.executable, "-m", WARM_MODULE]
 
 
 def _outcome(job: _Running, argv: list[str], status: int) -> str:
@@ -199,93 +184,7 @@ def label(command: str) -> str:
 
 
 def _label_of(argv: list[str]) -> str:
-    return args.label(args.of_words(argv[3:])) if _is_warm(argv) else shlex.join(argv)
-
-
-def _start(context, argv: list[str], environment: dict, threads: int | None, errors: str | None):
-    """A job as a child of the fork server, which is started first if there is none or it died.
-
-    Raises:
-        OSError: if the server dies again and again.
-    """
-    for _ in range(MAX_LOST):
-        may_go, go = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(may_go, argv, environment, threads, errors))
-        with contextlib.suppress(EOFError, OSError), go, may_go:
-            # Ctrl-C reaches the whole group; jobs leave it to this process, which has them save.
-            previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
-            try:
-                multiprocessing.forkserver.ensure_running()
-            finally:
-                if _in_main_thread():
-                    signal.signal(signal.SIGINT, previous)
-            process.start()
-            go.send(None)  # a job that the server forked just before it died ends without
-            return process
-    raise OSError("the server that starts jobs died several times. Does this machine run out of "
-                  "memory? Lower --jobs_per_device.")
-
-
-def _is_orphan(process) -> bool:
-    """Whether a job that seems to have ended is at work, as its fork server died."""
-    process.join()
-    return process.exitcode == UNKNOWN and _is_alive(process.pid)
-
-
-def _stop_orphans(processes: list) -> None:
-    """Has jobs save and end whose fork server died, so that nobody can learn how they end."""
-    for process in processes:
-        process.join()  # which the server's death ends too
-    orphans = [process.pid for process in processes if process.exitcode == UNKNOWN]
-    with console.lifted():
-        print(f"The server that starts jobs died. Its {len(orphans)} jobs are interrupted and go "
-              "on with a new one.", file=sys.stderr)
-    for pid in orphans:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    _wait_for(orphans)
-    for pid in orphans:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-    _wait_for(orphans)
-
-
-def _wait_for(pids: list[int]) -> None:
-    """Waits until processes have ended, for GRACE_S seconds at most."""
-    deadline = time.monotonic() + GRACE_S
-    while any(map(_is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process of ours that need not be our child has not ended."""
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return not os.path.exists("/proc/self/stat")  # where there is none, somebody reaps it
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM and a hang-up act as Ctrl-C does."""
-    previous = {}
-    if _in_main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                previous[number] = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return args.label(args.of_words(argv[3:])) if children.is_warm(argv) else shlex.join(argv)
 
 
 @contextlib.contextmanager
@@ -294,62 +193,7 @@ def _stopping(running: dict[int, _Running]) -> Iterator[None]:
     try:
         yield
     finally:
-        _stop([job.process for job in running.values()])
-
-
-def _stop(processes: list) -> None:
-    """Asks jobs to save and end; kills them, and what they started, after GRACE_S seconds."""
-    if not processes:
-        return
-    print(f"Stopping {len(processes)} jobs. Ctrl-C again kills them at once.", file=sys.stderr)
-    try:
-        for process in processes:
-            process.terminate()
-        _wait_for([process.pid for process in processes])
-    finally:
-        for process in processes:
-            # Each job leads a group of its own, which outlives it if it left workers behind.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
-            process.join()
-
-
-def _work(may_go, argv: list[str], environment: dict, threads: int | None, errors: str | None
-          ) -> None:
-    """Becomes the command, in a child of the fork server; with `errors`, prints there only."""
-    os.setpgid(0, 0)
-    try:
-        may_go.recv()
-    except EOFError:
-        sys.exit(claims.STOPPED)
-    may_go.close()
-    os.environ.clear()
-    os.environ.update(environment)
-    if errors:
-        for number, path in ((1, os.devnull), (2, errors)):
-            file = os.open(path, os.O_WRONLY)
-            os.dup2(file, number)
-            os.close(file)
-    if not _is_warm(argv):
-        try:
-            os.execvp(argv[0], argv)
-        except OSError as error:
-            print(f"error: {argv[0]}: {error.strerror}", file=sys.stderr)
-            sys.exit(127)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-    sys.argv = argv[2:]
-    runpy.run_module(WARM_MODULE, run_name="__main__", alter_sys=True)
-
-
-def _end_with_parent() -> None:
-    """Waits for the sweep's process; if it dies, even by SIGKILL, the job saves and ends too."""
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+        children.stop([job.process for job in running.values()])
 
 
 class JobLine:

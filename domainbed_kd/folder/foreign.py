@@ -1,0 +1,36 @@
+"""JSON that may come from anybody, read within bounds that every later step can bear."""
+
+import json
+
+# The depth that is read, and the size of an integer.
+_MOST_NESTED, _MOST_BITS = 50, 63
+
+
+def parse_json(text: bytes | str):
+    """What JSON from anywhere says, if whatever follows can bear it; NaN and Infinity are numbers.
+
+    Raises:
+        ValueError: in a few words, if it is not JSON, is nested too deeply, or holds an integer
+            of more than 63 bits or text that cannot be written as UTF-8.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [found]
+    for _ in range(_MOST_NESTED):
+        below = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, str):
+                value.encode()  # a lone surrogate is a ValueError
+            elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
+                raise ValueError("an integer of more than 63 bits")
+        if not below:
+            return found
+        level = below
+    raise ValueError("nested too deeply")

@@ -1,0 +1,180 @@
+"""Jobs as children of a fork server, which imports torch once and may itself be killed.
+
+No child can use a GPU if the server has asked CUDA anything; see scripts/_warm.py.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from domainbed_kd import console
+from domainbed_kd.folder import claims
+
+# What the fork server imports, and the command that gains from it.
+WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
+# How long a job may take to save its state when the sweep is interrupted.
+GRACE_S = 10
+# The exit status that multiprocessing makes up where the fork server died before it could tell.
+UNKNOWN = 255
+# How often a job goes on with a new fork server.
+MAX_LOST = 5
+
+
+def is_warm(argv: list[str]) -> bool:
+    """Whether a command is one that the fork server makes quick."""
+    return argv[:3] == [sys.executable, "-m", WARM_MODULE]
+
+
+def context(is_warm: bool):
+    """Multiprocessing for children of the fork server; a warm one has imported what runs need."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(PRELOAD if is_warm else [])
+    return found
+
+
+def start(context, argv: list[str], environment: dict, threads: int | None, errors: str | None):
+    """A job as a child of the fork server, which is started first if there is none or it died.
+
+    Raises:
+        OSError: if the server dies again and again.
+    """
+    for _ in range(MAX_LOST):
+        may_go, go = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(may_go, argv, environment, threads, errors))
+        with contextlib.suppress(EOFError, OSError), go, may_go:
+            # Ctrl-C reaches the whole group; jobs leave it to this process, which has them save.
+            previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+            try:
+                multiprocessing.forkserver.ensure_running()
+            finally:
+                if _in_main_thread():
+                    signal.signal(signal.SIGINT, previous)
+            process.start()
+            go.send(None)  # a job that the server forked just before it died ends without
+            return process
+    raise OSError("the server that starts jobs died several times. Does this machine run out of "
+                  "memory? Lower --jobs_per_device.")
+
+
+def is_orphan(process) -> bool:
+    """Whether a job that seems to have ended is at work, as its fork server died."""
+    process.join()
+    return process.exitcode == UNKNOWN and _is_alive(process.pid)
+
+
+def stop_orphans(processes: list) -> None:
+    """Has jobs save and end whose fork server died, so that nobody can learn how they end."""
+    for process in processes:
+        process.join()  # which the server's death ends too
+    orphans = [process.pid for process in processes if process.exitcode == UNKNOWN]
+    with console.lifted():
+        print(f"The server that starts jobs died. Its {len(orphans)} jobs are interrupted and go "
+              "on with a new one.", file=sys.stderr)
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    _wait_for(orphans)
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    _wait_for(orphans)
+
+
+def _wait_for(pids: list[int]) -> None:
+    """Waits until processes have ended, for GRACE_S seconds at most."""
+    deadline = time.monotonic() + GRACE_S
+    while any(map(_is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of ours that need not be our child has not ended."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return not os.path.exists("/proc/self/stat")  # where there is none, somebody reaps it
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM and a hang-up act as Ctrl-C does."""
+    previous = {}
+    if _in_main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                previous[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def stop(processes: list) -> None:
+    """Asks jobs to save and end; kills them, and what they started, after GRACE_S seconds."""
+    if not processes:
+        return
+    print(f"Stopping {len(processes)} jobs. Ctrl-C again kills them at once.", file=sys.stderr)
+    try:
+        for process in processes:
+            process.terminate()
+        _wait_for([process.pid for process in processes])
+    finally:
+        for process in processes:
+            # Each job leads a group of its own, which outlives it if it left workers behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+
+
+def _work(may_go, argv: list[str], environment: dict, threads: int | None, errors: str | None
+          ) -> None:
+    """Becomes the command, in a child of the fork server; with `errors`, prints there only."""
+    os.setpgid(0, 0)
+    try:
+        may_go.recv()
+    except EOFError:
+        sys.exit(claims.STOPPED)
+    may_go.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    if errors:
+        for number, path in ((1, os.devnull), (2, errors)):
+            file = os.open(path, os.O_WRONLY)
+            os.dup2(file, number)
+            os.close(file)
+    if not is_warm(argv):
+        try:
+            os.execvp(argv[0], argv)
+        except OSError as error:
+            print(f"error: {argv[0]}: {error.strerror}", file=sys.stderr)
+            sys.exit(127)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    sys.argv = argv[2:]
+    runpy.run_module(WARM_MODULE, run_name="__main__", alter_sys=True)
+
+
+def _end_with_parent() -> None:
+    """Waits for the sweep's process; if it dies, even by SIGKILL, the job saves and ends too."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
