@@ -77,6 +77,14 @@ def test_a_sweep_file_states_its_command_and_plans(path, tmp_path):
     assert re.search(r"^[1-9]\d* jobs: 0 done", plan.stdout, re.MULTILINE)
 
 
+def test_the_files_that_the_page_on_architecture_names_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"[a-z_]+(?:/[a-z_]+)*\.py", page))
+    known = {str(path.relative_to(ROOT / "domainbed_kd"))
+             for path in (ROOT / "domainbed_kd").rglob("*.py")}
+    assert len(names) > 20 and names - {"tests/test_architecture.py"} <= known
+
+
 def test_the_citation_states_the_packages_version():
     stated = re.search(r"(?m)^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert stated[1] == domainbed_kd.__version__
