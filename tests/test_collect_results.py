@@ -1,14 +1,18 @@
+import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
 
+import numpy as np
 import pytest
 from conftest import GOLDENS, golden
 
 from domainbed_kd import algorithms
 from domainbed_kd.folder import claims, files
-from domainbed_kd.results import record_cache
+from domainbed_kd.folder.curves import searches
+from domainbed_kd.results import record_cache, records, selection, tables
 from domainbed_kd.scripts import collect_results, sweep
 from domainbed_kd.sweep import jobs
 
@@ -119,6 +123,56 @@ def test_datasets_that_are_not_registered_are_dropped_upstream_and_shown_by_defa
     out, _ = run(capsys, vlcs)
     assert out.count("Dataset: Folder:my_set") == 3
     assert "98.0 +/- 0.2          64.2 +/- 0.8" in out
+
+
+def test_upstream_leaves_out_digitsdg_which_domainbed_does_not_have(vlcs, capsys):
+    for folder in list(folders(vlcs)):
+        shutil.copytree(folder, vlcs / f"{folder.name}d")
+        edit(vlcs / f"{folder.name}d", dataset="DigitsDG")
+    upstream, _ = run(capsys, vlcs, "--upstream")
+    assert upstream == golden("collect_results_text.txt").replace("200", "400")
+    assert "Dataset: DigitsDG" in run(capsys, vlcs)[0]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_upstream_lists_unknown_methods_as_the_disk_lists_their_runs(
+        vlcs, capsys, monkeypatch, order):
+    for folder, name in zip(list(folders(vlcs)), ["zeta", "alpha", "Mine", "zeta", "SWAD"]):
+        edit(folder, algorithm=name)
+    listed = os.scandir
+
+    @contextlib.contextmanager
+    def scandir(path):
+        with listed(path) as entries:
+            yield iter(sorted(entries, key=lambda entry: entry.name)[::order])
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    rows = run(capsys, vlcs, "--upstream")[0].split("Dataset")[1].split("\n\n")[0].splitlines()[2:]
+    unknown = ["zeta", "alpha", "Mine", "SWAD"] if order == 1 else ["SWAD", "zeta", "Mine", "alpha"]
+    assert [row.split()[0] for row in rows] == ["ERM", *unknown]
+
+
+def test_averages_add_up_in_domainbeds_order_to_the_last_bit(vlcs):
+    """By its formulas, on the list of accuracies in the order of reading."""
+    for i, folder in enumerate(folders(vlcs)):
+        path = folder / "results.jsonl"
+        path.write_text(re.sub(r'(?<=_acc": )[\d.]+', str((i * 7 + 3) % 10 / 10),
+                               path.read_text()))
+    found = records.Folder(vlcs).curves()
+    for curves in (found, found[::-1]):
+        grid = records.Grid(curves)
+        method = selection.IIDAccuracySelectionMethod
+        table, averages = tables.of_sweep(curves, grid, [method], upstream=True)[method]
+        chosen = {}
+        for (trial, *_, env), search in searches(curves).items():
+            chosen.setdefault(env, []).append(method.sweep_acc(search))
+            chosen.setdefault(f"trial {trial}", []).append(method.sweep_acc(search))
+        for env in range(4):
+            cell = table.rows["ERM"][env]
+            assert cell.mean == 100 * np.mean(chosen[env])
+            assert cell.stderr == 100 * np.std(list(chosen[env] / np.sqrt(len(chosen[env]))))
+        trials = [float(np.mean(chosen[f"trial {trial}"])) for trial in range(2)]
+        assert averages.rows["ERM"][0].mean == 100 * np.mean(trials)
 
 
 def test_upstream_prints_of_an_empty_folder_what_domainbed_prints_and_says_so(tmp_path, capsys):

@@ -36,6 +36,16 @@ def test_the_golden_sweep_prints_as_domainbed_prints_it(capsys, env):
     assert len(out) == len(expected)
 
 
+def test_a_whole_accuracy_is_printed_as_it_stands_in_the_record(tmp_path, capsys):
+    """DomainBed prints what json.loads makes of a record: 1 for 1 and 1.0 for 1.0."""
+    for seed, value in enumerate(("1", "1.0")):
+        write(tmp_path / str(seed), line(trial_seed=seed).replace("0.5", value))
+    run(input_dir=tmp_path)
+    oracle = capsys.readouterr().out.split("(oracle)")[1]
+    assert oracle.index("{'val_acc': 1, 'test_acc': 1}") < oracle.index(
+        "{'val_acc': 1.0, 'test_acc': 1.0}")
+
+
 def test_trials_and_folders_are_sorted(capsys):
     run()
     out = capsys.readouterr().out

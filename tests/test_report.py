@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import GOLDENS
 
+from domainbed_kd.results import plots, tables
 from domainbed_kd.scripts import collect_results, report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -134,6 +135,93 @@ def test_a_single_trial_has_no_standard_error(tmp_path):
     report.main(["--input_dir", str(tmp_path / "sweep")])
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert 'class="best" aria-label=' in page and "±" not in page
+
+
+def answer_of(folder, *flags):
+    report.main(["--input_dir", str(folder), *flags])
+    text = (folder / "report.html").read_text()
+    start = text.index('<section id="answer"')
+    assert start < text.index('<nav')  # before everything else
+    return text[start:text.index("</section>", start)]
+
+
+def test_the_page_first_says_which_method_is_best_by_how_much_and_how_sure(page):
+    text = page.read_text()
+    said = text[text.index('<section id="answer"'):text.index("<nav")]
+    # `made_up` adds 0.01 for each letter of the name, so MosaicKD is 5 points above ERM in each of
+    # 8 pairs: p = 2 / 2^8 = 0.0078, times 2 comparisons.
+    best = "MosaicKD has the best average accuracy on held-out domains of PACS: 87.5 %, +5.0 points"
+    assert best in said
+    assert "Sure, at the 5 % level: p = 0.016 after Holm&#39;s correction for 2 comparisons" in said
+    assert [row[:3] + row[4:] for row in Reader(said).rows] == [
+        ["Method", "average, %", "points", "sure?"], ["MosaicKD", "87.5 ± 0.4", "+5.0", "better"],
+        ["KDDG", "83.5 ± 0.4", "+1.0", "better"], ["ERM", "82.5 ± 0.4", "", "the reference"]]
+
+
+def test_few_pairs_are_said_to_show_nothing_before_the_test_that_they_are_in(tmp_path):
+    for run in made_up(tmp_path / "sweep").iterdir():
+        if run.name[-2] == "1":
+            shutil.rmtree(run)
+    said = answer_of(tmp_path / "sweep")
+    limit = ("With 4 pairs and 2 comparisons no difference can be significant: p (Holm) cannot be "
+             "below 0.250.")
+    assert f"Not sure. {limit}" in said and said.count("too few pairs") == 2
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    section = text[text.index('id="significance"'):]
+    assert section.index(limit) < section.index("<table")
+
+
+def test_a_best_method_without_all_its_runs_is_preliminary(tmp_path):
+    made_up(tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep" / "MosaicKD110")
+    said = answer_of(tmp_path / "sweep")
+    assert "KDDG has the best average accuracy" in said and "Preliminary" in said
+
+
+def test_of_one_dataset_each_table_stands_once(page, tmp_path):
+    assert page.read_text().count("<caption>") == 2  # two selection methods
+    for name in ("PACS", "VLCS"):
+        made_up(tmp_path / "sweep", ["ERM"], name) if name == "PACS" else [
+            shutil.move(run, tmp_path / "sweep" / f"{run.name}v")
+            for run in made_up(tmp_path / "other", ["ERM"], name).iterdir()]
+    report.main(["--input_dir", str(tmp_path / "sweep")])
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    assert text.count("<caption>") == 6 and text.count("Averages over datasets") == 2
+
+
+@pytest.mark.parametrize("hparam", [
+    {"stages": [[1, 2], [3, 4]]}, {"stages": [{"depth": 2}, {"depth": [3]}]}, {"a.b": [None]},
+    {"image_size": "big", "backbone": ["x"], "weights": {"x": [1]}, "rise_teachers": 3}])
+def test_nested_hparams_are_no_reason_to_lose_the_report(tmp_path, hparam):
+    made_up(tmp_path / "sweep", algorithms=["ERM", "KDDG"])
+    for path in (tmp_path / "sweep").glob("*/results.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(
+            json.dumps(r | {"hparams": r["hparams"] | hparam}) + "\n" for r in lines))
+    report.main(["--input_dir", str(tmp_path / "sweep")])
+    assert (tmp_path / "sweep" / "report" / "PACS_hparams.png").exists()
+
+
+def test_names_with_dollars_and_line_breaks_are_drawn_as_they_are(tmp_path):
+    made_up(tmp_path / "sweep", algorithms=["ERM", "$\\frac{$", "b\n$x", "$a$"], dataset="$\\bad{")
+    report.main(["--input_dir", str(tmp_path / "sweep")])
+    plots = {path.suffix for path in (tmp_path / "sweep" / "report").iterdir()}
+    assert plots == {".png", ".pdf"}
+
+
+@pytest.mark.parametrize("low, high", [
+    (1, 11), (3, 45), (.2, 90), (.011, 12), (1e-3, 1e6), (5, 5e12)])
+def test_labels_of_the_cost_plot_do_not_touch(low, high):
+    cells = {name: [tables.Cell(mean=50.0)] for name in ("A", "B", "C")}
+    table = tables.Table("m", "D", ["Avg"], cells)
+    plot = plots.costs("D", {"A": low, "B": (low * high) ** .5, "C": high}, table,
+                       plots.Looks(cells))
+    axis = plot.figure.axes[0]
+    plot.figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in axis.xaxis.get_ticklabels(which="both")
+             if label.get_text()]
+    assert len(boxes) >= 2
+    assert all(left.x1 + 2 < right.x0 for left, right in zip(boxes, boxes[1:]))
 
 
 def test_an_unknown_reference_is_refused_even_where_there_is_nothing_to_compare(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from domainbed_kd import algorithms, datasets
 from domainbed_kd.results import formats, tables
-from domainbed_kd.results.records import Coverage
+from domainbed_kd.results.records import Coverage, Grid
 from domainbed_kd.results.selection import IIDAccuracySelectionMethod as IID
 from domainbed_kd.results.selection import Outcome
 
@@ -264,7 +264,46 @@ def test_upstream_latex_wraps_labels_before_it_cuts_them():
     assert r"\textbf{SpawriousO2O_medi & " in formats.upstream_latex(table)
 
 
+def test_flags_in_latex_keep_their_two_hyphens():
+    # Without braces between them LaTeX sets an en dash.
+    assert formats.escape_latex("--single_test_envs ---") == r"-{}-single\_test\_envs -{}-{}-"
+
+
+# Names from folders that anybody may have made.
+
+LIVE = "x\n\\input{/etc/passwd}\r\x85\u2028\x1b[31m"
+
+
+@pytest.mark.parametrize("style", ["text", "latex", "markdown", "csv"])
+def test_a_name_with_line_breaks_stays_in_its_line(style):
+    outcomes = everywhere(LIVE, .5, .6, dataset=LIVE)
+    made = {IID: build(outcomes, names=[LIVE], on=[LIVE])}
+    plain = {IID: build(everywhere("a", .5, .6, dataset="b"), names=["a"], on=["b"])}
+    grid = Grid([])
+    found, expected = (
+        formats.document(style, tables_, {}, grid, 1, ["", f"{name}, {name}: failed: {name}"])
+        for tables_, name in ((made, LIVE), (plain, "a")))
+    assert len(found.splitlines()) == len(expected.splitlines())
+    assert all(line.isprintable() for line in found.split("\n"))
+    if style == "latex":
+        assert r"\input" not in re.sub("(?m)^%.*", "", found)
+        assert not any(line.lstrip().startswith("\\input") for line in found.splitlines())
+
+
+def test_a_name_cannot_leave_the_code_block_of_markdown():
+    text = formats.document("markdown", {}, {}, Grid([]), 1, ["", "run ```` <b>"])
+    assert text.endswith("\n`````text\nrun ```` <b>\n`````\n")
+
+
 # Markdown and CSV.
+
+@pytest.mark.parametrize("start", "=+-@")
+def test_csv_quotes_what_a_spreadsheet_takes_for_a_formula(start):
+    name = f"{start}cmd|' /C calc'!A0"
+    made = build(everywhere(name, .5, dataset=name), names=[name], on=[name])
+    first = list(csv.DictReader(io.StringIO(formats.as_csv(made))))[0]
+    assert first["dataset"] == first["algorithm"] == f"'{name}" and first["environment"] == "0"
+
 
 def test_markdown_escapes_what_would_break_a_row():
     text = formats.markdown(build(everywhere(NASTY, .5, dataset=f"Folder:{NASTY}"),

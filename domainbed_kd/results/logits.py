@@ -37,6 +37,7 @@ def to_frame(input_dir: str | Path, skipped: list[str] | None = None):
     of its run); the share of samples that SCMD records under that name is `selected_share`. Lists,
     such as `args.test_envs`, are tuples, and objects in them are tuples of pairs. What the tables
     skip is skipped here too: lines that `curves.problem` refuses, and files that cannot be read.
+    So are lines with integers beyond 63 bits or nested too deeply, which tables do not look at.
 
     Args:
         input_dir: of the run or the sweep.
