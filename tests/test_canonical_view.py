@@ -10,12 +10,12 @@ from clips import Teacher
 from PIL import Image
 
 from domainbed_kd import datasets, networks
-from domainbed_kd.run import canonical_view, loaders, training
+from domainbed_kd.run import canonical_view, evaluation, loaders, splits
 from domainbed_kd.run.canonical_view import CanonicalViews
 from domainbed_kd.scripts import sweep, train
 
 HPARAMS = {"wrn_depth": 10, "wrn_widen": 1, "batch_size": 8}
-IN_ORDER = functools.partial(training.in_order, device="cpu")
+IN_ORDER = functools.partial(evaluation.in_order, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +79,9 @@ def domains(tmp_path):
 
 def views_of(domains, folder=None, seed=1):
     dataset = domains()
-    splits = loaders.make_splits(dataset, [2], 0, 0.2).in_[:2]
+    parts = splits.make_splits(dataset, [2], 0, 0.2).in_[:2]
     student = types.SimpleNamespace(teacher=networks.Frozen(Teacher(n_classes=2, seed=seed).eval()))
-    return student.teacher, splits, CanonicalViews(student, splits, IN_ORDER, folder)
+    return student.teacher, parts, CanonicalViews(student, parts, IN_ORDER, folder)
 
 
 def test_each_row_is_the_teachers_for_that_image_without_augmentation(domains):

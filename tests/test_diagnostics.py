@@ -10,7 +10,7 @@ from torch import nn
 
 from domainbed_kd import datasets
 from domainbed_kd.folder import files
-from domainbed_kd.run import diagnostics, training
+from domainbed_kd.run import build, diagnostics
 from domainbed_kd.scripts import train
 
 FLAGS = ["--dataset", "Debug28", "--steps", "9", "--checkpoint_freq", "3", "--test_envs", "2",
@@ -56,7 +56,7 @@ def norm(difference):
 @pytest.mark.parametrize("algorithm", ["ERM", "SWAD", "KDDG"])
 def test_the_weight_distance_is_the_sum_of_steps_between_saved_weights(
         algorithm, tmp_path, monkeypatch):
-    make, start = training.make_algorithm, {}
+    make, start = build.make_algorithm, {}
 
     def kept(*args):
         algorithm = make(*args)
@@ -64,7 +64,7 @@ def test_the_weight_distance_is_the_sum_of_steps_between_saved_weights(
                       if torch.is_tensor(v)})
         return algorithm
 
-    monkeypatch.setattr(training, "make_algorithm", kept)
+    monkeypatch.setattr(build, "make_algorithm", kept)
     records = run(tmp_path, "--algorithm", algorithm, "--diagnostics", "--checkpoint_freq", "1",
                   "--save_model_every_checkpoint")
     path = [start, *(weights_in(tmp_path / f"model_step{i}.pkl") for i in range(9))]
@@ -233,8 +233,8 @@ def test_a_warm_up_teacher_is_compared_once_it_is_ready(tmp_path):
 def test_the_distance_is_that_of_the_student_alone(name):
     dataset = datasets.get_dataset_class("Debug28")(None, [0], {})
     args = {"dataset": "Debug28", "algorithm": name, "test_envs": [0], "hparams_seed": 0,
-            "hparams": None}
-    algorithm = training.make_algorithm(args, training.choose_hparams(args), dataset, [1, 2], 5)
+            "hparams": None, "steps": 5}
+    algorithm = build.make_algorithm(args, build.choose_hparams(args), dataset)
     distance = diagnostics.WeightDistance(algorithm)
     with torch.no_grad():
         for p in algorithm.parameters():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from domainbed_kd import datasets, machine
 from domainbed_kd.folder import files
-from domainbed_kd.run import image_cache, training
+from domainbed_kd.run import evaluation, image_cache
 from domainbed_kd.scripts import sweep, train
 
 FLAGS = ["--dataset", "Folder:shapes", "--test_envs", "1", "--steps", "3", "--checkpoint_freq", "2",
@@ -222,7 +222,7 @@ def test_a_sweep_is_the_same_to_the_bit_with_1_2_or_8_jobs_at_once_and_with_a_ca
 
 
 def test_an_evaluation_reads_every_image_once_whatever_its_split(root, tmp_path, monkeypatch):
-    load, accuracy = datasets.load_image, training.accuracy
+    load, accuracy = datasets.load_image, evaluation.accuracy
     read, evaluations, at_it = Counter(), [], []
 
     def counted(path):
@@ -237,16 +237,16 @@ def test_an_evaluation_reads_every_image_once_whatever_its_split(root, tmp_path,
             at_it.clear()
 
     monkeypatch.setattr(datasets.image_folders, "load_image", counted)
-    monkeypatch.setattr(training, "accuracy", noted)
+    monkeypatch.setattr(evaluation, "accuracy", noted)
     monkeypatch.setattr(files, "append_record", lambda *args: (
         evaluations.append(dict(read)), read.clear()))
     train.main([*FLAGS, "--data_dir", str(root), "--output_dir", str(tmp_path / "run")])
     everything = {path for domain in datasets.get_dataset_class("Folder:shapes")(root, [], {
         "data_augmentation": False, "image_size": 32}) for path, _ in domain.samples}
     assert len(evaluations) == 2
-    for evaluation in evaluations:
-        assert {path for path, n in evaluation.items() if n} == everything
-        assert max(evaluation.values()) == 1
+    for found in evaluations:
+        assert {path for path, n in found.items() if n} == everything
+        assert max(found.values()) == 1
 
 
 def test_a_sweep_passes_the_flags_on_and_names_no_run_by_them(tmp_path, capsys):

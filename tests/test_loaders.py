@@ -15,7 +15,7 @@ from conftest import golden, seed_everything
 from torch.utils.data import TensorDataset
 
 from domainbed_kd import datasets, machine
-from domainbed_kd.run import loaders
+from domainbed_kd.run import loaders, splits
 from domainbed_kd.seeds import seed_hash
 
 CASES = golden("loader_streams.json")["cases"]
@@ -65,7 +65,7 @@ def flat(view):
 
 @pytest.mark.parametrize("case", SPLITS["raw"], ids=lambda c: f"{c['n']}-{c['k']}-{c['seed']}")
 def test_split_dataset_shuffles_as_domainbed_does(case):
-    first, second = loaders.split_dataset(range(case["n"]), case["k"], case["seed"])
+    first, second = splits.split_dataset(range(case["n"]), case["k"], case["seed"])
     assert (first.keys, second.keys) == (case["first"], case["second"])
     assert first.underlying_dataset == range(case["n"])
 
@@ -73,7 +73,7 @@ def test_split_dataset_shuffles_as_domainbed_does(case):
 @pytest.mark.parametrize("case", SPLITS["train_pipeline"])
 def test_make_splits_holds_the_same_items_in_the_same_order_as_domainbed(case):
     def split():
-        return loaders.make_splits(
+        return splits.make_splits(
             Environments(*case["sizes"]), case["test_envs"], case["trial_seed"],
             case["holdout_fraction"], case["uda_holdout_fraction"])
 
@@ -91,7 +91,7 @@ def test_make_splits_holds_the_same_items_in_the_same_order_as_domainbed(case):
 def test_split_dataset_agrees_on_the_sizes_of_real_data_sets(case):
     seed = seed_hash(case["trial_seed"], case["env"])
     for which, part in zip(("out", "in"),
-                           loaders.split_dataset(range(case["n"]), case["n_out"], seed)):
+                           splits.split_dataset(range(case["n"]), case["n_out"], seed)):
         assert len(part) == case[f"n_{which}"] and part.keys[:5] == case[f"{which}_head"]
         text = ",".join(map(str, part.keys))
         assert hashlib.sha256(text.encode()).hexdigest() == case[f"sha256_{which}"]
@@ -99,8 +99,8 @@ def test_split_dataset_agrees_on_the_sizes_of_real_data_sets(case):
 
 def test_a_split_of_a_split_refers_to_the_data_set_itself():
     data = [f"item {i}" for i in range(20)]
-    _, rest = loaders.split_dataset(data, 5, 0)
-    part, _ = loaders.split_dataset(rest, 4, 1)
+    _, rest = splits.split_dataset(data, 5, 0)
+    part, _ = splits.split_dataset(rest, 4, 1)
     assert part.underlying_dataset is data
     assert set(flat(part)) <= set(flat(rest)) and len(part) == 4
 
@@ -110,7 +110,7 @@ def test_a_split_reads_items_only_when_asked():
         def __len__(self):
             return 4
 
-    first, _ = loaders.split_dataset(Unreadable(), 2, 0)
+    first, _ = splits.split_dataset(Unreadable(), 2, 0)
     assert len(first) == 2
 
 
@@ -119,14 +119,14 @@ def test_a_split_reads_items_only_when_asked():
     (1, 0, "in-split of environment 0"), (0.5, 1, "in-split of environment 0")])
 def test_an_empty_split_is_refused_by_name(holdout, uda, which):
     with pytest.raises(ValueError, match=which) as error:
-        loaders.make_splits(Environments(10, 4), [0], 0, holdout, uda)
+        splits.make_splits(Environments(10, 4), [0], 0, holdout, uda)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("fraction", [-0.5, 1.5])
 def test_a_fraction_outside_0_to_1_is_refused(fraction):
     with pytest.raises(ValueError, match="between 0 and 1"):
-        loaders.make_splits(Environments(10), [], 0, fraction)
+        splits.make_splits(Environments(10), [], 0, fraction)
 
 
 # Class weights.
@@ -139,9 +139,9 @@ def expected_weights(labels):
 
 def test_class_weights_give_each_class_the_same_mass():
     y = torch.tensor([0, 0, 0, 1, 4, 4, 0, 1])
-    view, _ = loaders.split_dataset(TensorDataset(torch.zeros(8, 1), y), 6, 3)
+    view, _ = splits.split_dataset(TensorDataset(torch.zeros(8, 1), y), 6, 3)
     before = global_streams()
-    weights = loaders.class_weights(view)
+    weights = splits.class_weights(view)
     assert global_streams() == before
     torch.testing.assert_close(weights, expected_weights(y[view.keys].tolist()))
     assert weights.dtype == torch.float32
@@ -164,20 +164,20 @@ def folder(tmp_path):
 
 
 def test_class_weights_draw_what_reading_augmented_images_draws(folder):
-    view, _ = loaders.split_dataset(folder[0], 12, 0)
+    view, _ = splits.split_dataset(folder[0], 12, 0)
     seed_everything(0)
     labels = [view[i][1] for i in range(len(view))]
     expected = peek()
     seed_everything(0)
-    torch.testing.assert_close(loaders.class_weights(view), expected_weights(labels))
+    torch.testing.assert_close(splits.class_weights(view), expected_weights(labels))
     assert peek() == expected
 
 
 def test_class_weights_do_not_read_images_that_are_not_augmented(folder):
-    view, _ = loaders.split_dataset(folder[1], 12, 0)
+    view, _ = splits.split_dataset(folder[1], 12, 0)
     labels = [view[i][1] for i in range(len(view))]
     folder[1].samples = None
-    torch.testing.assert_close(loaders.class_weights(view), expected_weights(labels))
+    torch.testing.assert_close(splits.class_weights(view), expected_weights(labels))
 
 
 # Indices.
@@ -185,7 +185,7 @@ def test_class_weights_do_not_read_images_that_are_not_augmented(folder):
 
 def split_of_tensors(n):
     """A split whose item i is (i,)."""
-    view, _ = loaders.split_dataset(TensorDataset(torch.empty(n)), n, seed=1)
+    view, _ = splits.split_dataset(TensorDataset(torch.empty(n)), n, seed=1)
     view.underlying_dataset.tensors[0][view.keys] = torch.arange(n).float()
     return view
 
@@ -218,7 +218,7 @@ def test_loaders_draw_the_indices_of_domainbed_and_leave_its_random_stream(case,
 
 def test_slices_of_tensors_are_what_collating_items_gives():
     x, y = torch.randn(20, 2, 3), torch.randint(0, 5, (20,))
-    view, _ = loaders.split_dataset(TensorDataset(x, y), 15, 0)
+    view, _ = splits.split_dataset(TensorDataset(x, y), 15, 0)
 
     class Plain:
         """The same items, but not known to be tensors."""
@@ -244,11 +244,11 @@ def test_slices_of_tensors_are_what_collating_items_gives():
 
 
 def test_a_batch_larger_than_the_split_is_refused_where_domainbed_spins_for_ever():
-    splits = loaders.make_splits(Environments(16, 16), [0], 0, 0.2)
+    made = splits.make_splits(Environments(16, 16), [0], 0, 0.2)
     with pytest.raises(ValueError, match="The in-split of environment 1 holds 13 .* 64") as error:
-        loaders.InfiniteDataLoader(splits.in_[1], None, 64, 8)
+        loaders.InfiniteDataLoader(made.in_[1], None, 64, 8)
     assert "\n" not in str(error.value)
-    batch = next(loaders.InfiniteDataLoader(splits.in_[1], None, 13, 8))
+    batch = next(loaders.InfiniteDataLoader(made.in_[1], None, 13, 8))
     assert len(batch) == 13
 
 

@@ -385,11 +385,11 @@ def default_hparams(algorithm, dataset):
 """)
     code = f"""
 from domainbed_kd.plugin import visitors
-from domainbed_kd.run import training
+from domainbed_kd.run import build
 assert visitors.load({str(fork)!r}) == ["Own"]
 args = {{"algorithm": "Own", "dataset": "DigitsDG", "hparams_seed": 0}}
-print(training.choose_hparams(args | {{"hparams": '{{"batch_size": 4}}'}}))
-training.choose_hparams(args | {{"hparams": None}})
+print(build.choose_hparams(args | {{"hparams": '{{"batch_size": 4}}'}}))
+build.choose_hparams(args | {{"hparams": None}})
 """
     process = python("-c", code, cwd=tmp_path, plugged=False)
     assert process.stdout == str({

@@ -14,7 +14,7 @@ from domainbed_kd import datasets
 from domainbed_kd.folder import curves, files
 from domainbed_kd.results import logits as results
 from domainbed_kd.results import records, selection
-from domainbed_kd.run import evaluation, loaders, training
+from domainbed_kd.run import build, evaluation, splits
 from domainbed_kd.scripts import train
 
 FLAGS = ["--dataset", "Debug28", "--steps", "13", "--checkpoint_freq", "3",
@@ -85,12 +85,12 @@ def test_leave_one_out_selection_works_from_logits_too(sweep, tmp_path):
 
 
 def test_a_row_of_logits_is_that_of_its_image(sweep):
-    training.seed_everything(0)  # Debug28's images are random numbers
+    build.seed_everything(0)  # Debug28's images are random numbers
     dataset = datasets.get_dataset_class("Debug28")(None, [2], {})
-    splits = loaders.make_splits(dataset, [2], trial_seed=0, holdout_fraction=0.5)
+    parts = splits.make_splits(dataset, [2], trial_seed=0, holdout_fraction=0.5)
     for name, p in results.load_logits(sweep / "a", step=12).items():
         i = int(re.search(r"\d", name)[0])
-        split = (splits.out if name.endswith("out") else splits.in_)[i]
+        split = (parts.out if name.endswith("out") else parts.in_)[i]
         assert sorted(split.keys) == p.index.tolist()
         assert p.labels.tolist() == [int(dataset[i][k][1]) for k in p.index]
         assert p.logits.shape == (len(p.index), 2) and (p.logits.max(axis=1) == 0).all()

@@ -22,11 +22,11 @@ def folder(tmp_path):
 
 
 def printed(args, capsys):
-    from domainbed_kd.run import training
+    from domainbed_kd.run import records
 
-    training.print_settings("Environment", {"Python": "3"})
-    training.print_settings("Args", args)
-    training.print_settings("HParams", {"lr": 1})
+    records.print_settings("Environment", {"Python": "3"})
+    records.print_settings("Args", args)
+    records.print_settings("HParams", {"lr": 1})
     return capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from conftest import GOLDENS, golden
 
 from domainbed_kd import datasets
 from domainbed_kd.folder import claims, files
-from domainbed_kd.run import training
+from domainbed_kd.run import records
 from domainbed_kd.scripts import train
 
 COMMANDS = dict(line.split(": ", 1) for line in golden("train/COMMANDS.txt").splitlines())
@@ -219,12 +219,12 @@ def test_an_unknown_hparam_is_taken_with_a_warning_that_names_the_nearest(tmp_pa
 
 
 def test_a_run_that_goes_on_counts_the_seconds_of_its_first_attempt(tmp_path):
-    assert training.seconds_before(tmp_path, 5) == 0
+    assert records.seconds_before(tmp_path, 5) == 0
     (tmp_path / "memory.json").write_text('{"seconds": 60, "steps": 30}')
-    assert training.seconds_before(tmp_path, 20) == 40
+    assert records.seconds_before(tmp_path, 20) == 40
     for damaged in ("", "[]", '{"seconds": 1}', '{"seconds": 1, "steps": 0}'):
         (tmp_path / "memory.json").write_text(damaged)
-        assert training.seconds_before(tmp_path, 5) == 0
+        assert records.seconds_before(tmp_path, 5) == 0
 
 
 def test_a_run_that_diverges_says_so_once_and_since_when_and_goes_on(tmp_path, capsys):

@@ -332,17 +332,17 @@ def count_crops(data_dir: Path, cache: str | None, fast: bool, batch_size: int,
     """Augmented images of PACS per CPU second, after each domain's first batch."""
     import torch
 
-    from domainbed_kd.run import augmentation, image_cache, loaders, training
+    from domainbed_kd.run import augmentation, build, image_cache, loaders, splits
 
     torch.set_num_threads(1)
     dataset = datasets.get_dataset_class("PACS")(data_dir, [3], {"data_augmentation": True})
     if cache:
         image_cache.attach(dataset, Path(cache))
     if fast:
-        training.keep_freed_memory()
+        build.keep_freed_memory()
         augmentation.speed_up(dataset)
-    splits = loaders.make_splits(dataset, [3], 0, 0.2)
-    batches = [loaders.InfiniteDataLoader(splits.in_[i], None, batch_size, 8) for i in range(3)]
+    parts = splits.make_splits(dataset, [3], 0, 0.2)
+    batches = [loaders.InfiniteDataLoader(parts.in_[i], None, batch_size, 8) for i in range(3)]
 
     def one_of_each():
         for loader in batches:

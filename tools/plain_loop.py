@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from domainbed_kd import algorithms, datasets, hparams_registry
-from domainbed_kd.run import loaders
+from domainbed_kd.run import splits
 
 N_WORKERS, HELD_OUT = 8, 3
 
@@ -42,11 +42,11 @@ def main(data_dir: str, hparams: dict, n_steps: int) -> None:
     hparams = hparams_registry.default_hparams("ERM", "PACS") | hparams
     torch.manual_seed(0)
     dataset = datasets.get_dataset_class("PACS")(data_dir, [HELD_OUT], hparams)
-    splits = loaders.make_splits(dataset, [HELD_OUT], 0, 0.2)
+    parts = splits.make_splits(dataset, [HELD_OUT], 0, 0.2)
     training = [endless(split, hparams["batch_size"], True)
-                for i, split in enumerate(splits.in_) if i != HELD_OUT]
+                for i, split in enumerate(parts.in_) if i != HELD_OUT]
     evaluated = [(endless(split, 64, False), -(-len(split) // 64))
-                 for split in (*splits.in_, *splits.out)]
+                 for split in (*parts.in_, *parts.out)]
     algorithm = algorithms.get_algorithm_class("ERM")(
         dataset.input_shape, dataset.num_classes, len(training), hparams)
     for step in range(n_steps):

@@ -84,6 +84,22 @@ class CanonicalViews:
                 teacher.recalled = None
 
 
+def of_run(run, in_order: Callable, folder: str | None) -> CanonicalViews | None:
+    """A run's views, if its hparams ask for them.
+
+    Args:
+        run: the run.
+        in_order: split -> its (x, y) in order, not augmented, on the run's device.
+        folder: where outputs are kept; None computes them for this run.
+    """
+    if not run.hparams.get("canonical_view"):
+        return None
+    with run.autocast():
+        return CanonicalViews(
+            run.algorithm, [run.splits.in_[i] for i in run.training], in_order, folder,
+            key=f"{run.device.type} {'fast' if run.is_fast else 'exact'}")
+
+
 def _teachers(algorithm) -> list:
     if hasattr(algorithm, "teachers"):
         return list(algorithm.teachers)

@@ -1,14 +1,143 @@
-"""What a run keeps of its evaluations."""
+"""What is measured of a run at each evaluation: accuracies, logits, diagnostics, its teacher."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
 
+from domainbed_kd import datasets, teachers
+from domainbed_kd.algorithms.base import forked_rng
 from domainbed_kd.folder import files
+from domainbed_kd.run import diagnostics, records
+from domainbed_kd.run.build import Run
+from domainbed_kd.seeds import seed_hash
 
 # float16 after each image's largest logit is subtracted: no softmax and no order of classes changes
 # but for differences below 3e-8, and close to the largest the steps are finest.
 LOGITS_DTYPE = np.float16
+
+
+class Evaluator:
+    """Measures a run's algorithm; no random stream moves but those of the evaluation loaders."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        in_, out = run.splits.in_, run.splits.out
+        #: {name of a split that model selection reads: its items' numbers in their domain}.
+        selected = ({f"env{i}_out": split.keys for i, split in enumerate(out)}
+                    | {f"env{i}_in": in_[i].keys for i in run.args["test_envs"]})
+        self.evaluated = selected if run.is_fast else run.loaders.evaluation
+        self.kept = selected if run.args.get("save_logits") else {}
+        self.diagnostics = None
+        if run.args.get("diagnostics"):
+            self.diagnostics = diagnostics.Diagnostics(
+                run.algorithm, out, run.training, self.in_order)
+        self._teacher: dict | None = None
+
+    def in_order(self, split) -> Iterator[tuple[Tensor, Tensor]]:
+        """`in_order` on the run's device."""
+        return in_order(split, self.run.device)
+
+    def audit_teacher(self) -> None:
+        """Prints what the teacher is worth on the training domains; the first record has it too.
+
+        Raises:
+            ValueError: if it is worth nothing and --allow_bad_teacher is not given.
+        """
+        run = self.run
+        run.algorithm.eval()
+        batches = (batch for i in run.training for batch in self.in_order(run.splits.out[i]))
+        self._teacher = teachers.audit(
+            run.algorithm, batches, run.args.get("allow_bad_teacher", False))
+        run.algorithm.train()
+        if self._teacher:
+            records.print_settings("Teacher", self._teacher)
+
+    def after_step(self) -> None:
+        """To be called once after each update."""
+        if self.diagnostics:
+            self.diagnostics.after_step()
+
+    def accuracies(self, step: int) -> dict[str, float]:
+        """{env0_in_acc, ...: accuracies in [0, 1]}; keeps logits if the run is asked to."""
+        run, logits = self.run, {name: [] for name in self.kept}
+        with run.autocast():
+            found = {f"{name}_acc": accuracy(run, loader, logits.get(name))
+                     for name, loader in run.loaders.evaluation.items() if name in self.evaluated}
+        if self.kept:
+            save_logits(run.folder / files.LOGITS / f"step{step}.npz", logits, self.kept)
+        return found
+
+    def remarks(self) -> dict:
+        """What a record says beside numbers: its rule of selection, the teacher, diagnostics."""
+        found = {"selection": "last"} if self.run.algorithm.selects_last else {}
+        if self._teacher:
+            found["teacher"], self._teacher = self._teacher, None  # once a run
+        if self.diagnostics:
+            found["diagnostics"] = self.diagnostics.measure()
+        return found
+
+    def validation_loss(self, predict: Callable[[Tensor], Tensor]) -> float:
+        """Mean over the training domains of the cross-entropy on the out-split, not augmented."""
+        run, losses = self.run, []
+        run.algorithm.eval()
+        with torch.no_grad():
+            for i in run.training:
+                split = run.splits.out[i]
+                total = sum(F.cross_entropy(predict(x), y, reduction="sum").item()
+                            for x, y in self.in_order(split))
+                losses.append(total / len(split))
+        run.algorithm.train()
+        return sum(losses) / len(losses)
+
+    def extra_minibatches(self, n: int) -> Iterator[list]:
+        """`n` lists of minibatches like those of training, from random streams of their own."""
+        run, batch_size, seed = self.run, self.run.hparams["batch_size"], self.run.args["seed"]
+
+        def indices(i):
+            generator = torch.Generator().manual_seed(seed_hash(seed, "extra minibatches", i))
+            return iter(RandomSampler(
+                run.splits.in_[i], True, n * batch_size, generator=generator))
+
+        samplers = {i: indices(i) for i in run.training}
+        for k in range(n):
+            with forked_rng():
+                torch.manual_seed(seed_hash(seed, "extra augmentation", k))
+                minibatches = []
+                for i, sampler in samplers.items():
+                    x, y = zip(*(run.splits.in_[i][next(sampler)] for _ in range(batch_size)))
+                    minibatches.append(run.to_device((torch.stack(x), torch.tensor(y))))
+            yield minibatches
+
+
+def accuracy(run: Run, loader, kept: list | None = None) -> float:
+    """Share of the loader's images, in [0, 1], whose class `predict` finds.
+
+    A list that is given gathers each batch's (indices, labels, logits), on the CPU.
+    """
+    correct, total = 0, 0
+    run.algorithm.eval()
+    with torch.no_grad():
+        for batch in loader:
+            x, y = run.to_device(batch)
+            logits = run.algorithm.predict(x)
+            guess = logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0
+            correct = correct + (guess == y).sum()
+            total += len(y)
+            if kept is not None:
+                kept.append((loader.indices, batch[1], logits.float().cpu()))
+    run.algorithm.train()
+    return correct.item() / total
+
+
+def in_order(split, device) -> Iterator[tuple[Tensor, Tensor]]:
+    """A split's (x, y), 64 images at a time, not augmented; no random stream moves."""
+    for x, y in DataLoader(datasets.plain(split), batch_size=64, generator=torch.Generator()):
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def save_logits(path: Path, kept: dict[str, list[tuple]], keys: dict[str, list[int]]) -> None:

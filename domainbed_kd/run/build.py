@@ -1,0 +1,235 @@
+"""What a run is made of, made in DomainBed's order, since each part draws random numbers."""
+
+import contextlib
+import ctypes
+import platform
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from domainbed_kd import algorithms, averaging, datasets, hparams_registry
+from domainbed_kd.run import (
+    augmentation,
+    canonical_view,
+    image_cache,
+    loaders,
+    precision,
+    records,
+    splits,
+)
+from domainbed_kd.run.readers import Readers
+from domainbed_kd.seeds import seed_hash
+
+
+class Loaders(NamedTuple):
+    """Endless training and unlabeled loaders, and one-pass evaluation loaders by split."""
+
+    train: list
+    uda: list
+    evaluation: dict
+
+    def all(self) -> list:
+        """Every loader, in the order in which they were made."""
+        return [*self.train, *self.uda, *self.evaluation.values()]
+
+
+@dataclass
+class Run:
+    """One run: what it was asked for, and what was made of that."""
+
+    args: dict
+    hparams: dict
+    device: torch.device
+    dataset: datasets.MultipleDomainDataset
+    splits: splits.Splits
+    readers: Readers
+    loaders: Loaders
+    algorithm: nn.Module
+
+    @property
+    def folder(self) -> Path:
+        """Where it leaves its files."""
+        return Path(self.args["output_dir"])
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it runs in fast mode."""
+        return self.args.get("fast", False)
+
+    @property
+    def training(self) -> list[int]:
+        """The numbers of the training environments."""
+        return training_envs(self.dataset, self.args)
+
+    @property
+    def n_steps(self) -> int:
+        """How many updates it takes."""
+        return self.args["steps"] or self.dataset.N_STEPS
+
+    @property
+    def checkpoint_freq(self) -> int:
+        """How many updates are between two evaluations."""
+        return self.args["checkpoint_freq"] or self.dataset.CHECKPOINT_FREQ
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Inside, the precision is the run's."""
+        return precision.autocast(self.device, self.is_fast)
+
+    def to_device(self, batch) -> list:
+        """An (x, y) pair on the device; fast mode finishes there what it left of augmentation."""
+        x, y = (part.to(self.device, non_blocking=True) for part in batch)
+        return [augmentation.distorted(x) if self.is_fast and x.dtype == torch.uint8 else x, y]
+
+
+def build(args: dict, loader_processes: int | None = None, cache_folder: str | None = None) -> Run:
+    """Makes a run's parts, and prints what it is.
+
+    Args:
+        args: as `training.train` takes them.
+        loader_processes: likewise.
+        cache_folder: likewise.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError: if args, hparams or data do not fit.
+    """
+    keep_freed_memory()
+    hparams = choose_hparams(args)
+    records.print_settings("Environment", records.environment())
+    records.print_settings("Args", dict(sorted(args.items())))
+    records.print_settings("HParams", dict(sorted(hparams.items())))
+    seed_everything(args["seed"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = make_dataset(args, hparams, cache_folder)
+    parts = make_splits(dataset, args)
+    if loader_processes is None:
+        loader_processes = (min(torch.get_num_threads(), dataset.N_WORKERS)
+                            if device.type == "cuda" else 0)
+    readers = Readers(loader_processes)
+    load = make_loaders(dataset, parts, args, hparams, readers)
+    algorithm = make_algorithm(args, hparams, dataset).to(device)
+    if hparams.get("canonical_view"):
+        canonical_view.check(algorithm)
+    algorithm = precision.laid_out(algorithm, args.get("fast", False))
+    if args.get("compile"):
+        precision.compile_featurizer(algorithm)
+    return Run(args, hparams, device, dataset, parts, readers, load, algorithm)
+
+
+def choose_hparams(args: dict) -> dict:
+    """Defaults or a random draw, with --hparams merged on top.
+
+    Raises:
+        ValueError: if a fork's lack what every run needs.
+    """
+    if args["hparams_seed"] == 0:
+        hparams = hparams_registry.default_hparams(args["algorithm"], args["dataset"])
+    else:
+        hparams = hparams_registry.random_hparams(
+            args["algorithm"], args["dataset"],
+            seed_hash(args["hparams_seed"], args["trial_seed"]))
+    hparams = hparams_registry.override(hparams, args["hparams"])
+    if "batch_size" not in hparams:
+        raise ValueError(f"{args['algorithm']}: its hparams hold no batch_size, which every run "
+                         "needs. Pass --hparams '{\"batch_size\": 32}'.")
+    return hparams
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed for the next update: fresh pages from the system cost more."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global streams and makes cuDNN deterministic."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def make_dataset(args: dict, hparams: dict, cache_folder: str | None = None):
+    """The dataset, read through a cache of decoded images if a folder for it is given."""
+    dataset = datasets.get_dataset_class(args["dataset"])(
+        args["data_dir"], args["test_envs"], hparams)
+    if cache_folder:
+        image_cache.attach(dataset, Path(cache_folder))
+    if args.get("fast"):
+        augmentation.speed_up(dataset)
+    return dataset
+
+
+def training_envs(dataset, args: dict) -> list[int]:
+    """The numbers of the environments that are not held out."""
+    return [i for i in range(len(dataset)) if i not in args["test_envs"]]
+
+
+def make_splits(dataset, args: dict) -> splits.Splits:
+    """The run's splits.
+
+    Raises:
+        ValueError: if a test env does not exist, none is left for training, or a split is empty.
+    """
+    datasets.check_test_envs(args["dataset"], len(dataset), args["test_envs"])
+    made = splits.make_splits(dataset, args["test_envs"], args["trial_seed"],
+                              args["holdout_fraction"], args["uda_holdout_fraction"])
+    if args["task"] == "domain_adaptation" and not any(made.uda):
+        raise ValueError("Not enough unlabeled samples for domain adaptation. "
+                         "Pass --uda_holdout_fraction, for example 0.5.")
+    return made
+
+
+def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
+                 readers: Readers) -> Loaders:
+    """The loaders, made in DomainBed's order."""
+    uda = [split for split in parts.uda if split is not None]
+    in_weights, uda_weights = [None] * len(dataset), [None] * len(uda)
+    if hparams["class_balanced"]:
+        in_weights, uda_weights = [], []
+        for split, out_split, uda_split in zip(*parts):
+            in_weights.append(splits.class_weights(split))
+            splits.class_weights(out_split)  # not used, but it may draw random numbers
+            if uda_split is not None:
+                uda_weights.append(splits.class_weights(uda_split))
+
+    def infinite(split, weights):
+        return iter(loaders.InfiniteDataLoader(
+            split, weights, hparams["batch_size"], dataset.N_WORKERS, readers))
+
+    def one_pass(split):
+        return loaders.FastDataLoader(split, 64, dataset.N_WORKERS, readers)
+
+    train = [infinite(parts.in_[i], in_weights[i]) for i in training_envs(dataset, args)]
+    unlabeled = [infinite(split, weights) for split, weights in zip(uda, uda_weights)]
+    evaluation = {f"env{i}_{name}": one_pass(split)
+                  for name, group in (("in", parts.in_), ("out", parts.out), ("uda", uda))
+                  for i, split in enumerate(group)}
+    return Loaders(train, unlabeled, evaluation)
+
+
+def make_algorithm(args: dict, hparams: dict, dataset):
+    """The algorithm, which also learns through its hparams what it cannot know otherwise.
+
+    Class names, the training domains' names (never the test domain's), the number of steps and
+    how images were normalized are not hparams of the run and do not go on record.
+    """
+    training = training_envs(dataset, args)
+    context = {
+        "dataset": args["dataset"], "test_envs": args["test_envs"],
+        "total_steps": args["steps"] or dataset.N_STEPS,
+        "class_names": dataset.class_names, "normalization": dataset.NORMALIZATION}
+    if "teacher" in args:
+        context["teacher"] = args["teacher"]
+    if dataset.domain_names is not None:
+        context["domain_names"] = [dataset.domain_names[i] for i in training]
+    cls = averaging.averaged(
+        algorithms.get_algorithm_class(args["algorithm"]), hparams.get("averaging"))
+    return cls(dataset.input_shape, dataset.num_classes, len(training), context | hparams)

@@ -1,0 +1,96 @@
+"""Processes that read a run's images ahead of need."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+
+from domainbed_kd import machine
+from domainbed_kd.run.streams import Turn
+
+
+class Readers:
+    """Processes that read batches for all loaders of a run, no more than there are cores.
+
+    They start together when a loader first asks for a batch, and end on leaving `with`.
+
+    Args:
+        n: how many are wanted; with 0, loaders read in their own process.
+    """
+
+    def __init__(self, n: int):
+        self.n = min(n, machine.available())
+        self._datasets: list = []
+        self._pool: ProcessPoolExecutor | None = None
+        self._end: multiprocessing.connection.Connection | None = None
+
+    def __enter__(self) -> "Readers":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._pool:
+            if isinstance(error, ChildProcessError):
+                # It may have held the lock behind which the others would wait for ever.
+                self._end.send("a process is lost")
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def add(self, dataset) -> int:
+        """Makes a dataset known, before the first batch is asked for; returns its number."""
+        self._datasets.append(dataset)
+        return len(self._datasets) - 1
+
+    def read(self, number: int, turn: Turn, indices: list[int]) -> Future:
+        """What `turn` reads of a dataset, as soon as a process is free."""
+        if self._pool is None:
+            # In a sweep's warm worker the default is a server of its own, which imports torch anew.
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+            ended, self._end = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(
+                self.n, context, initializer=_begin_to_read, initargs=(self._datasets, ended))
+        with loss_said():
+            return self._pool.submit(_read_for_another, number, turn, indices)
+
+
+@contextlib.contextmanager
+def loss_said() -> Iterator[None]:
+    """Inside, a reading process that ends early is reported in a line.
+
+    Raises:
+        ChildProcessError: instead of the pool's own error.
+    """
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "A loader process ended early. The same command goes on from the run's last state; if "
+            "memory ran out, pass a smaller --loader_processes or batch_size.") from error
+
+
+_datasets: list = []  # in a reading process: what can be asked for
+
+
+def _begin_to_read(datasets: list, ended: multiprocessing.connection.Connection) -> None:
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the run saves its state first, and needs batches
+    threading.Thread(target=_end_with_others, args=[ended], daemon=True).start()
+    _datasets[:] = datasets
+
+
+def _end_with_others(ended: multiprocessing.connection.Connection) -> None:
+    """Ends this process when its run has ended, or another process that reads has."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel, ended])
+    os._exit(1)
+
+
+def _read_for_another(number: int, turn: Turn, indices: list[int]) -> tuple:
+    return turn.read(_datasets[number], indices)

@@ -1,0 +1,117 @@
+"""Which images a run trains on and which it is validated on: DomainBed's splits, to the item."""
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from domainbed_kd.seeds import seed_hash
+
+
+def is_tensors(dataset) -> bool:
+    """Whether a dataset's items are slices of tensors, so that reading one draws nothing."""
+    return type(dataset).__getitem__ is TensorDataset.__getitem__
+
+
+class SplitDataset:
+    """The items of a dataset at `keys`, read when they are asked for.
+
+    A split of a split refers to the dataset itself: `underlying_dataset` is never a split.
+    """
+
+    def __init__(self, dataset, keys: list[int], name: str):
+        if isinstance(dataset, SplitDataset):
+            keys = [dataset.keys[key] for key in keys]
+            dataset = dataset.underlying_dataset
+        self.underlying_dataset = dataset
+        self.keys = keys
+        self.name = name
+
+    def __getitem__(self, index):
+        return self.underlying_dataset[self.keys[index]]
+
+    def __len__(self):
+        return len(self.keys)
+
+
+class Splits(NamedTuple):
+    """Per environment: the in-split, the out-split, and unlabeled images or None."""
+
+    in_: list
+    out: list
+    uda: list
+
+
+def split_dataset(dataset, n: int, seed: int = 0, names: tuple[str, str] = ("", "")) -> tuple:
+    """Two views of a dataset, shuffled by `seed`: `n` items and the others.
+
+    Args:
+        dataset: any map-style dataset.
+        n: the size of the first view.
+        seed: of the shuffle.
+        names: what messages call the two.
+
+    Raises:
+        ValueError: if n is negative or more than there are.
+    """
+    if not 0 <= n <= len(dataset):
+        raise ValueError(f"Cannot split {n} items off a dataset of {len(dataset)}. "
+                         "Fractions must be between 0 and 1.")
+    keys = list(range(len(dataset)))
+    np.random.RandomState(seed).shuffle(keys)
+    return SplitDataset(dataset, keys[:n], names[0]), SplitDataset(dataset, keys[n:], names[1])
+
+
+def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction: float,
+                uda_holdout_fraction: float = 0) -> Splits:
+    """The splits of every environment, as DomainBed makes them.
+
+    The out-split is `holdout_fraction` of an environment. Of a test environment's in-split,
+    `uda_holdout_fraction` is set apart as unlabeled images; even a fraction of 0 reorders it.
+
+    Raises:
+        ValueError: if an in-split or out-split is empty.
+    """
+    splits = Splits([], [], [])
+    for i, env in enumerate(dataset):
+        seed = seed_hash(trial_seed, i)
+        names = f"The out-split of environment {i}", f"The in-split of environment {i}"
+        out, in_ = split_dataset(env, int(len(env) * holdout_fraction), seed, names)
+        uda = None
+        if i in test_envs:
+            names = f"The unlabeled split of environment {i}", names[1]
+            uda, in_ = split_dataset(in_, int(len(in_) * uda_holdout_fraction), seed, names)
+        for split in (out, in_):
+            if len(split) == 0:
+                raise ValueError(
+                    f"{split.name} is empty: it has {len(env)} images, --holdout_fraction is "
+                    f"{holdout_fraction}, --uda_holdout_fraction {uda_holdout_fraction}. "
+                    "Choose other fractions.")
+        splits.in_.append(in_)
+        splits.out.append(out)
+        splits.uda.append(uda or None)
+    return splits
+
+
+def class_weights(split) -> Tensor:
+    """A weight per item, float32 (N,), sum 1: classes weigh the same, and so do a class's items.
+
+    Like DomainBed, this reads every image where reading one draws random numbers (augmented
+    images), so that the same numbers are drawn; elsewhere labels are looked up.
+    """
+    labels = _labels(split)
+    counts = Counter(labels)
+    return torch.tensor([1 / (counts[y] * len(counts)) for y in labels])
+
+
+def _labels(split) -> list[int]:
+    dataset = split.underlying_dataset
+    if is_tensors(dataset):
+        return dataset.tensors[1][split.keys].tolist()
+    augmented = getattr(dataset, "transform", None) is not getattr(dataset, "plain_transform", None)
+    if hasattr(dataset, "targets") and not augmented:
+        return [dataset.targets[key] for key in split.keys]
+    return [int(split[i][1]) for i in range(len(split))]
