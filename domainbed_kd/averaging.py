@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from domainbed_kd import networks
+
 
 def add_to_mean(mean: dict[str, Tensor], new: dict[str, Tensor], n: float) -> None:
     """Turns, in place, the mean of n - 1 state dicts into that of n; integers become the new's."""
@@ -34,7 +36,7 @@ def add_to_mean(mean: dict[str, Tensor], new: dict[str, Tensor], n: float) -> No
             mean[name].copy_(tensor)
 
 
-class MovingAverage(nn.Module):
+class MovingAverage(networks.CountsOnCPU):
     """The uniform mean of a network's weights after updates `start`, `start` + 1, ...
 
     Updates count from 1; until `start` it is the live network; with 0 the mean begins with what
@@ -397,7 +399,7 @@ def averaged(algorithm_class: type, kind: str | None) -> type:
         return algorithm_class
     if kind not in KINDS:
         raise ValueError(f"hparams['averaging'] is {kind!r}; known are {', '.join(KINDS)}.")
-    if getattr(algorithm_class, "averages_weights", False):
+    if algorithm_class.averages_weights:
         raise ValueError(
             f"{algorithm_class.__name__} averages its weights already: leave out the hparam "
             f"'averaging' ({kind!r}).")

@@ -93,7 +93,7 @@ def random_hparams(algorithm: str, dataset: str, seed: int) -> dict:
 
 def _brought(algorithm: str):
     """The function of (dataset, seed) with which a fork's algorithm brings its fork's hparams."""
-    return getattr(algorithms.get_algorithm_class(algorithm), "all_hparams", None)
+    return algorithms.get_algorithm_class(algorithm).all_hparams
 
 
 def override(hparams: dict, text: str | None) -> dict:

@@ -120,6 +120,21 @@ class Frozen(nn.Module):
         return self
 
 
+class CountsOnCPU(nn.Module):
+    """A module whose counters stay on the CPU, so that reading one never waits for a GPU.
+
+    Counters are its own buffers of one integer or truth value, such as the number of updates.
+    """
+
+    def _apply(self, fn, recurse=True):
+        counters = {name: buffer for name, buffer in self._buffers.items()
+                    if buffer is not None and buffer.numel() == 1
+                    and not buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        self._buffers.update(counters)
+        return self
+
+
 class MLP(nn.Module):
     """mlp_depth linear layers (2 or more), mlp_width wide: (B, n_inputs) -> (B, n_outputs)."""
 

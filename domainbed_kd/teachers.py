@@ -134,7 +134,7 @@ def audit(algorithm: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
     Raises:
         ValueError: if the teacher is near chance, or its classes are in another order.
     """
-    if not hasattr(algorithm, "teacher_logits") or getattr(algorithm, "warm_up_left", 0):
+    if not algorithm.teacher_is_ready():
         return None
     confusion = 0
     for x, y in batches:

@@ -73,14 +73,14 @@ def canonical_name(name: str) -> str:
 def display_name(name: str) -> str:
     """The name that tables show: the class's `display_name` or, without one, its own; no torch."""
     if name in _REGISTERED:
-        return getattr(_REGISTERED[name], "display_name", None) or name
+        return _REGISTERED[name].display_name or name
     return _DISPLAY_NAMES.get(name, name)
 
 
 def learns_from_run(name: str) -> bool:
     """Whether a finished ERM run is to be given to an algorithm as its teacher."""
     if name in _REGISTERED:
-        return getattr(_REGISTERED[name], "learns_from_run", False)
+        return _REGISTERED[name].learns_from_run
     return name in _TAUGHT
 
 

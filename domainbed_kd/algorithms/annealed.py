@@ -1,7 +1,5 @@
 """What methods share whose penalty sets in later, with a fresh optimiser."""
 
-import torch
-
 from domainbed_kd.algorithms.erm import ERM
 
 
@@ -13,7 +11,7 @@ class Annealed(ERM):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.register_buffer("update_count", torch.tensor([0]))
+        self.count_updates(shape=(1,))
 
     def has_begun(self, annealed_at: float, lr: float | None = None) -> bool:
         """Whether this update, counted from 0, is `annealed_at` or later.

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from domainbed_kd import networks
+from domainbed_kd.datasets import MultipleDomainDataset
+
 
 def fixed(value) -> tuple:
     """A search-space entry that every draw leaves at `value`."""
@@ -61,11 +64,18 @@ def forked_rng() -> Iterator[None]:
         yield
 
 
-class Algorithm(nn.Module):
+def detached(**terms: Tensor | float) -> dict[str, Tensor | float]:
+    """What an update returns of these: tensors without gradient, which later steps do not move."""
+    return {name: term.detach().clone() if isinstance(term, Tensor) else term
+            for name, term in terms.items()}
+
+
+class Algorithm(networks.CountsOnCPU):
     """A domain-generalization algorithm.
 
     A subclass sets `self.network` (the part that `predict` runs and that is averaged) and
-    `self.optimizer`, and implements `update` and `predict`.
+    `self.optimizer`, and implements `update` and `predict`. What else the package asks of a
+    method is declared below, with the answer of a method that says nothing.
 
     Raises:
         ValueError: if an hparam is not what `takes` says.
@@ -75,12 +85,21 @@ class Algorithm(nn.Module):
     display_name: str | None = None
     #: True if only a run's last record counts in model selection (SWAD), not its best.
     selects_last = False
-    #: Updates that no average of its weights takes in, as the student is not yet what it will be.
+    #: True if it predicts with an average of its weights, so that none can be put on top.
+    averages_weights = False
+    #: Updates that such an average leaves out, as the student is not yet what it will be.
     averages_after = 0
-    #: True if DomainBed's numbers hold a defect, which the hparam `mended`: true mends.
+    #: True if DomainBed's numbers hold a defect, which the hparam `mended`: true fixes.
     mends = False
-    #: Why its teacher has to see what the student sees, if it has to; see canonical_view.
+    #: True if the sweep trains a teacher for it first: ERM with default hparams.
+    learns_from_run = False
+    #: Why its teacher must see the student's augmented images, if it must; see canonical_view.
     needs_same_view: str | None = None
+    #: What its teacher makes of the student's images: x (B, C, H, W) -> logits (B, num_classes);
+    #: None if it has no teacher. The teacher itself is `self.teacher`.
+    teacher_logits: Callable[[Tensor], Tensor] | None = None
+    #: (dataset, seed or None) -> all hparams, for a fork's method whose fork states them.
+    all_hparams: Callable[[str, int | None], dict] | None = None
     #: What hparams take that do not take every value of their default's kind.
     takes: dict[str, Takes] = {
         "lr": at_least(0), "weight_decay": at_least(0), "resnet_dropout": between(0, 1),
@@ -94,6 +113,22 @@ class Algorithm(nn.Module):
                     f"{self.display_name or type(self).__name__}: {name} is {hparams[name]!r}; it "
                     f"takes {takes.words}.")
         self.hparams = hparams
+
+    @property
+    def total_steps(self) -> int:
+        """How many updates the run takes; DomainBed's number where a fork does not tell."""
+        return self.hparams.get("total_steps", MultipleDomainDataset.N_STEPS)
+
+    def count_updates(self, shape: tuple = ()) -> None:
+        """Declares the buffer `update_count`, 0 at first, which survives a restart.
+
+        The method adds 1 in `update`. DomainBed's methods have it in shape (1,).
+        """
+        self.register_buffer("update_count", torch.zeros(shape, dtype=torch.long))
+
+    def teacher_is_ready(self) -> bool:
+        """Whether `teacher_logits` can be called: there is a teacher, and it is trained."""
+        return self.teacher_logits is not None
 
     @staticmethod
     def search_space(dataset: str) -> dict:
@@ -111,7 +146,8 @@ class Algorithm(nn.Module):
             unlabeled: None, or one x per test domain (task domain_adaptation).
 
         Returns:
-            dict[str, float]: `loss` and each of its terms before weighting.
+            `loss` and each of its terms before weighting, by name: floats or, so that no step
+            waits for a GPU, tensors of one number without gradient.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement update().")
 
@@ -145,10 +181,15 @@ class Algorithm(nn.Module):
             weight_decay=self.hparams["weight_decay"] if weight_decay is None else weight_decay,
             **options)
 
-    def descend(self, loss: Tensor, **terms: Tensor | float) -> dict[str, float]:
-        """One step of `self.optimizer` on the loss; returns the loss and its terms as floats."""
+    def sgd(self, *modules: nn.Module) -> torch.optim.SGD:
+        """SGD with momentum 0.9 over the modules' parameters at the run's lr and decay."""
+        parameters = [p for module in modules for p in module.parameters()]
+        return torch.optim.SGD(parameters, self.hparams["lr"], momentum=0.9,
+                               weight_decay=self.hparams["weight_decay"])
+
+    def descend(self, loss: Tensor, **terms: Tensor | float) -> dict[str, Tensor | float]:
+        """One step of `self.optimizer` on the loss; returns the loss and its terms."""
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return {name: term.item() if isinstance(term, Tensor) else term
-                for name, term in {"loss": loss, **terms}.items()}
+        return detached(loss=loss, **terms)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from domainbed_kd.algorithms.base import detached
 from domainbed_kd.algorithms.erm import ERM
 from domainbed_kd.losses import moment_distance
 
@@ -42,4 +43,4 @@ class CORAL(ERM):
                    for f, (_, y) in zip(features, minibatches)) / len(minibatches)
         penalty = self.penalty(features)
         self.descend(loss + self.hparams["mmd_gamma"] * penalty)
-        return {"loss": loss.item(), "penalty": penalty.item()}
+        return detached(loss=loss, penalty=penalty)

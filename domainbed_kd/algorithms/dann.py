@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import datasets, networks
-from domainbed_kd.algorithms.base import Algorithm, fixed
+from domainbed_kd.algorithms.base import Algorithm, detached, fixed
 
 
 def gradient_penalty(logits: Tensor, domains: Tensor, features: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class DANN(Algorithm):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.register_buffer("update_count", torch.tensor([0]))
+        self.count_updates(shape=(1,))
         self.featurizer = networks.Featurizer(input_shape, hparams)
         self.classifier = networks.Classifier(
             self.featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
@@ -105,12 +105,12 @@ class DANN(Algorithm):
         if self.update_count.item() % (1 + n_turns) < n_turns:
             disc_loss.backward()
             self.disc_opt.step()
-            return {"disc_loss": disc_loss.item()}
+            return detached(disc_loss=disc_loss)
         classify = F.cross_entropy(self.classifier(features), y)
         gen_loss = classify - self.hparams["lambda"] * disc_loss
         gen_loss.backward()
         self.gen_opt.step()
-        return {"gen_loss": gen_loss.item()}
+        return detached(gen_loss=gen_loss)
 
     def predict(self, x):
         """Logits (B, C) of images (B, ...)."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from domainbed_kd import averaging
+from domainbed_kd.algorithms.base import detached
 from domainbed_kd.algorithms.erm import ERM
 
 AVERAGED_FROM = 599  # the update, from 1, whose weights are the first in the average
@@ -49,7 +50,7 @@ class ERMPlusPlus(ERM):
         loss.backward()
         optimizer.step()
         self._average(x)
-        return {"loss": loss.item()}
+        return detached(loss=loss)
 
     @torch.no_grad()
     def _average(self, x):

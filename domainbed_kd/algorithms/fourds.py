@@ -280,8 +280,8 @@ class FourDs(Taught):
         if hparams["fourds_protocol"] == "target":
             hparams = {**hparams, "test_envs": None}  # those that the teacher saw may be among them
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.register_buffer("update_count", torch.tensor(0))
-        self.steps = max(1, hparams.get("total_steps", 5001) - int(self.warm_up_left))
+        self.count_updates()
+        self.steps = max(1, self.total_steps - int(self.warm_up_left))
         given = isinstance(self.teacher, networks.Frozen)
         self.adapters = None
         if given and isinstance(self.teacher.module, nn.Identity):
@@ -341,7 +341,7 @@ class FourDs(Taught):
         guesses = self.pseudo_labels(unlabeled)
         batches = [*minibatches] if self.hparams["fourds_source"] else []
         x, y = (torch.cat(part) for part in zip(*batches, (unlabeled, guesses)))
-        share = (guesses != UNKNOWN).float().mean().item()
+        share = (guesses != UNKNOWN).float().mean()
         return self.distill(x, y) | {"pseudo_labels": share}
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from domainbed_kd.algorithms.base import detached
 from domainbed_kd.algorithms.erm import ERM
 
 
@@ -40,4 +41,4 @@ class IGA(ERM):
         mean = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
         penalty = gradient_spread(gradients, mean)
         self.descend(loss + self.hparams["penalty"] * penalty)
-        return {"loss": loss.item(), "penalty": penalty.item()}
+        return detached(loss=loss, penalty=penalty)

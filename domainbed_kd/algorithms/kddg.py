@@ -102,7 +102,7 @@ class KDDG(Taught):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.register_buffer("update_count", torch.tensor(0))
+        self.count_updates()
         self.register_buffer("weight_distance", torch.tensor(0.0))
 
     def distill(self, x, y):
@@ -131,7 +131,7 @@ class KDDG(Taught):
         if not self.hparams["kddg_weight_distance"]:
             return self.descend(loss, **terms)
         before = [p.detach().clone() for p in self.network.parameters()]
-        values = self.descend(loss, **terms)
+        found = self.descend(loss, **terms)
         with torch.no_grad():
             self.weight_distance += distance(before, self.network.parameters())
-        return values | {"weight_distance": self.weight_distance.item()}
+        return found | {"weight_distance": self.weight_distance.clone()}

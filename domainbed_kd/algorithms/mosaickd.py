@@ -26,7 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks, teachers
-from domainbed_kd.algorithms.base import above, at_least, fixed, forked_rng, one_of, or_null
+from domainbed_kd.algorithms.base import (
+    above,
+    at_least,
+    detached,
+    fixed,
+    forked_rng,
+    one_of,
+    or_null,
+)
 from domainbed_kd.algorithms.taught import Taught
 from domainbed_kd.losses import kd_loss
 
@@ -172,7 +180,7 @@ class MosaicKD(Taught):
                 input_shape, hparams["mosaic_z_dim"], hparams["mosaic_width"])
             self.discriminator = patch_discriminator(input_shape, hparams["mosaic_width"])
             self.register_buffer("noise_seed", torch.randint(2**62, ()))
-        self.register_buffer("update_count", torch.tensor(0))
+        self.count_updates()
         for name, values in zip(("mean", "std"), teachers.normalization(hparams, input_shape)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
@@ -183,9 +191,7 @@ class MosaicKD(Taught):
         if hparams["mosaic_kd"]:
             annealed += [self.generator_optimizer, self.discriminator_optimizer]
         if hparams["mosaic_student_optimizer"] == "sgd":
-            self.optimizer = torch.optim.SGD(
-                self.network.parameters(), hparams["lr"], momentum=0.9,
-                weight_decay=hparams["weight_decay"])
+            self.optimizer = self.sgd(self.network)
             annealed.append(self.optimizer)
         steps = hparams.get("total_steps", 0)  # a fork does not tell: no annealing there
         self.schedulers = [
@@ -229,7 +235,8 @@ class MosaicKD(Taught):
             values = self._play(real, noise)
             steps = [self._learn(x, y, real, logits, noise)
                      for _ in range(hparams["mosaic_kd_steps"])]
-            values |= {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+            values |= {name: sum(step[name].double() for step in steps) / len(steps)
+                       for name in steps[0]}
         self.update_count += 1
         for scheduler in self.schedulers:
             scheduler.step()
@@ -270,8 +277,7 @@ class MosaicKD(Taught):
         # Only its own: the other players' gradients are neither needed nor to be left behind.
         loss_g.backward(inputs=list(self.generator.parameters()))
         self.generator_optimizer.step()
-        return {name: term.item()
-                for name, term in {"loss_d": loss_d, "loss_g": loss_g, **terms}.items()}
+        return detached(loss_d=loss_d, loss_g=loss_g, **terms)
 
     def _learn(self, x, y, real=None, real_logits=None, noise=None):
         """One step of the student: on the teacher's predictions, on the labels, or on both."""

@@ -171,9 +171,8 @@ class RISE(Algorithm):
     def _optimizer(self):
         if self.hparams["rise_optimizer"] == "adam":
             return self.adam(self.network)
-        sgd = torch.optim.SGD(self.network.parameters(), self.hparams["lr"], momentum=0.9,
-                              weight_decay=self.hparams["weight_decay"])
-        steps = int(0.8 * self.hparams.get("total_steps", 5001))  # 0.8: the authors' drop
+        sgd = self.sgd(self.network)
+        steps = int(0.8 * self.total_steps)  # 0.8: the authors' drop
         self.scheduler = torch.optim.lr_scheduler.StepLR(sgd, max(1, steps), gamma=0.1)
         return sgd
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm
+from domainbed_kd.algorithms.base import Algorithm, detached
 
 
 def randomize_style(features: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class SagNet(Algorithm):
         style = self.network_s(randomize_content(self.network_f(x)))
         loss_adv = self.hparams["sag_w_adv"] * -F.log_softmax(style, dim=1).mean()
         self._step(loss_adv, self.optimizer_f)
-        return {"loss_c": loss_c.item(), "loss_s": loss_s.item(), "loss_adv": loss_adv.item()}
+        return detached(loss_c=loss_c, loss_s=loss_s, loss_adv=loss_adv)
 
     def predict(self, x):
         """Logits (B, C) of images (B, ...), their style as it is."""

@@ -34,7 +34,7 @@ class SANDMask(ANDMask):
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         # Nothing reads it; DomainBed's checkpoints have it.
-        self.register_buffer("update_count", torch.tensor([0]))
+        self.count_updates(shape=(1,))
 
     def mask(self, gradients):
         """A weight in [0, 1] for each entry (...) of the domains' gradients (D, ...)."""

@@ -86,16 +86,16 @@ class SCMD(ERM):
         self.optimizer.add_param_group({
             "params": [self.log_scale], "lr": 1e-4,
             "weight_decay": hparams["weight_decay"] if published else 0})
-        self.register_buffer("update_count", torch.tensor(0))
+        self.count_updates()
         start = hparams["scmd_sma_start"]
         if start is None:
-            start = 300 if published else max(1, round(0.06 * hparams.get("total_steps", 5001)))
+            start = 300 if published else max(1, round(0.06 * self.total_steps))
         # The authors fold update `start` into a copy of the one before it.
         self.average = averaging.MovingAverage(self.network, start - 1)
 
     def selects(self) -> bool:
         """Whether the next update keeps only the hardest samples."""
-        steps = self.hparams.get("total_steps", 5001) - 1
+        steps = self.total_steps - 1
         if self.hparams["scmd_published"]:
             steps = 5000
         return bool(self.update_count <= int(steps * (1 - self.hparams["scmd_last_k"])))
@@ -131,7 +131,7 @@ class SCMD(ERM):
         if self.hparams["scmd_sma"]:
             self.average.update(self.network)
         self.update_count += 1
-        return values | {"selected": len(y) / n_rows, "scale": self.log_scale.exp().item()}
+        return values | {"selected": len(y) / n_rows, "scale": self.log_scale.detach().exp()}
 
     def teacher_logits(self, x):
         """CLIP's zero-shot logits (B, C) of the student's images."""

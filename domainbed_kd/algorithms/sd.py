@@ -7,6 +7,7 @@ https://arxiv.org/abs/2011.09468 (spectral decoupling).
 import torch
 import torch.nn.functional as F
 
+from domainbed_kd.algorithms.base import detached
 from domainbed_kd.algorithms.erm import ERM
 
 
@@ -25,4 +26,4 @@ class SD(ERM):
         loss = F.cross_entropy(logits, y)
         penalty = logits.square().mean()
         self.descend(loss + self.hparams["sd_reg"] * penalty)
-        return {"loss": loss.item(), "penalty": penalty.item()}
+        return detached(loss=loss, penalty=penalty)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from domainbed_kd import networks, teachers
-from domainbed_kd.algorithms.base import at_least, fixed, forked_rng, or_null
+from domainbed_kd.algorithms.base import at_least, detached, fixed, forked_rng, or_null
 from domainbed_kd.algorithms.erm import ERM
 
 
@@ -23,7 +23,6 @@ class Taught(ERM):
         FileNotFoundError, ValueError: as `Algorithm` and `teachers.given`.
     """
 
-    #: The sweep trains this algorithm's teacher, ERM with default hparams, before it.
     learns_from_run = True
     takes = ERM.takes | {"teacher_steps": or_null(at_least(0))}
 
@@ -45,7 +44,7 @@ class Taught(ERM):
         self.teacher_optimizer = self.adam(self.teacher)
         steps = hparams["teacher_steps"]
         if steps is None:
-            steps = hparams.get("total_steps", 5001) // 5
+            steps = self.total_steps // 5
         self.averages_after = steps  # until then the student stands still
         self.warm_up_left.fill_(steps)
 
@@ -73,11 +72,15 @@ class Taught(ERM):
         self.teacher_optimizer.step()
         self.warm_up_left -= 1
         self.train(self.training)
-        return {"loss": loss.item(), "teacher_loss": loss.item()}
+        return detached(loss=loss, teacher_loss=loss)
 
     def distill(self, x, y):
         """One step of the student on images (B, ...) and labels (B,); returns what to log."""
         raise NotImplementedError(f"{type(self).__name__} does not implement distill().")
+
+    def teacher_is_ready(self):
+        """Whether the teacher has warmed up, if it had to."""
+        return not self.warm_up_left
 
     @torch.no_grad()
     def teacher_logits(self, x):

@@ -52,7 +52,7 @@ class CanonicalViews:
                  folder: Path | None = None, key: str = ""):
         self.splits = splits
         self.outputs = {}  # by teacher, an array (N, D) for each split
-        if getattr(algorithm, "warm_up_left", 0):
+        if algorithm.teacher_logits is not None and not algorithm.teacher_is_ready():
             raise ValueError(f"{type(algorithm).__name__}: canonical_view needs a teacher that is "
                              "trained already. Name one: --teacher FOLDER.")
         for teacher in _teachers(algorithm):

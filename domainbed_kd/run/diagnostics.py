@@ -110,8 +110,7 @@ class Diagnostics:
 
     def _of_domains(self) -> dict:
         found, features, classes, domains = {}, [], [], []
-        taught = (hasattr(self.algorithm, "teacher_logits")
-                  and not getattr(self.algorithm, "warm_up_left", 0))
+        taught = self.algorithm.teacher_is_ready()
         for i, split in enumerate(self.out_splits):
             seen = defaultdict(list)
             for x, y in itertools.islice(self.read(split), MOST_BATCHES):
