@@ -156,9 +156,16 @@ def audit_confusion(confusion: Tensor) -> str | None:
 
     Classes count as being in another order if each label's most frequent guess is another's own,
     and reading the guesses so adds more than 0.2 to the accuracy. Chance is 1 / C; a teacher is
-    near it if less than 3 standard errors of a guesser's accuracy above.
+    near it if less than 3 standard errors of a guesser's accuracy above, but never if it is more
+    than halfway from chance to 1. Of images so few that 3 standard errors lead beyond 1, nothing
+    is concluded.
     """
     n_classes, n_images = len(confusion), confusion.sum().item()
+    chance = 1 / n_classes
+    bound = chance + 3 * (chance * (1 - chance) / n_images) ** 0.5
+    if bound > 1:
+        return None
+    bound = min(bound, (1 + chance) / 2)
     accuracy = confusion.trace().item() / n_images
     labels = confusion.sum(dim=1).nonzero().flatten()
     count, guess = confusion[labels].max(dim=1)
@@ -169,8 +176,6 @@ def audit_confusion(confusion: Tensor) -> str | None:
         return (f"has its classes in another order: it says {order}. In the labels' order it "
                 f"would be right on {accuracy + gain:.0%} of the training domains' validation "
                 f"images, not {accuracy:.0%}.")
-    chance = 1 / n_classes
-    bound = chance + 3 * (chance * (1 - chance) / n_images) ** 0.5
     if accuracy < bound:
         return (f"is near chance: right on {accuracy:.1%} of {n_images} validation images of the "
                 f"training domains, where guessing gives {chance:.1%} and {bound:.1%} is asked "

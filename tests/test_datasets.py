@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 import struct
 import subprocess
@@ -529,3 +530,56 @@ def test_spawrious_names_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no images in .*0/dirt/bulldog") as error:
         datasets.SpawriousO2O_easy(tmp_path, [0], AUGMENTED)
     assert one_line(error)
+
+
+# Images of other depths than 8 bits.
+
+
+def loaded(path):
+    return np.asarray(datasets.load_image(str(path)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_grey_of_16_bits_is_scaled_to_8_by_257(tmp_path, suffix):
+    grey = np.array([[0, 128, 257, 300], [65535, 32896, 65406, 129]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / f"x.{suffix}")
+    expected = np.floor(grey / 257 + 0.5).astype(np.uint8)  # 65,535 is 255 * 257
+    found = loaded(tmp_path / f"x.{suffix}")
+    assert found.shape == (2, 4, 3) and found.dtype == np.uint8
+    for channel in range(3):
+        np.testing.assert_array_equal(found[..., channel], expected)
+    assert expected.min() == 0 and expected.max() == 255 and len(np.unique(expected)) >= 5
+
+
+@pytest.mark.parametrize("dtype, kind", [(np.float32, "floats"), (np.int32, "integers of 32")])
+def test_values_without_a_range_are_refused_in_a_line(tmp_path, dtype, kind):
+    Image.fromarray(np.arange(12).reshape(3, 4).astype(dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=f"x.tif holds {kind}.* Convert it to 8 or 16") as error:
+        loaded(tmp_path / "x.tif")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_pixels_of_8_bits_are_those_that_domainbed_reads(tmp_path, mode, suffix):
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (9, 7, 3)).astype(np.uint8))
+    if (mode, suffix) == ("CMYK", "png"):
+        pytest.skip("PNG has no CMYK")
+    noise.convert(mode).save(tmp_path / f"x.{suffix}")
+    with Image.open(tmp_path / f"x.{suffix}") as image:  # as torchvision's ImageFolder does
+        np.testing.assert_array_equal(loaded(tmp_path / f"x.{suffix}"), image.convert("RGB"))
+
+
+def test_rotation_by_exif_is_not_applied_as_in_domainbed(tmp_path):
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees to show
+    image.save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(loaded(tmp_path / "x.png"), np.asarray(image))
+
+
+def test_a_fifo_in_place_of_an_image_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(OSError, match="Not a regular file") as error:
+        loaded(tmp_path / "x.png")
+    assert error.value.filename == str(tmp_path / "x.png")

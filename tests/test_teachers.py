@@ -697,6 +697,31 @@ def test_near_chance_means_less_than_three_standard_errors_above_it():
     assert teachers.audit_confusion(confusion(33)) is None
 
 
+@pytest.mark.parametrize("n_classes", [2, 3, 7])
+@pytest.mark.parametrize("per_class", [1, 2, 3, 5, 20])
+def test_a_perfect_teacher_passes_however_few_images_there_are(n_classes, per_class):
+    assert teachers.audit_confusion(per_class * torch.eye(n_classes, dtype=torch.long)) is None
+
+
+def test_of_too_few_images_nothing_is_concluded_and_halfway_to_perfect_is_enough():
+    # Two classes: 0.5 + 3 * 0.5 / sqrt(n) is 1 at 9 images.
+    guesses = torch.tensor([[0, 3], [3, 0]])
+    assert teachers.audit_confusion(guesses) is None
+    assert "another order" in teachers.audit_confusion(2 * guesses)
+    # 12 images: 0.93 would be asked for, so halfway between chance and 1 is: 9 of 12.
+    assert "near chance" in teachers.audit_confusion(torch.tensor([[4, 2], [2, 4]]))
+    assert teachers.audit_confusion(torch.tensor([[5, 1], [2, 4]])) is None
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_kddg_learns_from_a_run_on_debug28_whose_labels_are_noise(tmp_path, seed):
+    flags = ["--dataset", "Debug28", "--test_envs", "0", "--steps", "2", "--seed", str(seed),
+             "--hparams", '{"batch_size": 4}']
+    train.main([*flags, "--algorithm", "ERM", "--output_dir", str(tmp_path / "teacher")])
+    assert train.main([*flags, "--algorithm", "KDDG", "--teacher", str(tmp_path / "teacher"),
+                       "--output_dir", str(tmp_path / "student")]) == 0
+
+
 def test_a_weak_teacher_of_unequal_classes_is_not_taken_for_one_in_another_order():
     """As zero-shot CLIP on camera traps: most images are of a class that it takes for another."""
     confusion = torch.tensor([[5, 95, 0, 0], [0, 20, 0, 0], [0, 10, 10, 0], [0, 10, 0, 30]])

@@ -22,7 +22,8 @@ class ImageFolders(MultipleDomainDataset):
     """Images in `<data_dir>/FOLDER/<domain>/<class>/`, domains and classes in the order of names.
 
     Side in pixels: `hparams["image_size"]`, 224 if absent. Training domains are augmented if
-    `hparams["data_augmentation"]` says so.
+    `hparams["data_augmentation"]` says so. Files hold 8 bits per channel, or 16 bits of grey,
+    which are scaled. EXIF rotation is not applied, as in DomainBed.
 
     Raises:
         FileNotFoundError: if the folder, its domains or its images are not there.

@@ -1,11 +1,16 @@
 """How an image becomes a tensor: reading, DomainBed's transforms, and images listed by path."""
 
+import io
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def load_image(path: str, whole: bool = False):
-    """The image as RGB; a truncated file gives what there is of it, as in DomainBed.
+    """The image as 8-bit RGB; a truncated file gives what there is of it, as in DomainBed.
+
+    Grey values of 16 bits are divided by 257, so that 0 is black and 65,535 white; DomainBed clips
+    them at 255. As there, a rotation that the file's EXIF data ask for is not applied.
 
     Args:
         path: of the file.
@@ -13,15 +18,19 @@ def load_image(path: str, whole: bool = False):
 
     Raises:
         FileNotFoundError: if the file has been taken away since the folder was listed.
-        OSError: if the system does not let it be read.
-        ValueError: if the file is not an image, or not all of one.
+        OSError: if the system does not let it be read, or it is not a regular file.
+        ValueError: if the file is not an image, or not all of one, or its values have no range.
     """
     from PIL import Image, ImageFile
 
+    from domainbed_kd.folder import files
+
     ImageFile.LOAD_TRUNCATED_IMAGES = not whole
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with io.BufferedReader(files.open_regular(path)) as file, Image.open(file) as image:
+            if (rgb := _as_rgb(image)) is not None:
+                return rgb
+            mode = image.mode
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there any more. Put the images back: the same "
                                 "command goes on from the run's last state.") from None
@@ -30,6 +39,20 @@ def load_image(path: str, whole: bool = False):
             error.filename = str(path)
             raise
         raise ValueError(f"{path} cannot be read as an image. Replace it.") from error
+    kind = "floats" if mode == "F" else "integers of 32 bits"
+    raise ValueError(f"{path} holds {kind}, and nothing says which is white. Convert it to 8 or "
+                     "16 bits per channel.")
+
+
+def _as_rgb(image):
+    """A Pillow image as RGB; None if its values have no range of their own."""
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+        import numpy as np
+        from PIL import Image
+
+        grey = (np.asarray(image, dtype=np.uint32) + 128) // 257
+        image = Image.fromarray(grey.astype(np.uint8))
+    return None if image.mode in ("I", "F") else image.convert("RGB")
 
 
 def image_size(hparams) -> int:
