@@ -257,7 +257,7 @@ class CLIP(networks.Frozen):
 
     def look(self, x: Tensor) -> Tensor:
         """Embeddings (B, D), not normalized, of the student's images."""
-        return self.module.encode_image(self.preprocess(x)).float()
+        return self.module.encode_image(self.preprocess(x)).to(x.dtype)
 
     @property
     def scale(self) -> Tensor:
@@ -289,7 +289,7 @@ class ImageTower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embeddings (B, D), not normalized, of the student's images."""
-        return self.visual(self.clip.preprocess(x)).float()
+        return self.visual(self.clip.preprocess(x)).to(x.dtype)
 
 
 def normalization(hparams: dict, input_shape: Sequence[int]) -> tuple:

@@ -30,7 +30,7 @@ def test_every_method_updates_in_fast_mode(name):
     for step in range(4):
         with precision.autocast(CPU, True):
             values = algorithm.update(minibatches(seed=step))
-        assert all(type(value) is float and math.isfinite(value) for value in values.values())
+        assert all(math.isfinite(value) for value in values.values())
     algorithm.eval()
     with torch.no_grad(), precision.autocast(CPU, True):
         logits = algorithm.predict(torch.randn(5, *SMALL))

@@ -522,7 +522,7 @@ def test_it_trains_at_any_size(shape):
     before = {name: parameters(getattr(algorithm, name))
               for name in ("network", "generator", "discriminator")}
     for values in run(algorithm, minibatches(2, shape, size=2)):
-        assert all(isinstance(v, float) and math.isfinite(v) for v in values.values())
+        assert all(math.isfinite(v) for v in values.values())
     assert all(moved(before[name], getattr(algorithm, name)) for name in before)
 
 

@@ -73,13 +73,13 @@ class CLIPood(Algorithm):
             text = clip.sentences([hparams["clipood_template"]], hparams["class_names"])[:, 0]
         self.network = nn.Sequential(
             teachers.ImageTower(clip), networks.CosineClassifier(text, clip.scale))
-        n_steps = hparams.get("total_steps", 5001)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), hparams["lr"], weight_decay=hparams["weight_decay"])
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, max(1, n_steps))
+            self.optimizer, max(1, self.total_steps))
         if hparams["clipood_beta"] is not None:
-            self.average = averaging.BetaAverage(self.network, n_steps, hparams["clipood_beta"])
+            self.average = averaging.BetaAverage(
+                self.network, self.total_steps, hparams["clipood_beta"])
         self.train()
 
     def train(self, mode=True):

@@ -296,8 +296,7 @@ class FourDs(Taught):
                 FourierAdapter(width, hparams["fourds_reduction"], raw) for width in teacher_widths)
             self.fusion = FusionActivation(teacher_widths, student_widths, hparams["fourds_gate"])
         if hparams["fourds_optimizer"] == "sgd":
-            self.optimizer = torch.optim.SGD(self.network.parameters(), hparams["lr"], momentum=0.9,
-                                             weight_decay=hparams["weight_decay"])
+            self.optimizer = self.sgd(self.network)
         self.optimizer.add_param_group({"params": self.fusion.parameters()})
         self.adapter_optimizer = torch.optim.AdamW(
             self.adapters.parameters(), hparams["fourds_adapter_lr"], eps=1e-4, weight_decay=0.01)

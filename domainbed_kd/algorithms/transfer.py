@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm
+from domainbed_kd.algorithms.base import Algorithm, detached
 
 
 def risk_gap(logits: list[Tensor], labels: list[Tensor]) -> Tensor:
@@ -54,7 +54,7 @@ class Transfer(Algorithm):
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         # Nothing reads it; DomainBed's checkpoints have it.
-        self.register_buffer("update_count", torch.tensor([0]))
+        self.count_updates(shape=(1,))
         self.featurizer = networks.Featurizer(input_shape, hparams)
         self.classifier = networks.Classifier(
             self.featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
@@ -89,7 +89,7 @@ class Transfer(Algorithm):
             gap = self._gap(features, minibatches)
             self._step(-gap, self.adv_opt)
             project(self.adv_classifier, self.classifier, self.hparams["delta"])
-        return {"loss": loss.item(), "gap": gap.item()}
+        return detached(loss=loss, gap=gap)
 
     def predict(self, x):
         """Logits (B, C) of images (B, ...)."""

@@ -82,8 +82,7 @@ class VL2VADiP(Algorithm):
     def student(self, input_shape, width: int) -> tuple[nn.Module, nn.Module]:
         """The network that learns, and the projector of its features to CLIP's width."""
         steps = self.hparams["vl2v_align_steps"]
-        self.averages_after = (
-            self.hparams.get("total_steps", 5001) // 2 if steps is None else steps)
+        self.averages_after = self.total_steps // 2 if steps is None else steps
         featurizer = networks.Featurizer(input_shape, self.hparams)
         with forked_rng():
             return featurizer, nn.Linear(featurizer.n_outputs, width)

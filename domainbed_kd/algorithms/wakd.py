@@ -33,7 +33,7 @@ class WAKD(WithMovingAverage, Taught):
         """The mean from the student's update `wakd_start` on."""
         start = self.hparams["wakd_start"]
         if start is None:
-            start = max(1, (self.hparams.get("total_steps", 5001) - self.averages_after) // 10)
+            start = max(1, (self.total_steps - self.averages_after) // 10)
         return MovingAverage(self.network, self.averages_after + start)
 
     def distill(self, x, y):
