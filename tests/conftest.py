@@ -50,6 +50,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def losses_in_double(algorithm, batches, device: str) -> list[dict]:
+    """What updates return on a device in float64, where two devices differ by rounding alone.
+
+    In float32 a GPU's convolutions are in TF32, and Adam, whose first steps are the gradients'
+    signs, makes much of little.
+    """
+    algorithm = algorithm.double().to(device)
+    return [{name: float(value) for name, value in algorithm.update(
+        [(x.double().to(device), y.to(device)) for x, y in batch]).items()} for batch in batches]
+
+
 @pytest.fixture
 def pacs() -> Path:
     """The folder that holds real PACS images; the test skips where there is none."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import golden, seed_everything
+from conftest import golden, losses_in_double, seed_everything
 from sklearn.metrics.pairwise import rbf_kernel
 from torch import nn
 
@@ -228,12 +228,12 @@ def test_unlabeled_images_may_be_given(name):
 def test_cuda_gives_the_losses_that_the_cpu_gives(name):
     losses = []
     for device in ("cpu", "cuda"):
-        algorithm = build(name).to(device)
+        algorithm = build(name)
         seed_everything(2)
-        losses.append([algorithm.update([(x.to(device), y.to(device)) for x, y in batch])
-                       for batch in (minibatches(seed=0), minibatches(seed=1))])
+        losses.append(losses_in_double(
+            algorithm, [minibatches(seed=0), minibatches(seed=1)], device))
     for on_cpu, on_gpu in zip(*losses):
-        assert on_gpu == pytest.approx(on_cpu, rel=1e-2, abs=1e-3)
+        assert on_gpu == pytest.approx(on_cpu, rel=1e-6, abs=1e-9)
 
 
 def test_an_algorithm_of_ones_own_can_be_registered(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clips import Teacher, bits, make, minibatches, run, same_bits
+from conftest import losses_in_double
 from scipy import stats
 from torch import nn
 
@@ -529,11 +530,10 @@ def test_it_trains_at_any_size(shape):
 @pytest.mark.cuda
 def test_losses_on_cuda_equal_those_on_the_cpu():
     batches = minibatches(3, SHAPE)
-    on_cpu = run(mosaic(), batches)
-    on_cuda = run(mosaic().to("cuda"),
-                  [[(x.to("cuda"), y.to("cuda")) for x, y in batch] for batch in batches])
+    on_cpu = losses_in_double(mosaic(), batches, "cpu")
+    on_cuda = losses_in_double(mosaic(), batches, "cuda")
     for ours, theirs in zip(on_cuda, on_cpu):
-        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-3)
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9)
 
 
 class Colour(nn.Module):

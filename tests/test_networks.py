@@ -520,12 +520,12 @@ def test_a_checkpoint_of_the_owner_loads_whatever_the_teacher():
 @pytest.mark.cuda
 @pytest.mark.parametrize("side", [28, 32, 64])
 def test_features_on_cuda_are_those_of_the_cpu(side):
-    network = networks.Featurizer((3, side, side), hparams(**RESNET18)).eval()
+    network = networks.Featurizer((3, side, side), hparams(**RESNET18)).eval().double()
     frozen = networks.Frozen(copy.deepcopy(network))
-    x = torch.randn(2, 3, side, side)
+    x = torch.randn(2, 3, side, side, dtype=torch.double)
     with torch.no_grad():
         want = network(x)
-    torch.testing.assert_close(frozen.cuda()(x.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(frozen.cuda()(x.cuda()).cpu(), want, rtol=1e-6, atol=1e-8)
 
 
 def test_importing_networks_needs_neither_torchvision_nor_timm():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clips import bits, make, minibatches, run, same_bits
+from conftest import losses_in_double
 from PIL import Image
 from torch import nn
 
@@ -155,11 +156,10 @@ def test_default_and_random_hparams_build_and_train_for_every_dataset(name, data
 @pytest.mark.cuda
 def test_losses_on_cuda_equal_those_on_the_cpu(name):
     batches = minibatches(3)
-    on_cpu = run(make(name), batches)
-    on_cuda = run(make(name).to("cuda"),
-                  [[(x.to("cuda"), y.to("cuda")) for x, y in batch] for batch in batches])
+    on_cpu = losses_in_double(make(name), batches, "cpu")
+    on_cuda = losses_in_double(make(name), batches, "cuda")
     for ours, theirs in zip(on_cuda, on_cpu):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", WITH_ANY_TEACHER)
