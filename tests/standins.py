@@ -76,6 +76,14 @@ class DigitsDG(MultipleDomainDataset):
         self.input_shape, self.num_classes = self.INPUT_SHAPE, 10
 
 
+class Debug28(DigitsDG):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.num_classes = 2
+        self.datasets = [TensorDataset(images, labels % 2)
+                         for images, labels in (env.tensors for env in self.datasets)]
+
+
 def get_dataset_class(name):
     return globals()[name]
 '''
@@ -233,7 +241,9 @@ def train(args, test_envs, output_dir):
             f.write(json.dumps({{"step": step, "env0_in_acc": accuracy, "args": vars(args),
                                 "hparams": hparams, **values}}, sort_keys=True) + "\\n")
     {after}
-    torch.save({{"model_dict": algorithm.state_dict(), "model_hparams": hparams}},
+    torch.save({{"model_dict": algorithm.state_dict(), "model_hparams": hparams,
+                "model_input_shape": dataset.input_shape, "model_num_domains": len(minibatches),
+                "model_num_classes": dataset.num_classes}},
                os.path.join(output_dir, "model.pkl"))
     again = build()
     again.load_state_dict(torch.load(os.path.join(output_dir, "model.pkl"))["model_dict"])
@@ -256,6 +266,7 @@ parser.add_argument("--dataset", default="DigitsDG")
 parser.add_argument("--hparams")
 parser.add_argument("--hparams_seed", type=int, default=0)
 parser.add_argument("--steps", type=int)
+parser.add_argument("--data_dir")
 parser.add_argument("--test_envs", type=int, nargs="+", default=[0])
 parser.add_argument("--output_dir", default="train_output")
 args = parser.parse_args()

@@ -316,7 +316,7 @@ def test_the_doctor_names_the_dialect_the_methods_and_one_next_command(dialect, 
 BROKEN = [
     ("import no_such_package\n", ["No module named 'no_such_package'",
                                   "pip install no_such_package"]),
-    ("import pkg_resources_\nclass A:\n", ["SyntaxError", "(algorithms.py, line 2)"]),
+    ("x = 1\nclass A(:\n", ["SyntaxError", "(algorithms.py, line 2)"]),
     ("import numpy as np\nx = np.int_eger\n", ["AttributeError", "int_eger"])]
 
 
@@ -351,6 +351,28 @@ def test_the_doctor_names_old_habits_in_what_training_imports(source, words, tmp
     lines = [line for line in process.stdout.splitlines() if line.startswith("Obstacle:")]
     assert any(all(word in line for word in words) for line in lines), process.stdout
     assert "never_needed" not in process.stdout
+
+
+@pytest.mark.slow
+def test_the_doctor_tries_every_method_and_names_those_that_fail(tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    with (fork / "domainbed" / "algorithms.py").open("a") as file:
+        file.write("\n\nclass SCMD(ERM):\n    pass\n")
+    networks = fork / "domainbed" / "networks.py"
+    networks.write_text(networks.read_text().replace(  # no architecture that 4Ds can cut
+        "x = self.bn1(F.relu(self.conv2(x)))", "x = self.bn1(F.relu(self.conv2(x))) * 2"))
+    sources = digest(fork)
+    process = subprocess.run([sys.executable, "-m", "domainbed_kd.plugin", "doctor", "--try"],
+                             cwd=fork, capture_output=True, text=True,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+    tried = dict(line.removeprefix("Tried:    ").rsplit(": ", 1) for line in
+                 process.stdout.splitlines() if line.startswith("Tried:") and "4Ds" not in line)
+    assert set(tried.values()) == {"works"}, process.stdout + process.stderr
+    assert {"Debug28: ERM", "Debug28: RISE", "reload Debug28: KDDG", "ERM: without us",
+            "Debug28: RISE + sma", "sources: unchanged"} <= tried.keys()
+    assert "Debug28: SCMD" not in tried
+    assert "Debug28: 4Ds: ValueError: 4Ds: the" in process.stdout and process.returncode == 1
+    assert digest(fork) == sources
 
 
 def test_the_doctor_says_so_where_there_is_no_fork(tmp_path, monkeypatch, capsys):

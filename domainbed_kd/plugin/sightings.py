@@ -83,7 +83,7 @@ def _noting(init: Callable) -> Callable:
         global _seen
         init(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments.get("test_envs")
-        _seen = Seen(self, _seen.test_envs if given is None else list(given))
+        _seen = Seen(self, _seen.test_envs if given is None else _environments(given))
 
     return wrapped
 
@@ -94,10 +94,15 @@ def _noting_test_envs(make: Callable) -> Callable:
     @functools.wraps(make)
     def wrapped(*args, **kwargs):
         global _seen
-        _seen = Seen(None, list(signature.bind(*args, **kwargs).arguments["test_envs"]))
+        _seen = Seen(None, _environments(signature.bind(*args, **kwargs).arguments["test_envs"]))
         return make(*args, **kwargs)
 
     return wrapped
+
+
+def _environments(test_envs) -> list[int]:
+    """The test domains as a list; a fork may name a single one by its number."""
+    return [test_envs] if isinstance(test_envs, int) else list(test_envs)
 
 
 def total_steps() -> int | None:

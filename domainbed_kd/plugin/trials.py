@@ -1,0 +1,302 @@
+"""A fork tried out: its own scripts with our methods, and its methods here, on few images.
+
+All runs happen in a copy of the checkout, so that nothing in it changes. They take two or four
+steps of two images, with a ResNet-18 of random weights: what is tried is the bridge. Where there
+is no GPU and a fork insists on one, "cuda" is made to mean the CPU.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Container
+from pathlib import Path
+
+from domainbed_kd.plugin import guests
+
+OWN_SCRIPT = "domainbed.scripts.train"
+DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
+CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
+#: Of our methods' hparams, so that two steps are enough and nothing is downloaded.
+SMALL = {"resnet18": True, "resnet50_augmix": False, "batch_size": 2, "clip_backbone": "tiny",
+         "mosaic_kd_steps": 1, "mosaic_width": 4, "mosaic_batch": 2}
+AVERAGED = {"averaging": "sma", "sma_start": 1, "teacher_steps": 0}
+INSTALL = "\nimport domainbed_kd.plugin; domainbed_kd.plugin.install()\n"
+PARTS = ("erm", "sweep", "sources", "install", "fork")
+#: Seconds after which a fork's process is given up.
+PATIENCE = 1800
+
+
+class Trial:
+    """One fork's trial, in a folder of its own.
+
+    Attributes:
+        results: {(kind, name): "" or what went wrong}, in the order in which it was tried.
+        kept: the names of ours that the fork has methods of its own for; they are not tried.
+        takes_xy: whether the fork is of SWAD's kind.
+    """
+
+    def __init__(self, fork: Path, folder: Path, data: Path | None = None):
+        """Copies the checkout.
+
+        Args:
+            fork: the folder that holds the package domainbed.
+            folder: where to work; made here.
+            data: a folder that holds PACS, of which two images per class and domain are used;
+                random images if None.
+        """
+        self.copy = folder / "fork"
+        shutil.copytree(fork, self.copy, ignore=shutil.ignore_patterns(".git"), symlinks=True)
+        self.sources = self._digest()
+        self.takes_xy = (self.copy / "train_all.py").exists()
+        self.folder = folder
+        self.results: dict[tuple[str, str], str] = {}
+        self.kept: list[str] = []
+        write_images(folder / "data" / "PACS", data)
+        write_weights(folder / "torch" / "hub" / "checkpoints")
+
+    def _digest(self) -> dict[str, str]:
+        return {str(path): hashlib.md5(path.read_bytes()).hexdigest()
+                for path in sorted(self.copy.rglob("*"))
+                if path.suffix in (".py", ".yaml", ".json", ".sh", ".md") and path.is_file()}
+
+    def python(self, *words: str, plugged: bool = True) -> subprocess.CompletedProcess:
+        """Runs this Python in the copy, under the plug-in or alone."""
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH"), root) if p)
+        start = [sys.executable, *(["-m", "domainbed_kd.plugin", "--", sys.executable]
+                                   if plugged else [])]
+        environment = os.environ | {
+            "PYTHONPATH": path, "TORCH_HOME": str(self.folder / "torch"), "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "MKL_NUM_THREADS": "1", "DOMAINBED_KD_THREADS": "1"}
+        try:
+            process = subprocess.run([*start, *words], cwd=self.copy, capture_output=True,
+                                     text=True, env=environment, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process = subprocess.CompletedProcess(words, 124, "", f"not done in {PATIENCE} s")
+        with (self.folder / "log").open("a") as log:
+            log.write(f"$ {' '.join(words)}\n{process.stdout}{process.stderr}\n")
+        return process
+
+    def _child(self, kind: str, plugged: bool = True, **jobs) -> None:
+        """Runs jobs in one process and keeps what became of each."""
+        file = self.folder / f"{kind}.json"
+        file.write_text(json.dumps({**jobs, "without_gpu": self.takes_xy}))
+        process = self.python(str(Path(__file__).parent / "_child.py"), str(file), plugged=plugged)
+        done = file.with_suffix(".results")
+        outcomes = json.loads(done.read_text()) if done.exists() else {}
+        error = (process.stderr.strip().splitlines() or ["it was killed"])[-1][:200]
+        for labels in jobs.values():
+            for label in labels:
+                self.results[kind, label] = outcomes.get(label, error)
+
+    def command(self, algorithm: str, dataset: str, output: str, **hparams) -> list[str]:
+        """The fork's own command for a short run."""
+        values = {**SMALL, **hparams}
+        shared = ["--algorithm", algorithm, "--dataset", dataset,
+                  "--data_dir", str(self.folder / "data"), "--steps", "2"]
+        if not self.takes_xy:
+            return [OWN_SCRIPT, *shared, "--hparams", json.dumps(values), "--output_dir", output]
+        # Its command line takes no hparams that its registry lacks; a file does.
+        more = self.folder / f"{Path(output).name}.yaml"
+        more.write_text(json.dumps(values))
+        return ["train_all.py", Path(output).name, "config.yaml", str(more), *shared,
+                "--checkpoint_freq", "2", "--model_save", "1", "--deterministic"]
+
+    def doctor(self) -> str:
+        """What the doctor says; notes which methods of the fork's own are kept."""
+        process = self.python("-m", "domainbed_kd.plugin", "doctor", plugged=False)
+        self.results["doctor", "doctor"] = "" if process.returncode == 0 else (
+            process.stdout.strip().splitlines() or ["it printed nothing"])[-1]
+        self.kept = re.findall(r"Method:   (\w+): the fork's own is kept", process.stdout)
+        return process.stdout
+
+    def train(self, dataset: str, names: list[str]) -> None:
+        """Trains ERM, methods of ours, and one of them averaged, by the fork's own script."""
+        runs = {name: self.command(name, dataset, f"trial/{dataset}_{name}") for name in names
+                if name not in self.kept}
+        if "RISE" in names:
+            runs["RISE + sma"] = self.command("RISE", dataset, f"trial/{dataset}_sma", **AVERAGED)
+        self._child(dataset, runs=runs)
+
+    def reload(self, dataset: str) -> None:
+        """Rebuilds in a new process what was trained, and compares the predictions."""
+        names = [name for kind, name in self.results
+                 if kind == dataset and not self.results[kind, name] and "+" not in name]
+        folders = {path.parent for path in self.copy.rglob("*.predictions")}
+        self._child(f"reload {dataset}", reloads={name: str(min(
+            (folder for folder in folders
+             if any(part.endswith(f"{dataset}_{name}") for part in folder.parts)),
+            default=f"trial/{dataset}_{name}")) for name in names})
+
+    def compare_erm(self, dataset: str) -> None:
+        """Whether ERM has the same weights with and without us."""
+        label = "without us"
+        self._child("ERM", plugged=False, runs={
+            label: self.command("ERM", dataset, f"trial/{dataset}_bare")})
+        if not self.results["ERM", label]:
+            pairs = [sorted(path for path in self.copy.rglob("*.predictions")
+                            if f"{dataset}_{name}/" in f"{path}/") for name in ("ERM", "bare")]
+            same = bool(pairs[0]) and len(pairs[0]) == len(pairs[1]) and all(
+                _weights(a.with_suffix("")) == _weights(b.with_suffix("")) for a, b in zip(*pairs))
+            self.results["ERM", label] = "" if same else "other weights than under the plug-in"
+
+    def sweep(self) -> None:
+        """The fork's own sweep and table of ERM, RISE and KDDG on Debug28."""
+        if not (self.copy / "domainbed" / "scripts" / "sweep.py").exists():
+            self.results["sweep", "launch"] = "the fork has no sweep"
+            return
+        process = self.python(
+            "-m", "domainbed.scripts.sweep", "launch", "--data_dir", str(self.folder / "data"),
+            "--output_dir", "trial/sweep", "--command_launcher", "local", "--algorithms", "ERM",
+            "RISE", "KDDG", "--datasets", "Debug28", "--n_hparams", "1", "--n_trials", "1",
+            "--steps", "2", "--single_test_envs", "--skip_confirmation",
+            "--hparams", json.dumps(SMALL))
+        done = len(list(self.copy.glob("trial/sweep/*/done")))
+        error = (process.stderr.strip().splitlines() or [""])[-1][:200]
+        self.results["sweep", "launch"] = "" if done == 9 else f"{done} of 9 jobs done: {error}"
+        process = self.python("-m", "domainbed.scripts.collect_results", "--input_dir",
+                              "trial/sweep")
+        rows = {line.split()[0] for line in process.stdout.splitlines() if line.strip()}
+        self.results["sweep", "collect_results"] = "" if {"ERM", "RISE", "KDDG"} <= rows else (
+            process.stderr.strip().splitlines() or ["a row is missing"])[-1][:200]
+
+    def unchanged(self) -> None:
+        """Whether every source file of the copy is as it was."""
+        now = self._digest()
+        changed = [path for path, digest in self.sources.items() if now.get(path) != digest]
+        self.results["sources", "unchanged"] = ", ".join(changed)
+
+    def install(self, dataset: str) -> None:
+        """Adds the one line to the copy's algorithms module and trains KDDG without the command."""
+        package = self.copy / "domainbed" / "algorithms"
+        module = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
+        text = module.read_text(encoding="utf-8")
+        module.write_text(text + INSTALL, encoding="utf-8")
+        self._child("install()", plugged=False, runs={
+            "KDDG": self.command("KDDG", dataset, f"trial/{dataset}_line")})
+        module.write_text(text, encoding="utf-8")
+
+    def visit(self) -> None:
+        """Trains, stops and resumes every algorithm of the fork here; then sweeps one of them."""
+        listing = self.python("-c", "from domainbed_kd.plugin import visitors; import os, json\n"
+                              "print('\\n' + json.dumps(visitors.load(os.getcwd())))",
+                              plugged=False)
+        if listing.returncode:
+            self.results["--fork", "load"] = listing.stderr.strip().splitlines()[-1]
+            return
+        names = json.loads(listing.stdout.strip().splitlines()[-1])
+        shared = ["--fork", str(self.copy), "--dataset", "Debug28", "--hparams",
+                  '{"batch_size": 4}', "--steps", "4"]
+        self._child("--fork", plugged=False, visits={name: [
+            "domainbed_kd.scripts.train", *shared, "--algorithm", name, "--output_dir",
+            f"trial/here/{name}"] for name in names})
+        good = [name for name in names if not self.results["--fork", name]][:1]
+        process = self.python(
+            "-m", "domainbed_kd.scripts.sweep", "launch", "--fork", str(self.copy), "--datasets",
+            "Debug28", "--algorithms", "ERM", *good, "--single_test_envs", "--n_trials", "1",
+            "--n_hparams", "1", "--steps", "2", "--hparams", '{"batch_size": 4}',
+            "--skip_confirmation", "--output_dir", "trial/ours", plugged=False)
+        error = (process.stderr.strip().splitlines() or [""])[-1][:200]
+        self.results["--fork sweep", "launch"] = error if process.returncode else ""
+        process = self.python("-m", "domainbed_kd.scripts.collect_results", "--input_dir",
+                              "trial/ours", plugged=False)
+        rows = {line.split()[0] for line in process.stdout.splitlines() if line.strip()}
+        self.results["--fork sweep", "table"] = "" if {"ERM", *good} <= rows else "a row is missing"
+
+    def all(self, methods: list[str], on_pacs: list[str], parts: Container[str]) -> None:
+        """Everything that is asked for, in order; a fork that does not import is left at once.
+
+        Args:
+            methods: what to train on Debug28, or on PACS where that is all the fork has.
+            on_pacs: what to train on PACS too.
+            parts: of PARTS.
+        """
+        self.doctor()
+        if self.results["doctor", "doctor"]:
+            return
+        sets = {"PACS": methods} if self.takes_xy else {"Debug28": methods, "PACS": on_pacs}
+        for dataset, names in sets.items():
+            self.train(dataset, ["ERM", *names])
+            self.reload(dataset)
+        first = next(iter(sets))
+        for part, step in {"erm": lambda: self.compare_erm(first), "sweep": self.sweep,
+                           "sources": self.unchanged, "install": lambda: self.install(first),
+                           "fork": self.visit}.items():
+            if part in parts:
+                step()
+
+
+def _weights(path: Path) -> dict:
+    import torch
+
+    state = torch.load(path, weights_only=False, map_location="cpu")["model_dict"]
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value
+            for name, value in state.items()}
+
+
+def write_images(folder: Path, data: Path | None) -> None:
+    """PACS with two images per class and domain: of `data`, or random ones."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.RandomState(0)
+    for domain in DOMAINS:
+        for name in CLASSES:
+            here = folder / domain / name
+            here.mkdir(parents=True)
+            if data is not None:
+                for path in sorted((data / "PACS" / domain / name).glob("*.*"))[:2]:
+                    (here / path.name).symlink_to(path.resolve())
+                continue
+            for i in range(2):
+                pixels = random.randint(0, 256, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(here / f"{i}.jpg")
+
+
+def write_weights(folder: Path) -> None:
+    """Random weights under the names of torchvision's files, so that nothing is downloaded."""
+    import torch
+    from torchvision import models
+
+    folder.mkdir(parents=True)
+    for build, files in ((models.resnet18, ("resnet18-f37072fd.pth", "resnet18-5c106cde.pth")),
+                         (models.resnet50, ("resnet50-0676ba61.pth", "resnet50-19c8e357.pth",
+                                            "resnet50-11ad3fa6.pth"))):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            state = build().state_dict()
+        for file in files:
+            torch.save(state, folder / file)
+
+
+def matrix(trials: dict[str, Trial]) -> str:
+    """A Markdown table, a column for each fork and a row for each thing tried, and the reasons."""
+    kinds = list(dict.fromkeys(key for trial in trials.values() for key in trial.results))
+    lines = ["| | " + " | ".join(trials) + " |", "|---" * (len(trials) + 1) + "|"]
+    notes = []
+
+    def cell(fork, trial, keys):
+        tried = [(key, trial.results[key]) for key in keys if key in trial.results]
+        failed = [(key, reason) for key, reason in tried if reason]
+        notes.extend(f"- {fork}: {' '.join(key)}: {reason}" for key, reason in failed)
+        if not tried:
+            return "its own" if keys[0][1] in trial.kept else ""
+        return "yes" if not failed else "no" if len(tried) == 1 else (
+            f"{len(tried) - len(failed)} of {len(tried)}")
+
+    rows = dict.fromkeys((kind if kind in ("--fork", "--fork sweep", "sweep") else (kind, name))
+                         for kind, name in kinds)
+    for row in rows:
+        keys = [key for key in kinds if row in (key, key[0])]
+        words = row if isinstance(row, str) else f"{row[0]}: {row[1]}"
+        lines.append(f"| {words} | " + " | ".join(
+            cell(fork, trial, keys) for fork, trial in trials.items()) + " |")
+    return "\n".join([*lines, "", *notes])
+
+
+METHODS = ["4Ds" if name == "FourDs" else name for name in guests.METHODS]
