@@ -291,7 +291,8 @@ def test_a_commands_exit_status_is_passed_on(tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([], "Expected `-- COMMAND"), (["--"], "Expected `-- COMMAND"), (["docter"], "`doctor`"),
+    ([], "Expected `-- COMMAND"), (["--"], "Expected `-- COMMAND"),
+    (["docter"], "`doctor [--try]`"),
     (["--", "no-such-program"], "no such program")])
 def test_misuse_is_one_line_and_exit_status_2(argv, words, tmp_path):
     process = subprocess.run([sys.executable, "-m", "domainbed_kd.plugin", *argv], cwd=tmp_path,

@@ -101,8 +101,11 @@ class Visitor(Algorithm):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
+        # domainbedv2 fails on its own default for where to load initial weights from: False.
+        more = {"path_for_init": None} if self.dialect.predicts_dict else {}
         with self._needing_no_gpu():
-            self.inner = self.theirs(input_shape, num_classes, num_domains, _Hparams(hparams))
+            self.inner = self.theirs(
+                input_shape, num_classes, num_domains, _Hparams(hparams), **more)
         self.register_buffer("update_count", torch.tensor(0))
         self.optimizers = checkpoints.optimizers(self.inner)
 
