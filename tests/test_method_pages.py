@@ -87,6 +87,16 @@ def test_the_index_leads_to_every_page():
     pages = {path.name for path in (ROOT / "docs" / "methods").glob("*.md")}
     assert pages == {method_pages.page_of(method).name for method in algorithms.SHIPPED}
     assert set(re.findall(r"\(methods/(\w+\.md)\)", index)) == pages
+    assert method_pages.navigation(index) in method_pages.SITE.read_text(encoding="utf-8")
+
+
+def test_readme_leads_to_every_distillation_method():
+    index = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    distillation = index.split("## DomainBed's own")[0]
+    pages = set(re.findall(r"\(methods/(\w+\.md)\)", distillation))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(pages) > 15
+    assert pages <= set(re.findall(r"\(docs/methods/(\w+\.md)\)", readme))
 
 
 @pytest.mark.parametrize("source, formula", [

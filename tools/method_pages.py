@@ -1,6 +1,7 @@
 """Writes into each page of docs/methods its hparams, from the code, and its published numbers.
 
-`python tools/method_pages.py` updates all pages, and prints the tables of a method that has none.
+`python tools/method_pages.py` updates all pages and their order on the site, which is that of
+docs/methods.md, and prints the tables of a method that has no page.
 The words in the last column of hparams are kept. A default or a draw that some datasets change is
 stated for most of them, then for these.
 """
@@ -19,6 +20,8 @@ from domainbed_kd import algorithms, datasets
 from domainbed_kd.results import published
 
 PAGES = Path(__file__).parents[1] / "docs" / "methods"
+SITE = PAGES.parents[1] / "mkdocs.yml"
+NAVIGATION = re.compile(r"(?:      - methods/.*\n)+")
 HEAD = "| hparam | default | drawn from | |\n|---|---|---|---|\n"
 TABLE = re.compile(r"(?m)^\| hparam \|.*\n\|---.*\n(?:\|.*\n)*")
 NUMBERS = re.compile(r"(?m)^\| published as \|.*\n\|---.*\n(?:\|.*\n)*")
@@ -139,6 +142,11 @@ def words_of(page: str) -> dict[str, str]:
     return {cells[0][2:]: cells[-1].removesuffix("|").strip() for cells in lines}
 
 
+def navigation(index: str) -> str:
+    """The lines of mkdocs.yml that list the pages in the order of docs/methods.md."""
+    return "".join(f"      - {page}\n" for page in re.findall(r"\((methods/\w+\.md)\)", index))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Updates pages, or prints the tables of methods that have none yet."""
     for method in argv or algorithms.SHIPPED:
@@ -151,6 +159,9 @@ def main(argv: list[str] | None = None) -> int:
             page.write_text(NUMBERS.sub(lambda match, new=new: new, text), encoding="utf-8")
         else:
             print(f"{page} is absent. Its tables:\n\n{table(method, {})}\n{numbers(method)}")
+    listed = navigation((PAGES.parent / "methods.md").read_text(encoding="utf-8"))
+    site = SITE.read_text(encoding="utf-8")
+    SITE.write_text(NAVIGATION.sub(lambda match: listed, site), encoding="utf-8")
     return 0
 
 
