@@ -745,7 +745,7 @@ def test_a_budget_that_is_too_small_and_a_cost_that_is_unknown_are_said(tmp_path
     assert sweep.main(measured(tmp_path / "a", "--budget", "0.5")) == 1
     assert "0.5 hours do not suffice" in capsys.readouterr().out
     assert sweep.main(flags("plan", tmp_path / "b")) == 0
-    assert "not measured yet: pass --hours_per_run" in capsys.readouterr().out
+    assert "not measured yet: pass --measure or --hours_per_run" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--budget needs what a run takes"):
         sweep.main(flags("plan", tmp_path / "b", "--budget", "1"))
     assert not (tmp_path / "b").exists()

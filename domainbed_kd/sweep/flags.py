@@ -91,6 +91,9 @@ def build_parser(description: str = "", epilog: str = "") -> SweepParser:
              "done")
     add("--hours_per_run", type=float, metavar="HOURS",
         help="plan: what a run takes where no run in the folder has measured it")
+    add("--measure", action="store_true",
+        help="plan: time 20 updates and an evaluation of each algorithm on each dataset here, for "
+             "those that no run in the folder has measured")
     add("--budget", type=float, metavar="HOURS",
         help="plan: print the most trials and seeds of hparams that the launcher can finish in so "
              "long")

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
 from domainbed_kd import datasets, machine
+from domainbed_kd.sweep import measure
 from domainbed_kd.sweep.jobs import Job
 
 
@@ -121,22 +122,30 @@ def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
     args = launches[-1]
     rates = Rates(all_jobs)
     stated = args.hours_per_run and 3600 * args.hours_per_run
-    left = {id(job): rates.seconds_left(job, stated) for job in all_jobs}
     teachers = {id(job.teacher) for job in all_jobs if job.teacher}
     kinds = defaultdict(list)
     for job in all_jobs:
-        kinds[job.train_args["algorithm"], job.train_args["dataset"]].append(job)
+        kinds[_kind(job)].append(job)
+    unknown = [some[0] for some in kinds.values() if not rates.is_measured(some[0])]
+    timings = {_kind(job): timing for job, timing in zip(unknown, measure.measure(unknown))
+               if timing} if args.measure else {}
+    left = {id(job): rates.seconds_left(
+        job, measure.of_job(timings[_kind(job)], job) if _kind(job) in timings else stated)
+        for job in all_jobs}
     for (algorithm, dataset), some in kinds.items():
         job = some[0]
         rate = rates.of(job)
         if rates.is_measured(job):
             cost = f"{in_words(rate * job.n_steps)} each, measured"
+        elif timing := timings.get((algorithm, dataset)):
+            cost = (f"{in_words(measure.of_job(timing, job))} each, at {1000 * timing.step:.3g} "
+                    f"ms an update and {timing.evaluation:.3g} s an evaluation")
         elif stated:
             cost = f"{in_words(stated)} each, as stated"
         elif rate is not None:
             cost = f"{in_words(rate * job.n_steps)} each, by other algorithms on {dataset}"
         else:
-            cost = "not measured yet: pass --hours_per_run"
+            cost = "not measured yet: pass --measure or --hours_per_run"
         n_teachers = sum(id(job) in teachers for job in some)
         n_done = sum(job.state == Job.DONE for job in some)
         print(f"{algorithm} {dataset}: {len(some)} runs"
@@ -153,8 +162,8 @@ def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
                 for _, name in kinds if name in own))
     if None in left.values():
         if args.budget:
-            raise ValueError("--budget needs what a run takes: pass --hours_per_run, or finish a "
-                             "run of each dataset first.")
+            raise ValueError("--budget needs what a run takes: pass --measure or --hours_per_run, "
+                             "or finish a run of each dataset first.")
         return 0
 
     def hours(some: list[Job], launcher: str) -> float:

@@ -1,0 +1,81 @@
+"""What runs cost on this machine: some updates and an evaluation of each method, timed."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from domainbed_kd import datasets
+from domainbed_kd.folder import files
+from domainbed_kd.folder.args import words
+from domainbed_kd.sweep.jobs import Job
+
+# Updates that are timed, after a first one.
+N_STEPS = 20
+
+
+class Timing(NamedTuple):
+    """Seconds of a run's start, first update included, of an update, and of an evaluation."""
+
+    start: float
+    step: float
+    evaluation: float
+
+    def of_run(self, n_steps: int, checkpoint_freq: int) -> float:
+        """Seconds of a run, which evaluates at its first and last step and every so often."""
+        n_evaluations = 1 + -(-(n_steps - 1) // checkpoint_freq)
+        return self.start + n_steps * self.step + n_evaluations * self.evaluation
+
+
+def of_job(timing: Timing, job: Job) -> float:
+    """Seconds of a whole job."""
+    freq = (job.train_args.get("checkpoint_freq")
+            or datasets.get_dataset_class(job.train_args["dataset"]).CHECKPOINT_FREQ)
+    return timing.of_run(job.n_steps, freq)
+
+
+def measure(some: Iterable[Job]) -> list[Timing | None]:
+    """The timings of jobs, each run in processes of its own and a folder that is removed.
+
+    A student's teacher is trained for as many updates. What cannot be timed is named on stderr,
+    and None.
+    """
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, job in enumerate(some):
+            try:
+                found.append(_timing(job, Path(folder, str(number))))
+            except ValueError as error:
+                print(f"{job.label} cannot be timed: {error}", file=sys.stderr)
+                found.append(None)
+    return found
+
+
+def _timing(job: Job, folder: Path) -> Timing:
+    flags = {}
+    if job.teacher:
+        _train(job.teacher, folder / "teacher", {})
+        flags = {"teacher": str(folder / "teacher"), "allow_bad_teacher": True}
+    short = _train(job, folder / "short", {**flags, "steps": 1})
+    long = _train(job, folder / "long", flags)
+    step = files.last_record(folder / "long")["step_time"]  # the mean of all but the first
+    evaluation = max(0.0, long - short - N_STEPS * step)
+    return Timing(max(0.0, short - evaluation - step), step, evaluation)
+
+
+def _train(job: Job, folder: Path, flags: dict) -> float:
+    """The seconds that a job's updates and evaluations took, with other flags.
+
+    Raises:
+        ValueError: saying why it failed.
+    """
+    args = {**job.train_args, "steps": N_STEPS + 1, "checkpoint_freq": N_STEPS, **flags,
+            "output_dir": str(folder)}
+    command = [sys.executable, "-m", "domainbed_kd.scripts.train", *words(args), *job.flags]
+    ran = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         errors="replace")
+    if ran.returncode != 0:
+        raise ValueError((ran.stderr.strip().splitlines() or ["no message"])[-1])
+    return files.cost(folder)["seconds"]
