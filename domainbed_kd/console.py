@@ -122,7 +122,18 @@ def parse_hparams(text: str) -> dict:
         raise ValueError(f"--hparams is not JSON ({error}): {text[:200]}") from None
     if not isinstance(changes, dict):
         raise ValueError(f'--hparams takes a JSON object such as {{"lr": 0.001}}; found {text}')
-    return changes
+    return renamed(changes)
+
+
+def renamed(hparams: dict) -> dict:
+    """Hparams that an earlier version may have recorded, by the names that they have now.
+
+    `upstream_exact` was the opposite of `mended`; true is now the default.
+    """
+    if "upstream_exact" not in hparams:
+        return hparams
+    kept = {name: value for name, value in hparams.items() if name != "upstream_exact"}
+    return kept if hparams["upstream_exact"] else kept | {"mended": True}
 
 
 # Progress on long work: bars on stderr if that is a terminal, nothing in logs and in CI.

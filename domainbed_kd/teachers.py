@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import averaging, checkpoints, datasets, networks
+from domainbed_kd import averaging, checkpoints, console, datasets, networks
 from domainbed_kd.folder import files
 from domainbed_kd.folder.args import are_args
 
@@ -82,7 +82,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     if "teacher" in args:
         context["teacher"] = nn.Identity()  # it is not in the state dict, nor needed to predict
     # The run's weights are all loaded below: none need be fetched first.
-    hparams = context | model["model_hparams"] | {"weights": "none"}
+    hparams = context | console.renamed(model["model_hparams"]) | {"weights": "none"}
     cls = averaging.averaged(
         algorithms.get_algorithm_class(args["algorithm"]), hparams.get("averaging"))
     algorithm = cls(model["model_input_shape"], model["model_num_classes"],

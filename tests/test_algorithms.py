@@ -247,6 +247,16 @@ def test_an_algorithm_of_ones_own_can_be_registered(monkeypatch):
     assert get_algorithm_class("Mine") is Mine and "Mine" in algorithms.ALGORITHMS
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_mends_nothing_refuses_to_be_mended(name):
+    hparams = hparams_of(name, mended=True)
+    if get_algorithm_class(name).mends:
+        assert build(name, hparams=hparams).hparams["mended"]
+    else:
+        with pytest.raises(ValueError, match="mended is true, but there is nothing to mend"):
+            build(name, hparams=hparams)
+
+
 def test_an_unknown_name_is_refused_with_the_nearest_known():
     with pytest.raises(NotImplementedError, match="not found: CORL. Did you mean CORAL?"):
         get_algorithm_class("CORL")

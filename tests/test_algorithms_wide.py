@@ -7,14 +7,12 @@ import pytest
 import torch
 from conftest import golden
 
-from domainbed_kd.algorithms import ALGORITHMS, ermplusplus, get_algorithm_class
+from domainbed_kd.algorithms import ALGORITHMS, DOMAINBED, ermplusplus, get_algorithm_class
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import short_runs  # noqa: E402
 
 CASES = {case["id"]: case for case in golden("algorithms_wide.json")["cases"]}
-KNOWN = [pytest.param(case, id=name) for name, case in CASES.items()
-         if case["algorithm"] in ALGORITHMS]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +24,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", KNOWN)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_run_is_domainbeds_without_a_seed_after_construction(case, monkeypatch):
     if "sma_start_iter" in case:  # the first update that is averaged with the one before it
         monkeypatch.setattr(ermplusplus, "AVERAGED_FROM", case["sma_start_iter"] - 1)
@@ -37,3 +35,8 @@ def test_a_run_is_domainbeds_without_a_seed_after_construction(case, monkeypatch
     tolerance = {key: max(1e-4, 30 * moved) for key, moved in case["sensitivity"].items()}
     assert {what: apart for what, apart in found.items()
             if not apart <= tolerance.get(what, 0.0)} == {}
+
+
+def test_every_algorithm_of_domainbeds_is_here_and_held_to_its_runs():
+    assert {case["algorithm"] for case in CASES.values()} == set(DOMAINBED)
+    assert set(DOMAINBED) <= set(ALGORITHMS)

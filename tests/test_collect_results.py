@@ -594,3 +594,13 @@ def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(vlcs, capsys, m
     out, err = run(capsys, vlcs)
     assert without_protocols(out) == golden("collect_results_text.txt")
     assert err == f"Not written to {vlcs / 'results.txt'}: Permission denied.\n"
+
+
+def test_mended_runs_have_a_row_of_their_own_except_for_domainbed(vlcs, capsys):
+    for folder in folders(vlcs, trial_seed=1):
+        edit(folder, hparams='{"mended": true}')
+    out = run(capsys, vlcs).out
+    names = [line.split("  ")[0].strip() for line in out.splitlines()]
+    first = names.index("ERM")
+    assert names[first:first + 2] == ["ERM", "ERM (mended)"]
+    assert run(capsys, vlcs, "--upstream").out == golden("collect_results_text.txt")

@@ -191,3 +191,14 @@ def test_the_grid_tells_settings_apart():
 def test_the_grid_of_nothing_is_empty():
     grid = records.Grid([])
     assert grid.absent() == [] and grid.datasets == [] and not grid.has_pairs
+
+
+@pytest.mark.parametrize(("hparams", "row"), [
+    (None, "MTL"), ('{"lr": 0.1}', "MTL"), ("{", "MTL"), ('{"mended"', "MTL"),
+    ('{"mended": true}', "MTL (mended)"), ('{"mended": false}', "MTL"),
+    # As earlier versions had it.
+    ('{"upstream_exact": false}', "MTL (mended)"), ('{"upstream_exact": true}', "MTL")])
+def test_a_runs_row_says_whether_it_is_mended(hparams, row):
+    args = {"algorithm": "MTL", "dataset": "PACS", "test_envs": [0], "trial_seed": 0,
+            "hparams_seed": 0, "hparams": hparams}
+    assert curves.row(args) == records.Run.of(args).algorithm == row

@@ -71,10 +71,16 @@ def canonical_name(name: str) -> str:
 
 
 def display_name(name: str) -> str:
-    """The name that tables show: the class's `display_name` or, without one, its own; no torch."""
+    """The name that tables show: the class's `display_name` or, without one, its own; no torch.
+
+    What `curves.row` adds to a class's name is kept.
+    """
+    name, space, mark = name.partition(" ")
     if name in _REGISTERED:
-        return _REGISTERED[name].display_name or name
-    return _DISPLAY_NAMES.get(name, name)
+        shown = _REGISTERED[name].display_name or name
+    else:
+        shown = _DISPLAY_NAMES.get(name, name)
+    return shown + space + mark
 
 
 def learns_from_run(name: str) -> bool:

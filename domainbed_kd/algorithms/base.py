@@ -78,7 +78,7 @@ class Algorithm(networks.CountsOnCPU):
     method is declared below, with the answer of a method that says nothing.
 
     Raises:
-        ValueError: if an hparam is not what `takes` says.
+        ValueError: if an hparam is not what `takes` says, or if `mended` would mend nothing.
     """
 
     #: The name that tables show, where it differs from the class's.
@@ -112,6 +112,10 @@ class Algorithm(networks.CountsOnCPU):
                 raise ValueError(
                     f"{self.display_name or type(self).__name__}: {name} is {hparams[name]!r}; it "
                     f"takes {takes.words}.")
+        if hparams.get("mended") and not self.mends:
+            raise ValueError(
+                f"{self.display_name or type(self).__name__}: the hparam mended is true, but there "
+                "is nothing to mend in its numbers. Leave it out.")
         self.hparams = hparams
 
     @property

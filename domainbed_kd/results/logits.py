@@ -34,7 +34,8 @@ def to_frame(input_dir: str | Path, skipped: list[str] | None = None):
     `args.algorithm`, `hparams.lr`, `diagnostics.weight_distance`. Added are `run` (the folder's
     name), `val_acc` (mean over the training domains' out-splits), `test_acc` (mean over the test
     domains' in-splits) and `selected` (whether training-domain validation chooses this checkpoint
-    of its run); the share of samples that SCMD records under that name is `selected_share`. Lists,
+    of its run); the share of samples that SCMD records under that name is `selected_share`.
+    `args.algorithm` is the table row, such as "MTL (mended)"; see `curves.row`. Lists,
     such as `args.test_envs`, are tuples, and objects in them are tuples of pairs. What the tables
     skip is skipped here too: lines that `curves.problem` refuses, and files that cannot be read.
     So are lines with integers beyond 63 bits or nested too deeply, which tables do not look at.
@@ -89,6 +90,7 @@ def _with_choice(run: str, records: list[dict]) -> list[dict]:
     chosen = curves.selected(records)
     shares = [{"selected_share": r["selected"]} if "selected" in r else {} for r in records]
     return [{"run": run} | record | share | {
+        "args": {**record["args"], "algorithm": curves.row(record["args"])},
         "run": run, "val_acc": curves.validation_accuracy(record),
         "test_acc": curves.test_accuracy(record), "selected": record is chosen}
         for record, share in zip(records, shares)]

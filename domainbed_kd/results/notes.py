@@ -61,7 +61,8 @@ def _completing_command(grid: Grid, input_dir: str) -> str | None:
     if command := manifest.completing_command(input_dir):
         return command
     words = ["python", "-m", "domainbed_kd.scripts.sweep", "launch", "--datasets", *grid.datasets,
-             "--algorithms", *grid.algorithms, "--n_trials", max(grid.trial_seeds) + 1,
+             "--algorithms", *sorted({args["algorithm"] for args in grid.begun.values()}),
+             "--n_trials", max(grid.trial_seeds) + 1,
              "--n_hparams", max(grid.hparams_seeds) + 1]
     if min(grid.hparams_seeds):
         words += ["--n_hparams_from", min(grid.hparams_seeds)]

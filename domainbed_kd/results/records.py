@@ -192,7 +192,7 @@ def _decoder(keys: tuple[str, ...]) -> tuple[tuple, msgspec.json.Decoder, Callab
 
 
 class Run(NamedTuple):
-    """What tells the runs of a sweep apart."""
+    """What tells the runs of a sweep apart; `algorithm` is the table row, see `curves.row`."""
 
     dataset: str
     algorithm: str
@@ -203,7 +203,7 @@ class Run(NamedTuple):
     @classmethod
     def of(cls, args: dict) -> "Run":
         """The run with these arguments."""
-        return cls(args["dataset"], args["algorithm"], tuple(args["test_envs"]),
+        return cls(args["dataset"], curves.row(args), tuple(args["test_envs"]),
                    args["trial_seed"], args["hparams_seed"])
 
 

@@ -154,7 +154,9 @@ def row_order(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
         known: in order; if empty, DomainBed's, then this package's and its plug-ins'.
     """
     names = dict.fromkeys(names)
-    known = dict.fromkeys(known or (*algorithms.DOMAINBED, *algorithms.ALGORITHMS))
+    known = dict.fromkeys(known or (
+        name + mark for name in (*algorithms.DOMAINBED, *algorithms.ALGORITHMS)
+        for mark in ("", curves.MENDED)))
     return [*(name for name in known if name in names),
             *(name for name in names if name not in known)]
 

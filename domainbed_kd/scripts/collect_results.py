@@ -54,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     folder = records.Folder(args.input_dir)
     found = folder.curves(as_listed=args.upstream)
     if args.upstream:
-        # DomainBed does not know that a weight average ends a run.
-        found = [curve._replace(selection=None) for curve in found]
+        # DomainBed does not know that a weight average ends a run, nor of rows that are mended.
+        found = [curve._replace(selection=None, args={**curve.args, "hparams": None}
+                                if curves.row(curve.args) != curve.args["algorithm"]
+                                else curve.args) for curve in found]
         grid = records.Grid(found)
     else:
         grid = records.whole_grid(folder, found)

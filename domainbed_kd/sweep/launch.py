@@ -85,6 +85,20 @@ def confirmed(args: argparse.Namespace) -> bool:
     return False
 
 
+def refuse_idle_mending(args: argparse.Namespace) -> None:
+    """Refuses the hparam `mended` for methods of this package in which it would mend nothing.
+
+    Raises:
+        ValueError: naming them; their rows are DomainBed's without it.
+    """
+    if args.hparams and console.parse_hparams(args.hparams).get("mended"):
+        idle = [name for name in args.algorithms if name in algorithms.SHIPPED
+                and not algorithms.get_algorithm_class(name).mends]
+        if idle:
+            raise ValueError(f"--hparams: mended has nothing to mend in {', '.join(idle)}. Launch "
+                             "them without it.")
+
+
 def warn_of_unread(args: argparse.Namespace) -> None:
     """Names --hparams that nothing reads; each job knows better, but says so only in its err.txt.
 
@@ -132,6 +146,7 @@ def launch(launches: list[argparse.Namespace], all_jobs: list[Job], launcher: Ca
     if not new:
         return 1 if left else 0
     for each in launches:
+        refuse_idle_mending(each)
         warn_of_unread(each)
     if launcher.func is workers.dummy:
         launcher([job.command_str for job in new])
