@@ -44,8 +44,8 @@ def test_each_command_is_a_script_that_gets_the_flags_after_its_name(name, monke
 
 def test_help_states_defaults_that_are_values():
     out = " ".join(run("train", "--help").stdout.split())
-    assert "seed of everything else (default: 0)" in out and "(default: RotatedMNIST)" in out
-    assert not any(f"(default: {nothing})" in out for nothing in (None, False, []))
+    assert "seed of everything else; default: 0 " in out and "default: RotatedMNIST" in out
+    assert not any(f"default: {nothing}" in out for nothing in (None, False, []))
 
 
 def imported_by(*words):
