@@ -89,7 +89,14 @@ def test_what_is_not_a_regular_file_is_not_written_to_and_holds_nobody_up(irregu
         with claims.held(run, 0):
             pass
 
-    assert isinstance(in_time(hold), (ValueError, OSError, type(None)))
+    assert "is not a regular file. Delete it" in str(in_time(hold))
+
+
+def test_a_run_that_is_refused_for_an_irregular_file_says_so_in_its_folder(tmp_path):
+    os.mkfifo(tmp_path / files.RESULTS)
+    with pytest.raises(ValueError, match="not a regular file"), claims.held(tmp_path):
+        pass
+    assert "results.jsonl is not a regular file" in files.failure(tmp_path)
 
 
 def test_a_link_to_a_regular_file_is_read(tmp_path):

@@ -74,7 +74,11 @@ def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
         ValueError: if something in the folder is in the place of one of a run's files.
     """
     deadline = time.monotonic() + wait_s
-    files.refuse_irregular(folder)
+    try:
+        files.refuse_irregular(folder)
+    except ValueError as error:
+        files.note_failure(folder, f"error: {error}")
+        raise
     with files.open_to_write(folder / files.OUT, "ab") as file:
         while not _taken(file, folder):
             if time.monotonic() >= deadline:
