@@ -66,13 +66,26 @@ def kept_in(folder: Path) -> Iterator[None]:
             raise
 
 
+# What torch's messages say of the machine, and what to do.
+_OF_THE_MACHINE = {
+    "out of memory": "memory ran out; lower batch_size or jobs_per_device",
+    "can't allocate memory": "memory ran out; lower batch_size or jobs_per_device",
+    "no kernel image": "this PyTorch was not built for this GPU; install a build that was, or set "
+                       "CUDA_VISIBLE_DEVICES to nothing to train on the CPU",
+    "driver version is insufficient": "the GPU's driver is too old for this PyTorch; update it, or "
+                                      "install a PyTorch for an older CUDA",
+    "driver on your system is too old": "the GPU's driver is too old for this PyTorch; update it, "
+                                        "or install a PyTorch for an older CUDA",
+}
+
+
 @contextlib.contextmanager
 def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
     """Inside, what goes wrong with --hparams is said in a line; without them it is our bug.
 
     Raises:
         BlamedOnHparams: with hparams, for what Python or torch raise when they are of no use.
-        OSError: if memory ran out.
+        OSError: if memory ran out, or the GPU and this PyTorch do not fit each other.
     """
     try:
         yield
@@ -80,9 +93,9 @@ def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if "out of memory" in reason or "can't allocate memory" in reason:
-            raise OSError(f"{algorithm} needs more memory than there is ({reason}). Lower "
-                          "batch_size or jobs_per_device.") from error
+        for words, advice in _OF_THE_MACHINE.items():
+            if words in reason:
+                raise OSError(f"{algorithm}: {advice} ({reason}).") from error
         if hparams is None:
             raise
         raise BlamedOnHparams(f"{algorithm} fails with --hparams {hparams} ({reason}). Its "
