@@ -177,8 +177,8 @@ def test_a_whole_batch_is_distorted_as_its_images_are(order):
         part = slice(i, i + 1)
         augmentation._distort(augmentation.Jitter(x[part]), x[part], each[part], flips[part],
                               grays[part], order, [factor[i].item() for factor in factors])
-    augmentation._distort(augmentation.Jitter(x), x, whole, flips, grays, order,
-                          [factor.view(n, 1, 1, 1) for factor in factors])
+    augmentation._distort(augmentation.BatchJitter(x), x, whole, torch.tensor(flips),
+                          torch.tensor(grays), order, factors)
     # What lies close to the middle of two whole numbers may become one or the other.
     assert ((whole - each).abs() > 1e-4).float().mean() < 0.01
 

@@ -89,24 +89,23 @@ def distorted(x: Tensor) -> Tensor:
         float32 (B, 3, H, W), on x's device; random numbers come from the CPU's global stream.
     """
     n, out = len(x), torch.empty(x.shape, device=x.device)
-    flips, grays = (torch.rand(n) < 0.5).tolist(), (torch.rand(n) < 0.1).tolist()
+    flips, grays = torch.rand(n) < 0.5, torch.rand(n) < 0.1
     orders = torch.rand(n, 4).argsort(dim=1).tolist()
     factors = torch.empty(n, 4).uniform_(0.7, 1.3) - torch.tensor([0, 0, 0, 1])
     with torch.inference_mode():  # less work for each of some sixty small operations
         if x.device.type == "cpu":  # an image at a time stays in the cache between operations
-            jitter = Jitter(x[:1])
+            jitter, flips, grays = Jitter(x[:1]), flips.tolist(), grays.tolist()
             for i, values in enumerate(factors.tolist()):
                 part = slice(i, i + 1)
                 _distort(jitter, x[part], out[part], flips[part], grays[part], orders[i], values)
         else:
-            *values, shifts = factors.T.reshape(4, n, 1, 1, 1)
-            values = [*(v.to(x.device) for v in values), shifts]  # which are read here
-            _distort(Jitter(x), x, out, flips, grays, orders[0], values)
+            _distort(BatchJitter(x), x, out, flips, grays, orders[0], list(factors.T))
     return out
 
 
-def _distort(jitter: "Jitter", x: Tensor, out: Tensor, flips: list[bool], grays: list[bool],
-             order: list[int], factors: list[float] | list[Tensor]) -> None:
+def _distort(jitter: "Jitter", x: Tensor, out: Tensor, flips: list[bool] | Tensor,
+             grays: list[bool] | Tensor, order: list[int], factors: list[float] | list[Tensor]
+             ) -> None:
     jitter.load(x, flips)
     for i in order:
         (jitter.brighten, jitter.contrast, jitter.saturate, jitter.shift_hue)[i](factors[i])
@@ -120,7 +119,7 @@ class Jitter:
     only, and an operation on the channels of a pixel is the same on x as on colours. So one
     passes over all pixels only to mix their channels, or to clip.
 
-    A factor is a tensor (B, 1, 1, 1) or, for a single image, a float.
+    A factor is a float, or a tensor (B, 1, 1, 1).
 
     Args:
         like: uint8 (B, 3, H, W), the form of the images to come.
@@ -242,3 +241,73 @@ class _Room:
         # What is copied where, if the first channel is to be red, green or blue.
         self.turned = ([(five[:3], x)], [(five[:2], x[1:]), (five[2:3], x[:1])],
                        [(five[:1], x[2:]), (five[1:3], x[:2])])
+
+
+class BatchJitter(Jitter):
+    """The same on all images of a batch together, as a GPU does it, without a loop over them.
+
+    Nothing here reads from the GPU. Factors, flips and grays are tensors (B,) on the CPU.
+
+    Args:
+        like: uint8 (B, 3, H, W), the form of the images to come.
+    """
+
+    def __init__(self, like: Tensor):
+        self.x = like.float()
+        self._channels = self.x.split(1, dim=1)
+        self._gray = torch.empty_like(self._channels[0])
+        self._luma = self._there(torch.tensor(_LUMA))
+        self._mean, self._std = (
+            self._there(255 * torch.tensor(values).view(3, 1, 1))
+            for values in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
+
+    def _there(self, values: Tensor) -> Tensor:
+        if self.x.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.x.device, non_blocking=True)
+
+    def _per_image(self, values: Tensor) -> Tensor:
+        return self._there(values).view(-1, 1, 1, 1)
+
+    def load(self, x: Tensor, flips: Tensor) -> None:
+        """Takes images, uint8 (B, 3, H, W), as they are or mirrored."""
+        self.scale, self.offset, self._is_whole = 1.0, 0.0, True
+        self.x.copy_(torch.where(self._per_image(flips), x.flip(-1), x))
+
+    def normalize(self, grays: Tensor, out: Tensor) -> None:
+        """Writes the images, some of them as grays, less ImageNet's mean, over its deviation."""
+        self.x.copy_(torch.where(self._per_image(grays), self._find_gray(), self.x))
+        super().normalize([], out)
+
+    def brighten(self, factor: Tensor) -> None:
+        """As for one image."""
+        super().brighten(self._per_image(factor))
+
+    def contrast(self, factor: Tensor) -> None:
+        """As for one image."""
+        super().contrast(self._per_image(factor))
+
+    def saturate(self, factor: Tensor) -> None:
+        """As for one image."""
+        super().saturate(self._per_image(factor))
+
+    def shift_hue(self, factor: Tensor) -> None:
+        """As for one image, where the method is explained."""
+        turns = 6 * factor.double()
+        wholes = turns.round()
+        parts = (64 * (turns - wholes)).round()
+        if not self._is_whole:
+            self.x.round_()
+        first = (torch.arange(3) + wholes.long()[:, None]) % 3  # which channel is to be red, ...
+        index = self._there(first).view(-1, 3, 1, 1).expand_as(self.x)
+        three = self.x.to(torch.int16).gather(1, index)
+        low, middle, high = three.sort(dim=1).values.split(1, dim=1)
+        odd = self._per_image(wholes.long() % 2 == 1)
+        three = torch.where(odd, low + high - three, three)
+        middle = torch.where(odd, low + high - middle, middle)
+        sign = self._per_image(torch.where(parts > 0, 1, -1).to(torch.int16))
+        sums = sign * (three.roll(-2, dims=1) - three.roll(-1, dims=1))
+        width = (high - low).mul_(self._per_image(parts.abs().to(torch.int16)))
+        width.bitwise_right_shift_(6)
+        sums = sums.clamp(-width, width) + 2 * three - middle
+        self.x.copy_(sums.clamp(low, high))
