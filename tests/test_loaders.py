@@ -346,6 +346,25 @@ def test_batches_do_not_depend_on_the_number_of_real_processes(processes, many_c
     assert same(results[0], results[2]) and same(results[1], results[3])
 
 
+def test_a_thread_finishes_batches_in_order_and_ahead_of_need(many_cores):
+    results, finished, main = [], [], threading.get_ident()
+
+    def finish(batch):
+        finished.append((batch[0].clone(), threading.get_ident()))
+        return [part + 1 for part in batch]
+
+    for n in (0, 3):
+        seed_everything(5)
+        with loaders.Readers(n, finish) as readers:
+            loader = loaders.InfiniteDataLoader(Noisy(10), None, 3, 8, readers)
+            results.append([next(loader) for _ in range(9)])
+    plain, ahead = results
+    assert len(finished) > 9  # what readers had in hand when the loader stopped, too
+    for batch, more, (x, thread) in zip(plain, ahead, finished):
+        assert torch.equal(batch[0], x) and thread != main
+        assert all(torch.equal(part + 1, other) for part, other in zip(batch, more))
+
+
 def test_loaders_in_turn_share_processes_and_keep_their_own_streams(folder, many_cores):
     results = []
     for n in (0, 4):

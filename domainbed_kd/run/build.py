@@ -22,7 +22,7 @@ from domainbed_kd.run import (
     records,
     splits,
 )
-from domainbed_kd.run.readers import Readers
+from domainbed_kd.run.readers import Readers, pinned
 from domainbed_kd.seeds import seed_hash
 
 
@@ -109,7 +109,7 @@ def build(args: dict, loader_processes: int | None = None, cache_folder: str | N
     if loader_processes is None:
         loader_processes = (min(torch.get_num_threads(), dataset.N_WORKERS)
                             if device.type == "cuda" else 0)
-    readers = Readers(loader_processes)
+    readers = Readers(loader_processes, pinned if device.type == "cuda" else None)
     load = make_loaders(dataset, parts, args, hparams, readers)
     algorithm = make_algorithm(args, hparams, dataset).to(device)
     if hparams.get("canonical_view"):

@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
@@ -24,10 +24,14 @@ class Readers:
 
     Args:
         n: how many are wanted; with 0, loaders read in their own process.
+        finish: what a thread of this process does with each batch ahead of need, such as
+            `pinned` for a GPU.
     """
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, finish: Callable[[list], list] | None = None):
         self.n = min(n, machine.available())
+        self._finish = finish
+        self._thread: ThreadPoolExecutor | None = None
         self._datasets: list = []
         self._pool: ProcessPoolExecutor | None = None
         self._end: multiprocessing.connection.Connection | None = None
@@ -42,6 +46,9 @@ class Readers:
                 self._end.send("a process is lost")
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+        if self._thread:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
 
     def add(self, dataset) -> int:
         """Makes a dataset known, before the first batch is asked for; returns its number."""
@@ -57,7 +64,21 @@ class Readers:
             self._pool = ProcessPoolExecutor(
                 self.n, context, initializer=_begin_to_read, initargs=(self._datasets, ended))
         with loss_said():
-            return self._pool.submit(_read_for_another, number, turn, indices)
+            future = self._pool.submit(_read_for_another, number, turn, indices)
+        if self._finish is None:
+            return future
+        if self._thread is None:  # only now, as a process with threads should not be forked
+            self._thread = ThreadPoolExecutor(1)
+        return self._thread.submit(self._finished, future)
+
+    def _finished(self, future: Future) -> tuple:
+        batch, streams = future.result()
+        return self._finish(batch), streams
+
+
+def pinned(batch: list) -> list:
+    """A batch in memory that a GPU copies from while the CPU goes on."""
+    return [part.pin_memory() for part in batch]
 
 
 @contextlib.contextmanager
