@@ -87,7 +87,7 @@ def test_domains_may_come_in_another_order_and_in_unequal_sizes():
         algorithm = make("LFME")
         algorithm.experts = nn.ModuleList(algorithm.experts[i] for i in order)
         batch = [(x[:n], y[:n]) for n, (x, y) in zip((4, 1, 3), minibatches()[0])]
-        losses.append(algorithm.update([batch[i] for i in order])["loss"])
+        losses.append(algorithm.update([batch[i] for i in order])["loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -84,7 +84,8 @@ def test_a_class_of_one_domain_has_no_ensemble_but_counts_in_the_mean():
     values = algorithm.update(batch)
     assert values["covered"] == pytest.approx(11 / 12)
     assert values["distill"] == pytest.approx(per_image[y != 2].sum().item() / 12, rel=1e-4)
-    assert values["loss"] == pytest.approx(values["classify"] + 5 * values["distill"], rel=1e-5)
+    assert values["loss"] == pytest.approx(
+        (values["classify"] + 5 * values["distill"]).item(), rel=1e-5)
 
 
 def test_an_image_without_an_ensemble_has_no_gradient_from_the_term():

@@ -77,7 +77,7 @@ class VL2VADiP(Algorithm):
         self.network = nn.Sequential(self.featurizer, self.projector, head)
         # Of the two, only the one that has gradients moves; the other's moments start later.
         self.optimizer = self.adam(self.projector, self.featurizer)
-        self.n_updates = 0
+        self.count_updates()
 
     def student(self, input_shape, width: int) -> tuple[nn.Module, nn.Module]:
         """The network that learns, and the projector of its features to CLIP's width."""
@@ -90,7 +90,7 @@ class VL2VADiP(Algorithm):
     def update(self, minibatches, unlabeled=None):
         """One step of the projector alone or, in the second stage, of the student alone."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
-        aligns = self.n_updates < self.averages_after
+        aligns = bool(self.update_count < self.averages_after)
         self.projector.requires_grad_(aligns)
         self.featurizer.train(self.training and not aligns)
         with torch.set_grad_enabled(not aligns):
@@ -99,7 +99,7 @@ class VL2VADiP(Algorithm):
         image, share = self.projector(features), self.hparams["vl2v_lambda"]
         loss = alignment_loss(
             image, self.teacher(x) if share else None, self.network[-1].text[y], share)
-        self.n_updates += 1
+        self.update_count += 1
         return self.descend(loss, stage=float(not aligns))
 
     def teacher_logits(self, x):
@@ -109,14 +109,6 @@ class VL2VADiP(Algorithm):
     def predict(self, x):
         """Logits (B, C): scaled cosines of the projected features and the classes' sentences."""
         return self.network(x)
-
-    def get_extra_state(self) -> int:
-        """The number of updates so far, for torch to save."""
-        return self.n_updates
-
-    def set_extra_state(self, state: int) -> None:
-        """The inverse of `get_extra_state`."""
-        self.n_updates = state
 
 
 class VL2VSD(VL2VADiP):

@@ -18,7 +18,8 @@ from domainbed_kd.plugin import sightings
 from domainbed_kd.plugin.dialects import Dialect, dialect_of, scope_of
 
 #: What a fork is given.
-METHODS = ("KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs", "CLIP", "CLIPLinearProbe")
+METHODS = ("KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs", "VL2VADiP", "VL2VSD", "WAKD", "LFME",
+           "CLIPood", "CLIP", "CLIPLinearProbe")
 ADDED = "added"
 
 
