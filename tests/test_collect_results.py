@@ -481,24 +481,6 @@ def test_what_cannot_hold_a_comparison_refuses_it(vlcs, flags):
         collect_results.main(["--input_dir", str(vlcs), "--compare", "ERM", *flags])
 
 
-# Methods whose defects are mended.
-
-def test_a_method_that_mends_domainbeds_numbers_says_so_but_not_upstream(vlcs, capsys):
-    for folder, name in zip(list(folders(vlcs)) * 2, ["MTL", "CORAL"] * 40):
-        copy = vlcs / f"{folder.name}{name}"
-        if copy.exists():
-            continue
-        shutil.copytree(folder, copy)
-        edit(copy, algorithm=name, hparams='{"mended": true}')
-        path = copy / "results.jsonl"
-        path.write_text(path.read_text().replace('"hparams": {"', '"hparams": {"mended": true, "'))
-    out, _ = run(capsys, vlcs)
-    assert out.count("\nMTL (mended)  ") == 6  # CORAL has nothing to mend
-    assert "\nCORAL  " in out and "CORAL (mended)" not in out
-    assert "mended" not in run(capsys, vlcs, "--upstream").out
-    assert "MTL (mended) & " in run(capsys, vlcs, "--latex").out
-
-
 # Mixed sweeps.
 
 def test_mixed_protocols_are_marked_and_described(vlcs, capsys):

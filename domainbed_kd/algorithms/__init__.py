@@ -22,9 +22,9 @@ _ORDER = (*DOMAINBED, "SMA", "SWAD")
 _ABSTRACT = ("base", "annealed", "taught")
 
 
-def _discover() -> tuple[dict[str, str], set[str], dict[str, str], set[str]]:
-    """{class: module} of this folder's methods, those Taught, {class: shown}, those that mend."""
-    bases, files, shown, mend = {}, {}, {}, set()
+def _discover() -> tuple[dict[str, str], set[str], dict[str, str]]:
+    """{class: module} of this folder's public algorithms, those that are Taught, {class: shown}."""
+    bases, files, shown = {}, {}, {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
@@ -33,8 +33,6 @@ def _discover() -> tuple[dict[str, str], set[str], dict[str, str], set[str]]:
                 shown |= ((node.name, ast.literal_eval(line.value)) for line in node.body
                           if isinstance(line, ast.Assign)
                           and ast.unparse(line.targets[0]) == "display_name")
-                if any(ast.unparse(line) == "mends = True" for line in node.body):
-                    mend.add(node.name)
 
     def descendants(root):
         found = {root}
@@ -48,10 +46,10 @@ def _discover() -> tuple[dict[str, str], set[str], dict[str, str], set[str]]:
         (name for name in known if not name.startswith("_") and files[name] not in _ABSTRACT),
         key=lambda name: (order.get(name, len(order)), name))
     modules = {name: f"{__name__}.{files[name]}" for name in methods}
-    return modules, descendants("Taught"), shown, set().union(*map(descendants, mend))
+    return modules, descendants("Taught"), shown
 
 
-_MODULES, _TAUGHT, _DISPLAY_NAMES, _MEND = _discover()
+_MODULES, _TAUGHT, _DISPLAY_NAMES = _discover()
 # Names that a class cannot have, as users type them: "4Ds" is FourDs.
 _ALIASES = {shown: name for name, shown in _DISPLAY_NAMES.items()}
 _REGISTERED: dict[str, type] = {}
@@ -83,12 +81,6 @@ def display_name(name: str) -> str:
     else:
         shown = _DISPLAY_NAMES.get(name, name)
     return shown + space + mark
-
-
-def is_mended(name: str, hparams: dict) -> bool:
-    """Whether a method with these hparams departs from DomainBed's numbers to mend a defect."""
-    mends = getattr(_REGISTERED[name], "mends", False) if name in _REGISTERED else name in _MEND
-    return mends and hparams.get("mended") is True
 
 
 def learns_from_run(name: str) -> bool:

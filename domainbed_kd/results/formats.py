@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from domainbed_kd.algorithms import display_name
 from domainbed_kd.results import tables
 from domainbed_kd.results.records import Grid
 from domainbed_kd.results.tables import Cell, Table
@@ -107,7 +108,7 @@ def text(table: Table) -> str:
         marks += f" *{cell.n_finished}/{cell.n_expected}" if cell.incomplete else ""
         return cell.number("+/-") + marks
 
-    rows = _rows(table, lambda name: printable(table.shown(name)), printable, cell_text)
+    rows = _rows(table, lambda name: printable(display_name(name)), printable, cell_text)
     below = [printable(table.protocol)] if table.protocol else []
     return "\n".join(
         ["", printable(_title(table)), *_columns(rows, _width(table)), *below, ""])
@@ -176,7 +177,7 @@ def latex(table: Table) -> str:
     def bold(name):
         return rf"\textbf{{{escape_latex(name)}}}"
 
-    rows = _rows(table, lambda name: escape_latex(table.shown(name)), bold, cell_latex)
+    rows = _rows(table, lambda name: escape_latex(display_name(name)), bold, cell_latex)
     cells = [cell for row in table.rows.values() for cell in row if cell.mean is not None]
     after = []
     if any(map(_is_lone, cells)):
@@ -211,7 +212,7 @@ def markdown(table: Table) -> str:
         number += " ?" if cell.teacher_problems else ""
         return number + (rf" \*{cell.n_finished}/{cell.n_expected}" if cell.incomplete else "")
 
-    rows = _rows(table, lambda name: _escape_markdown(table.shown(name)), _escape_markdown,
+    rows = _rows(table, lambda name: _escape_markdown(display_name(name)), _escape_markdown,
                  cell_markdown)
     below = f"\n{_escape_markdown(table.protocol)}\n" if table.protocol else ""
     title = f"{_escape_markdown(table.dataset or 'Averages')}, {table.method}"
@@ -279,7 +280,7 @@ def as_csv(made: Iterable[Table]) -> str:
                     continue
                 on, env = (table.dataset, column) if table.dataset else (column, "all")
                 writer.writerow([
-                    table.method, *map(quoted, (on, table.shown(algorithm), env)),
+                    table.method, *map(quoted, (on, display_name(algorithm), env)),
                     *("" if value is None else value for value in (cell.mean, cell.stderr)),
                     cell.n_trials, cell.n_finished, cell.n_expected, int(cell.differs),
                     quoted("; ".join(sorted(cell.teacher_problems)))])

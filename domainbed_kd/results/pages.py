@@ -92,7 +92,7 @@ def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) 
     best = next((name for name in ranked if name in fair), ranked[0])
     where = " and ".join(t.dataset for t in with_data) if len(with_data) < 3 else (
         f"{len(with_data)} datasets")
-    said = (f"{table.shown(best)} has the best average accuracy on held-out domains of {where}: "
+    said = (f"{display_name(best)} has the best average accuracy on held-out domains of {where}: "
             f"{cells[best].mean:.1f} %")
     by_name = {d.algorithm: d for d in comparison.differences} if comparison else {}
     if len(cells) == 1 or not by_name:
@@ -112,7 +112,7 @@ def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) 
     # Only the table of averages has standard errors of means over domains.
     column = made[-1].columns.index(table.dataset) if len(with_data) == 1 else -1
     return Answer(f"{said}.", sure, verdict, [header, *(
-        [table.shown(name), _average(cells[name], made[-1].rows[name][column]),
+        [display_name(name), _average(cells[name], made[-1].rows[name][column]),
          *_against(by_name.get(name), name, comparison)] for name in ranked)])
 
 
@@ -282,4 +282,4 @@ def render(title: str, **content) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True,
                                      undefined=jinja2.StrictUndefined)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title, version=__version__, **content)
+        title=title, display_name=display_name, version=__version__, **content)

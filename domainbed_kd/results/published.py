@@ -109,8 +109,7 @@ def merge(table: Table, known: dict[tuple[str, str], set[Protocol]], searched: s
     if table.dataset is None:
         for label in rows.keys() - table.rows.keys():
             rows[label][-1] = average(rows[label][:-1])
-    return Table(table.method, table.dataset, table.columns, rows, table.protocol,
-                 table.mended)
+    return Table(table.method, table.dataset, table.columns, rows, table.protocol)
 
 
 def average(cells: list[Cell]) -> Cell:

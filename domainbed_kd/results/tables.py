@@ -3,7 +3,7 @@
 `formats` writes them as text, LaTeX, Markdown or CSV.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -88,17 +88,10 @@ class Table:
     rows: dict[str, list[Cell]]
     #: A line below it on how its runs were trained; DomainBed's own output has none.
     protocol: str = ""
-    #: Algorithms whose runs all mend a defect that is in DomainBed's numbers.
-    mended: frozenset[str] = frozenset()
 
     def __post_init__(self):
         for column in zip(*self.rows.values()):
             _compare([cell for cell in column if cell.mean is not None])
-
-    def shown(self, algorithm: str) -> str:
-        """The name of a row for readers."""
-        suffix = " (mended)" if algorithm in self.mended else ""
-        return algorithms.display_name(algorithm) + suffix
 
     @property
     def has_data(self) -> bool:
@@ -196,19 +189,10 @@ def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMet
     searches = curves.searches(found)
     made = {method: build(method, selection.outcomes(searches, grid, method), rows, columns,
                           grid.n_envs) for method in methods}
-    known, mended = protocols.of_runs(grid), _mended(found)
+    known = protocols.of_runs(grid)
     for table in (table for group in made.values() for table in group if table.has_data):
         table.protocol = protocols.line(known, grid, table.dataset, table.method, rows)
-        table.mended = mended
     return made
-
-
-def _mended(found: list[Curve]) -> frozenset[str]:
-    kinds = defaultdict(set)
-    for curve in found:
-        name = curve.args["algorithm"]
-        kinds[name].add(algorithms.is_mended(name, curve.hparams))
-    return frozenset(name for name, kind in kinds.items() if kind == {True})
 
 
 def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[str],
