@@ -118,6 +118,7 @@ class Algorithm(torch.nn.Module):
 class ERM(Algorithm):
     def __init__(self, input_shape, num_classes, num_domains, hparams{erm_arguments}):
         super().__init__(input_shape, num_classes, num_domains, hparams)
+        {erm_reads}
         self.featurizer = networks.Featurizer(input_shape, hparams)
         self.classifier = networks.Classifier(self.featurizer.n_outputs, num_classes)
         self.network = torch.nn.Sequential(self.featurizer, self.classifier)
@@ -310,7 +311,7 @@ _PLAIN = {
     "unpack": "all_x, all_y = (torch.cat(part) for part in zip(*minibatches))",
     "own_arguments": "minibatches, unlabeled=None", "pass_on": "minibatches",
     "passed_hparams": "hparams", "around": "", "after": "",
-    "activation": "pass", "dataset_writes": "",
+    "activation": "pass", "dataset_writes": "", "erm_reads": "",
     "make_dataset": "datasets.get_dataset_class(args.dataset)(None, test_envs, hparams)",
     "constructor_arguments": "", "call": "values = algorithm.update(minibatches, None)"}
 _XY = _PLAIN | {
@@ -343,7 +344,8 @@ DIALECTS = {
                  '("Own", "SCMD") else algorithm.update(minibatches, None))')},
     "domainbedv2": _PLAIN | {
         "erm_arguments": ", what_is_trainable=False, path_for_init=None",
-        "constructor_arguments": ", what_is_trainable=False, path_for_init=None",
+        "erm_reads": "assert not what_is_trainable.startswith('frozen_')",
+        "constructor_arguments": ", what_is_trainable='0', path_for_init=''",
         "returned": '{"": self.network(x)}'},
     "SWAD": _XY,
     "MIRO": _XY | {"more_arguments": ", **kwargs", "erm_arguments": ", **kwargs"},

@@ -187,8 +187,11 @@ def test_a_guest_is_parallel_as_any_module_is(tmp_path):
 x = torch.rand(2, 3, 32, 32)
 parallel = torch.nn.DataParallel(algorithm).eval()
 print(torch.equal(parallel(x), algorithm.predict(x)))
+names = list(algorithm.state_dict())
+algorithm.network = torch.nn.DataParallel(algorithm.network)  # as T3A's train does
+print(names == list(algorithm.state_dict()), torch.equal(parallel(x), algorithm.predict(x)))
 """
-    assert python("-c", look, cwd=fork).stdout == "True\n"
+    assert python("-c", look, cwd=fork).stdout == "True\nTrue True\n"
 
 
 def test_a_warmed_up_teacher_is_neither_saved_nor_copied(tmp_path):

@@ -129,6 +129,12 @@ class Guest:
         """What `predict` runs."""
         return self.core.network
 
+    def __setattr__(self, name, value):
+        # T3A wraps the network of every algorithm into DataParallel. Our methods reach into
+        # theirs, so it stays as it is, as do the names of its weights.
+        if name != "network" or getattr(value, "module", None) is not self.network:
+            super().__setattr__(name, value)
+
     @property
     def optimizer(self):
         """The student's optimiser, or None."""

@@ -105,7 +105,7 @@ class Trial:
         more = self.folder / f"{Path(output).name}.yaml"
         more.write_text(json.dumps(values))
         return ["train_all.py", Path(output).name, "config.yaml", str(more), *shared,
-                "--checkpoint_freq", "2", "--model_save", "1", "--deterministic"]
+                "--checkpoint_freq", "2", "--model_save", "1"]
 
     def doctor(self) -> str:
         """What the doctor says; notes which methods of the fork's own are kept."""

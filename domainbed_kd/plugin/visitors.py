@@ -101,8 +101,10 @@ class Visitor(Algorithm):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        # domainbedv2 fails on its own default for where to load initial weights from: False.
-        more = {"path_for_init": None} if self.dialect.predicts_dict else {}
+        # domainbedv2 fails on its constructors' defaults; these are its command line's.
+        more = {"what_is_trainable": "0", "path_for_init": ""}
+        known = parameters(self.theirs.__init__)
+        more = {name: value for name, value in more.items() if name in known}
         with self._needing_no_gpu():
             self.inner = self.theirs(
                 input_shape, num_classes, num_domains, _Hparams(hparams), **more)
