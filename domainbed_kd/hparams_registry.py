@@ -6,6 +6,7 @@ or reordering entries moves no other draw. Values are plain Python, so they surv
 
 import json
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -96,10 +97,12 @@ def _brought(algorithm: str):
     return algorithms.get_algorithm_class(algorithm).all_hparams
 
 
-def override(hparams: dict, text: str | None) -> dict:
+def override(hparams: dict, text: str | None, takes: Mapping = {}) -> dict:
     """`hparams` with those of a JSON object, such as '{"lr": 0.001}', on top.
 
-    Names that neither the algorithm nor `OPTIONAL` knows are taken, with a warning.
+    A value must be of its default's kind. Some of DomainBed's defaults are whole numbers where it
+    draws fractions: what a method's `takes` fits is of the right kind too. Names that neither the
+    algorithm nor `OPTIONAL` knows are taken, with a warning.
 
     Raises:
         ValueError: if the text is no JSON object, or a value is of another kind than the default.
@@ -112,7 +115,8 @@ def override(hparams: dict, text: str | None) -> dict:
             warnings.warn(f"--hparams: nothing here reads {name!r}."
                           f"{did_you_mean(name, [*hparams, *OPTIONAL])}", stacklevel=2)
         default = hparams.get(name)
-        if default is not None and not _replaces(value, default):
+        if default is not None and not _replaces(value, default) and not (
+                isinstance(value, float) and name in takes and takes[name].fits(value)):
             kind = "an int" if type(default) is int else f"a {type(default).__name__}"
             raise ValueError(f"--hparams: {name} is {json.dumps(value)}, a "
                              f"{type(value).__name__}; it takes {kind}.")

@@ -108,3 +108,16 @@ def test_every_default_and_every_draw_is_taken(algorithm):
 def test_ranges_end_where_the_losses_stop_to_make_sense(algorithm, name, refused, taken):
     takes = get_algorithm_class(algorithm).takes[name]
     assert not any(map(takes.fits, refused)) and all(map(takes.fits, taken))
+
+
+@pytest.mark.parametrize("algorithm, name, default, value", [
+    ("ANDMask", "tau", 1, 0.7), ("IGA", "penalty", 1000, 0.5),
+    ("EQRM", "eqrm_burnin_iters", 2500, 1.5), ("URM", "urm_discriminator_label_smoothing", 0, 0.1)])
+def test_a_default_that_domainbed_states_as_a_whole_number_may_be_replaced_by_a_fraction(
+        algorithm, name, default, value):
+    hparams = hparams_registry.default_hparams(algorithm, "PACS")
+    assert hparams[name] == default and type(hparams[name]) is int
+    takes = get_algorithm_class(algorithm).takes
+    assert hparams_registry.override(hparams, json.dumps({name: value}), takes)[name] == value
+    with pytest.raises(ValueError, match="batch_size is 1.5, a float; it takes an int"):
+        hparams_registry.override(hparams, '{"batch_size": 1.5}', takes)

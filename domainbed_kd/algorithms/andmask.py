@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from domainbed_kd.algorithms.base import between
 from domainbed_kd.algorithms.erm import ERM
 
 
@@ -29,10 +30,12 @@ def masked_mean(gradients: Tensor, mask: Tensor) -> Tensor:
 class ANDMask(ERM):
     """Mean cross-entropy of the domains, whose gradient is 0 where too few domains agree."""
 
+    takes = ERM.takes | {"tau": between(0, 1)}
+
     @staticmethod
     def search_space(dataset):
         """`tau`: the least agreement in sign of an entry that is kept."""
-        return {"tau": (1.0, lambda r: r.uniform(0.5, 1.0))}
+        return {"tau": (1, lambda r: r.uniform(0.5, 1.0))}
 
     def mask(self, gradients: Tensor) -> Tensor:
         """Which entries (...) of the domains' gradients (D, ...) are kept."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_kd.algorithms.annealed import Annealed
+from domainbed_kd.algorithms.base import at_least
 
 BISECTIONS = 32
 
@@ -44,12 +45,14 @@ class EQRM(Annealed):
 
     mends = True
 
+    takes = Annealed.takes | {"eqrm_burnin_iters": at_least(0)}
+
     @staticmethod
     def search_space(dataset):
         """Which quantile, from which update on, and Adam's learning rate from there."""
         return {
             "eqrm_quantile": (0.75, lambda r: r.uniform(0.5, 0.99)),
-            "eqrm_burnin_iters": (2500.0, lambda r: 10 ** r.uniform(2.5, 3.5)),
+            "eqrm_burnin_iters": (2500, lambda r: 10 ** r.uniform(2.5, 3.5)),
             "eqrm_lr": (1e-6, lambda r: 10 ** r.uniform(-7, -5)),
         }
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domainbed_kd.algorithms.base import detached
+from domainbed_kd.algorithms.base import at_least, detached
 from domainbed_kd.algorithms.erm import ERM
 
 
@@ -25,10 +25,12 @@ def gradient_spread(gradients: list[tuple[Tensor, ...]], mean: tuple[Tensor, ...
 class IGA(ERM):
     """Mean cross-entropy of the domains, and the spread of its gradients."""
 
+    takes = ERM.takes | {"penalty": at_least(0)}
+
     @staticmethod
     def search_space(dataset):
         """`penalty`: weight of the spread."""
-        return {"penalty": (1000.0, lambda r: 10 ** r.uniform(1, 5))}
+        return {"penalty": (1000, lambda r: 10 ** r.uniform(1, 5))}
 
     def update(self, minibatches, unlabeled=None):
         """One step; as in DomainBed, the loss that is returned is the cross-entropy alone."""

@@ -53,7 +53,7 @@ class URM(ERM):
         return {
             "urm": fixed("adversarial"),
             "urm_adv_lambda": (0.1, lambda r: r.uniform(0, 0.2)),
-            "urm_discriminator_label_smoothing": fixed(0.0),
+            "urm_discriminator_label_smoothing": fixed(0),
             "urm_discriminator_optimizer": fixed("adam"),
             "urm_discriminator_hidden_layers": (1, lambda r: int(r.choice([1, 2, 3]))),
             "urm_generator_output": ("tanh", lambda r: str(r.choice(["tanh", "relu"]))),

@@ -132,7 +132,8 @@ def choose_hparams(args: dict) -> dict:
         hparams = hparams_registry.random_hparams(
             args["algorithm"], args["dataset"],
             seed_hash(args["hparams_seed"], args["trial_seed"]))
-    hparams = hparams_registry.override(hparams, args["hparams"])
+    takes = algorithms.get_algorithm_class(args["algorithm"]).takes
+    hparams = hparams_registry.override(hparams, args["hparams"], takes)
     if "batch_size" not in hparams:
         raise ValueError(f"{args['algorithm']}: its hparams hold no batch_size, which every run "
                          "needs. Pass --hparams '{\"batch_size\": 32}'.")
