@@ -604,3 +604,10 @@ def test_mended_runs_have_a_row_of_their_own_except_for_domainbed(vlcs, capsys):
     first = names.index("ERM")
     assert names[first:first + 2] == ["ERM", "ERM (mended)"]
     assert run(capsys, vlcs, "--upstream").out == golden("collect_results_text.txt")
+
+
+def test_a_method_that_is_mended_throughout_has_one_row(vlcs, capsys):
+    for folder in folders(vlcs):
+        edit(folder, algorithm="MTL", hparams='{"mended": true}')
+    out = run(capsys, vlcs).out
+    assert "\nMTL (mended)  " in out and "\nMTL  " not in out

@@ -178,7 +178,7 @@ def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMet
         methods: the selection methods.
         upstream: only DomainBed's datasets, and only its algorithms in its own order.
     """
-    seen = [curve.args["algorithm"] for curve in found]
+    seen = [curves.row(curve.args) for curve in found]
     if upstream:
         rows = row_order(seen, algorithms.DOMAINBED)
         columns = [name for name in DOMAINBED_DATASETS if name in grid.datasets]
