@@ -165,8 +165,9 @@ class Guest:
         return copy.deepcopy(self)
 
     def get_forward_model(self):
-        """A copy of what predicts, without what only training needs."""
-        return copy.deepcopy(self.core.network)
+        """A copy of what predicts in eval mode, without what only training needs."""
+        averages = hasattr(self.core, "average") and self.core.hparams.get("scmd_sma", True)
+        return copy.deepcopy((self.core.average if averages else self.core).network)
 
     def _teacher(self) -> list[str]:
         return [key for key in super().state_dict() if key.startswith("core.teacher.")]
