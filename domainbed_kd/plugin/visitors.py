@@ -104,7 +104,7 @@ class Visitor(Algorithm):
         # domainbedv2 fails on its constructors' defaults; these are its command line's.
         more = {"what_is_trainable": "0", "path_for_init": ""}
         known = parameters(self.theirs.__init__)
-        more = {name: value for name, value in more.items() if name in known}
+        more = {name: value for name, value in more.items() if {name, "kwargs"} & {*known}}
         with self._needing_no_gpu():
             self.inner = self.theirs(
                 input_shape, num_classes, num_domains, _Hparams(hparams), **more)
