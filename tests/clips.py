@@ -95,8 +95,9 @@ def minibatches(n_steps=1, shape=(3, 28, 28), size=4, n_classes=3, seed=5):
 
 
 def run(algorithm, batches):
-    """Trains on batches; returns what each update logged."""
-    return [algorithm.update(batch) for batch in batches]
+    """Trains on batches; returns what each update logged, as floats."""
+    return [{name: float(value) for name, value in algorithm.update(batch).items()}
+            for batch in batches]
 
 
 def bits(module):

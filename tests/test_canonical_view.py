@@ -80,7 +80,8 @@ def domains(tmp_path):
 def views_of(domains, folder=None, seed=1):
     dataset = domains()
     parts = splits.make_splits(dataset, [2], 0, 0.2).in_[:2]
-    student = types.SimpleNamespace(teacher=networks.Frozen(Teacher(n_classes=2, seed=seed).eval()))
+    student = types.SimpleNamespace(
+        teacher=networks.Frozen(Teacher(n_classes=2, seed=seed).eval()), teacher_logits=None)
     return student.teacher, parts, CanonicalViews(student, parts, IN_ORDER, folder)
 
 

@@ -110,10 +110,10 @@ def test_a_stopped_run_goes_on_with_its_distance(tmp_path, monkeypatch):
     assert [r["diagnostics"] for r in stopped] == [r["diagnostics"] for r in quiet]
 
 
-def test_a_run_with_diagnostics_is_another_than_one_without(tmp_path):
-    run(tmp_path)
-    with pytest.raises(ValueError, match="diagnostics"):
-        run(tmp_path, "--diagnostics")
+def test_a_finished_run_without_diagnostics_is_not_trained_again_for_them(tmp_path, capsys):
+    before = run(tmp_path)
+    assert run(tmp_path, "--diagnostics") == before
+    assert "holds this run, finished" in capsys.readouterr().err
 
 
 class Lookup(nn.Module):
@@ -128,6 +128,9 @@ class Lookup(nn.Module):
     def __init__(self):
         super().__init__()
         self.featurizer = self.Featurizer()
+
+    def teacher_is_ready(self):
+        return True
 
     def predict(self, x):
         self.featurizer(x)
@@ -213,6 +216,9 @@ def test_information_is_that_of_a_probe_on_held_out_features_of_the_training_dom
 
 def test_a_predictor_of_one_logit_guesses_the_second_class_above_zero():
     class Binary(nn.Module):
+        def teacher_is_ready(self):
+            return False
+
         def predict(self, x):
             return x
 

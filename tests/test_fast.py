@@ -94,7 +94,7 @@ def test_a_fast_run_stopped_halfway_ends_in_the_same_numbers(tmp_path, monkeypat
 
 def test_an_exact_run_is_not_continued_fast(tmp_path):
     run(tmp_path)
-    with pytest.raises(ValueError, match="fast None instead of True"):
+    with pytest.raises(ValueError, match="fast False instead of True"):
         run(tmp_path, "--fast")
 
 

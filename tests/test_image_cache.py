@@ -257,4 +257,4 @@ def test_a_sweep_passes_the_flags_on_and_names_no_run_by_them(tmp_path, capsys):
     sweep.main([*flags, "--image_cache", "a folder", "--loader_processes", "3"])
     with_ = [c for c in capsys.readouterr().out.splitlines() if c.startswith("Dummy")]
     assert without and with_ == [
-        f"{c} --loader_processes 3 --image_cache 'a folder'" for c in without]
+        f"{c} --image_cache 'a folder' --loader_processes 3" for c in without]

@@ -56,7 +56,8 @@ def test_a_step_of_the_selection_phase_is_one_on_the_rows_with_the_largest_cross
     losses = [F.cross_entropy(algorithm.network(x[i:i + 1]), y[i:i + 1]).item()
               for i in range(15)]
     rows = np.argsort(losses)[-3:]
-    ours, theirs = algorithm.update(batch), by_hand.update([(x[rows.copy()], y[rows.copy()])])
+    [ours] = run(algorithm, [batch])
+    [theirs] = run(by_hand, [[(x[rows.copy()], y[rows.copy()])]])
     assert ours.pop("selected") == 0.2 and theirs.pop("selected") == 1
     assert ours == pytest.approx(theirs, rel=1e-5)
     for name, tensor in bits(algorithm.network).items():
@@ -227,8 +228,8 @@ def test_a_start_before_the_first_update_is_refused():
 
 def test_the_order_of_the_domains_does_not_matter():
     [batch] = minibatches(size=5)
-    forwards, backwards = make("SCMD").update(batch), make("SCMD").update(batch[::-1])
-    assert forwards == pytest.approx(backwards, rel=1e-5)
+    forwards, backwards = run(make("SCMD"), [batch]), run(make("SCMD"), [batch[::-1]])
+    assert forwards[0] == pytest.approx(backwards[0], rel=1e-5)
 
 
 def test_naming_the_classes_in_another_order_with_the_labels_changes_no_loss():
@@ -238,17 +239,18 @@ def test_naming_the_classes_in_another_order_with_the_labels_changes_no_loss():
     other = make("SCMD", class_names=[clips.NAMES[i] for i in order])
     for parameter in other.classifier.parameters():
         parameter.data = parameter.data[order]
-    assert other.update([(x, order.argsort()[y]) for x, y in batch]) == pytest.approx(
-        one.update(batch), rel=1e-4)
+    [theirs] = run(other, [[(x, order.argsort()[y]) for x, y in batch]])
+    assert theirs == pytest.approx(run(one, [batch])[0], rel=1e-4)
     names_only = make("SCMD", class_names=[clips.NAMES[i] for i in order])
-    assert names_only.update(batch)["distill"] != pytest.approx(
-        make("SCMD").update(batch)["distill"], rel=1e-2)
+    assert run(names_only, [batch])[0]["distill"] != pytest.approx(
+        run(make("SCMD"), [batch])[0]["distill"], rel=1e-2)
 
 
 def test_every_row_twice_changes_no_loss():
     [batch] = minibatches()
     twice = [(torch.cat([x, x]), torch.cat([y, y])) for x, y in batch]
-    assert no_selection().update(batch) == pytest.approx(no_selection().update(twice), rel=1e-5)
+    [once], [doubled] = run(no_selection(), [batch]), run(no_selection(), [twice])
+    assert once == pytest.approx(doubled, rel=1e-5)
 
 
 def test_it_predicts_although_its_teacher_is_gone():

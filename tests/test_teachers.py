@@ -337,7 +337,8 @@ def test_a_student_of_clip_can_teach_whatever_its_domains_are_called(name, tmp_p
                if k not in ("teacher", "clip_model", "domain_names")}
     (tmp_path / "done").touch()
     checkpoints.save(tmp_path / "model.pkl", {
-        "args": {"dataset": "Debug28", "test_envs": [1], "algorithm": name},
+        "args": {"dataset": "Debug28", "test_envs": [1], "algorithm": name, "trial_seed": 0,
+                 "hparams_seed": 0},
         "model_input_shape": (3, 28, 28), "model_num_classes": 3, "model_num_domains": 3,
         "model_hparams": hparams, "model_dict": algorithm.state_dict()})
     stub = algorithm.hparams["clip_model"]
