@@ -400,6 +400,7 @@ def test_annealing_changes_the_weight_and_starts_adam_afresh(name, weight):
         batches = minibatches(seed=step)
         nll = sum(F.cross_entropy(algorithm.predict(x), y).item() for x, y in batches) / 3
         values = algorithm.update(batches)
-        assert values["loss"] == pytest.approx(nll + expected * values["penalty"], abs=1e-5)
+        loss, penalty = float(values["loss"]), float(values["penalty"])
+        assert loss == pytest.approx(nll + expected * penalty, abs=1e-5)
         optimizers.append(algorithm.optimizer)
     assert optimizers[0] is optimizers[1] is not optimizers[2] is optimizers[3]
