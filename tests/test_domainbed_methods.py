@@ -88,8 +88,7 @@ def test_adrmx_mended_remixes_images_of_one_class_and_two_domains():
 
 
 @pytest.mark.parametrize("flipped", [True, False])
-@pytest.mark.parametrize("mended", [True, False])
-@pytest.mark.parametrize("name", ["CAD", "CondCAD"])
+@pytest.mark.parametrize("name, mended", [("CAD", True), ("CAD", False), ("CondCAD", False)])
 def test_the_bottleneck_of_cad_is_that_of_a_loop(name, mended, flipped):
     algorithm = build(name, hparams=hparams_of(name, is_flipped=flipped, mended=mended))
     z = 0.3 * torch.randn(9, 4)
@@ -174,7 +173,7 @@ def test_the_nll_of_ib_is_the_cross_entropy_only_when_mended(name):
     for mended in (False, True):
         algorithm = build(name, hparams=hparams_of(name, **anneal, mended=mended))
         nll = sum(F.cross_entropy(algorithm.predict(x), y).item() for x, y in batches) / 3
-        values = algorithm.update(batches)
+        values = {key: float(value) for key, value in algorithm.update(batches).items()}
         assert values["nll"] == pytest.approx(nll if mended else values["loss"], rel=1e-5)
         assert values["loss"] != pytest.approx(nll)
 
