@@ -154,7 +154,7 @@ def visit(argv: list[str]) -> None:
     finally:
         visitors.Visitor.update = update
     run(again)
-    whole, resumed = (torch.load(path / "model.pkl", weights_only=False)["model_dict"]
+    whole, resumed = (torch.load(path / "model.pkl", weights_only=True)["model_dict"]
                       for path in (folder, Path(f"{folder}_again")))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole
                if isinstance(whole[name], torch.Tensor)), "resumed, it ends in other weights"
