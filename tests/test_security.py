@@ -23,8 +23,9 @@ FORBIDDEN = {
     "shutil.unpack_archive", "ssl._create_unverified_context", "subprocess.getoutput"}
 # DINOv2 is its authors' code, over TLS, for those who ask for it by hparam, as in DomainBed.
 EXCEPTIONS = {("torch.hub.load", "facebookresearch/dinov2")}
-# A trial of a fork loads what its own processes have just written in a copy of the fork, NumPy
-# scalars among it; the pages' tool compiles the lambdas of our own files to tell them apart.
+# A trial of a fork loads what the fork's own code has just written in a copy of it: SWAD and MIRO
+# keep paths and objects of their configuration there. The pages' tool compiles the lambdas of our
+# own files to tell them apart.
 ALLOWED = {"domainbed_kd/plugin/_child.py": "torch.load",
            "domainbed_kd/plugin/trials.py": "torch.load", "tools/method_pages.py": "compile"}
 # Calls that are safe with one argument only.

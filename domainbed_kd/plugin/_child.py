@@ -104,7 +104,7 @@ def reload(folder: str) -> None:
     assert found, f"no model was saved in {folder}"
     get = importlib.import_module("domainbed.algorithms").get_algorithm_class
     for path in found:
-        before = torch.load(path, weights_only=False)
+        before = torch.load(path, weights_only=True)
         saved = torch.load(path.with_suffix(""), weights_only=False, map_location="cpu")
         algorithm = get(before["name"])(*before["arguments"], Hparams(saved["model_hparams"]))
         algorithm.load_state_dict(saved["model_dict"])

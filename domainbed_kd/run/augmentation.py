@@ -129,10 +129,19 @@ class Jitter:
         self.x = like.float()
         self._channels = self.x.split(1, dim=1)
         self._gray = torch.empty_like(self._channels[0])
-        self._luma = torch.tensor(_LUMA, device=like.device)
+        self._luma = self._there(torch.tensor(_LUMA))
         self._mean, self._std = (
-            255 * torch.tensor(values, device=like.device).view(3, 1, 1)
+            self._there(255 * torch.tensor(values).view(3, 1, 1))
             for values in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
+        self._make_room(like)
+
+    def _there(self, values: Tensor) -> Tensor:
+        if self.x.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.x.device, non_blocking=True)
+
+    def _make_room(self, like: Tensor) -> None:
+        """Allocates what turning hues needs, once for all images to come."""
         room = torch.empty(len(like), 12, *like.shape[2:], dtype=torch.int16, device=like.device)
         self._three, self._sums = room[:, :3], room[:, 5:8]
         self._planes = (*self._three.split(1, dim=1), *room[:, 8:].split(1, dim=1))
@@ -252,19 +261,8 @@ class BatchJitter(Jitter):
         like: uint8 (B, 3, H, W), the form of the images to come.
     """
 
-    def __init__(self, like: Tensor):
-        self.x = like.float()
-        self._channels = self.x.split(1, dim=1)
-        self._gray = torch.empty_like(self._channels[0])
-        self._luma = self._there(torch.tensor(_LUMA))
-        self._mean, self._std = (
-            self._there(255 * torch.tensor(values).view(3, 1, 1))
-            for values in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
-
-    def _there(self, values: Tensor) -> Tensor:
-        if self.x.device.type == "cuda":
-            values = values.pin_memory()
-        return values.to(self.x.device, non_blocking=True)
+    def _make_room(self, like: Tensor) -> None:
+        """A batch allocates as it goes."""
 
     def _per_image(self, values: Tensor) -> Tensor:
         return self._there(values).view(-1, 1, 1, 1)
