@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-GOLDENS = Path(__file__).parent / "data" / "goldens"
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+GOLDENS = ROOT / "tests" / "data" / "goldens"
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # Small networks gain nothing from more; and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -6,13 +6,12 @@ import random
 import re
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from domainbed_kd.datasets import archives, sources
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "domainbed_kd").rglob("*.py"), *(ROOT / "tools").glob("*.py")])
 
 # What runs code or shells out whatever its arguments; `pickle.UnpicklingError` is only a name.

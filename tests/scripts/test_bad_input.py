@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDENS
+from conftest import GOLDENS, ROOT
 from PIL import Image
 
 from domainbed_kd import __main__ as cli
@@ -33,7 +33,7 @@ LIST = ["list_top_hparams", "--input_dir", "results", "--dataset", "VLCS", "--al
 DOWNLOAD = ["download", "--data_dir", "data"]
 SLURM = ["--command_launcher", "slurm", "--slurm_cluster", "local"]
 RAY = ["--command_launcher", "ray"]
-SWEEPS = Path(__file__).parents[1] / "sweeps"
+SWEEPS = ROOT / "sweeps"
 
 
 @pytest.fixture(autouse=True)

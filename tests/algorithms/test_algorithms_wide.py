@@ -1,16 +1,12 @@
 """DomainBed's 34 algorithms at 155 settings, without a seed between construction and update."""
 
-import sys
-from pathlib import Path
 
 import pytest
+import short_runs
 import torch
 from conftest import golden
 
 from domainbed_kd.algorithms import ALGORITHMS, DOMAINBED, ermplusplus, get_algorithm_class
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
-import short_runs  # noqa: E402
 
 CASES = {case["id"]: case for case in golden("algorithms_wide.json")["cases"]}
 

@@ -3,15 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from domainbed_kd import datasets
 
-TOOL = Path(__file__).parents[1] / "tools" / "gpu.py"
+TOOL = ROOT / "tools" / "gpu.py"
 
 
 def run(*words):

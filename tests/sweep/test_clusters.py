@@ -12,12 +12,12 @@ import types
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from domainbed_kd.folder import claims
 from domainbed_kd.scripts import sweep
 from domainbed_kd.sweep import clusters
 
-ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("chaos", ROOT / "tools" / "chaos.py")
 chaos = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(chaos)

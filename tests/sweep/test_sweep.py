@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GOLDENS
+from conftest import GOLDENS, ROOT
 
 from domainbed_kd import algorithms, command_launchers, datasets, machine
 from domainbed_kd.console import run_main
@@ -665,7 +665,7 @@ def test_two_launchers_on_one_folder_run_each_job_once(tmp_path):
 def test_a_sweep_that_is_killed_again_and_again_ends_in_the_same_bits(
         launcher, library, kills, algorithms, tmp_path):
     pytest.importorskip(library)
-    tool = Path(__file__).parents[1] / "tools" / "chaos.py"
+    tool = ROOT / "tools" / "chaos.py"
     ran = subprocess.run(
         [sys.executable, str(tool), "--folder", str(tmp_path / "chaos"), "--dataset", "Debug28",
          "--algorithms", *algorithms, "--steps", "21", "--kills", str(kills), "--within_s", "4",

@@ -2,7 +2,6 @@ import argparse
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,7 +10,6 @@ from domainbed_kd import datasets
 from domainbed_kd.folder import curves
 from domainbed_kd.results import records
 
-sys.path.append(str(Path(__file__).parents[1] / "tools"))  # also where bench starts processes
 bench = importlib.import_module("bench")
 
 

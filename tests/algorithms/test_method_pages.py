@@ -2,17 +2,13 @@
 
 import csv
 import re
-import sys
-from pathlib import Path
 
+import method_pages
 import pytest
+from conftest import ROOT
 
 from domainbed_kd import algorithms
 from domainbed_kd.results import published
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import method_pages  # noqa: E402
 
 HEADINGS = ["What it does", "Command", "Equations", "Hparams", "Logged values",
             "Departures from the paper", "Published numbers", "Results here", "Cost"]

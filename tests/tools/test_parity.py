@@ -2,12 +2,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-
+from conftest import ROOT
 
 OURS = """from domainbed_kd.algorithms import get_algorithm_class
 ALGORITHMS = ['ERM', 'CORAL']"""

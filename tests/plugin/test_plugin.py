@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from standins import DIALECTS, make_fork
 
 from domainbed_kd.plugin import __main__ as plugin
 from domainbed_kd.plugin.guests import METHODS
 
-ROOT = Path(__file__).parents[1]
 FIVE = ("KDDG", "SCMD", "RISE", "MosaicKD", "FourDs")
 SMALL = json.dumps({"mosaic_kd_steps": 1, "mosaic_width": 4, "mosaic_batch": 2})
 # One process trains all, since each would spend seconds on imports.
