@@ -2,24 +2,21 @@
 
 import contextlib
 import functools
-import gc
 import itertools
 import operator
 import os
-import stat
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from domainbed_kd import console
 from domainbed_kd.folder import curves, files, manifest
 from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.folder.curves import Curve
 from domainbed_kd.folder.foreign import parse_json
-from domainbed_kd.results import record_cache
 
 # What collect_results and report leave beside the runs.
 _OURS = (manifest.NAME, "results.txt", "results.tex", "results.csv", "results.md", "report.html",
@@ -27,18 +24,6 @@ _OURS = (manifest.NAME, "results.txt", "results.tex", "results.csv", "results.md
 _MOST_WARNINGS = 10
 # A line with more brackets than this may nest deeper than `parse_json` allows.
 _MOST_BRACKETS = 50
-
-
-@contextlib.contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Turns the search for reference cycles off: among 100,000 records it costs a parse."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Folder:
@@ -52,87 +37,42 @@ class Folder:
         self.path = Path(input_dir)
         if not self.path.is_dir():
             raise FileNotFoundError(f"--input_dir {input_dir}: there is no such folder.")
-        with os.scandir(self.path) as entries:
-            found = {entry.name: self._stamp(entry) for entry in entries
-                     if not entry.name.startswith(".") and entry.name not in _OURS}
         #: Names of its entries as the system lists them, which is the order DomainBed reads in.
-        self.listing = list(found)
-        #: {name: (size in bytes, mtime in ns) of the run's results.jsonl, or None}, by name.
-        self.stamps = dict(sorted(found.items()))
-        #: One line for each run that `curves` could not read, or not completely.
-        self.skipped: list[str] = []
+        self.listing = [name for name in os.listdir(self.path)
+                        if not name.startswith(".") and name not in _OURS]
         #: Names of the folders in which `curves` found no record.
         self.without_results: list[str] = []
-        self.is_large = len(self.stamps) >= record_cache.LEAST_RUNS
 
-    @staticmethod
-    def _stamp(entry: os.DirEntry) -> tuple[int, int] | None:
-        try:
-            found = os.stat(f"{entry.path}/{files.RESULTS}")
-        except OSError:  # `curves` names it
-            return None
-        return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
-
-    @_no_garbage()
     def curves(self, as_listed: bool = False) -> list[Curve]:
         """The contents of `<input_dir>/*/results.jsonl`, by folder name, then line.
 
-        What cannot be read is named on stderr and skipped. In a large sweep, unchanged files are
-        taken from `record_cache`.
+        What cannot be read is named on stderr and skipped.
 
         Args:
             as_listed: in the order of `listing` instead.
         """
-        cache_path = self.path / ".records.npz"
-        cached = record_cache.load(cache_path) if self.is_large else {}
-        runs, self.skipped, n_parsed = {}, [], 0
-        stamps, folder = self.stamps.items(), str(self.path)
-        if sys.stderr.isatty():
-            from tqdm import tqdm  # importing it takes as long as reading a thousand runs
-
-            stamps = tqdm(stamps, unit="run", leave=False)
-        for name, stamp in stamps:
-            known = cached.get(name)
-            if known and known[0] == stamp:
-                runs[name] = known
-                continue
-            found, problem = self._parse(f"{folder}/{name}", stamp)
-            n_parsed += 1
-            if problem:  # reported each time, so read each time
-                self.skipped.append(problem)
-            runs[name] = (None if problem else stamp), found
-        self.without_results = [name for name, (_, found) in runs.items() if not found]
-        curves.say_skipped(self.skipped[:_MOST_WARNINGS])
-        if len(self.skipped) > _MOST_WARNINGS:
-            curves.say_skipped(
-                [f"{len(self.skipped) - _MOST_WARNINGS} more in {self.path}"])
-        # Writing the cache takes as long as parsing a twentieth of the runs.
-        if self.is_large and 20 * (n_parsed - len(self.skipped)) > len(runs):
-            record_cache.save(cache_path, {name: run for name, run in runs.items() if run[0]})
-        return [curve for name in (self.listing if as_listed else runs) for curve in runs[name][1]]
-
-    @staticmethod
-    def _parse(path: str, stamp: tuple[int, int] | None) -> tuple[list[Curve], str]:
-        file = f"{path}/{files.RESULTS}"
-        try:
-            return _read(file, stamp[0] if stamp else -1)
-        except OSError as error:
-            if not os.path.isdir(path):
-                return [], f"{path}: not the folder of a run"
-            if isinstance(error, FileNotFoundError):
-                return [], f"{path}: no results.jsonl yet"
-            return [], f"{file}: {error.strerror}"
+        runs, skipped = {}, []
+        for name in console.bar(sorted(self.listing), unit="run", leave=False):
+            runs[name], problem = _read(f"{self.path}/{name}")
+            skipped += [problem] if problem else []
+        self.without_results = [name for name, found in runs.items() if not found]
+        curves.say_skipped(skipped[:_MOST_WARNINGS])
+        if len(skipped) > _MOST_WARNINGS:
+            curves.say_skipped([f"{len(skipped) - _MOST_WARNINGS} more in {self.path}"])
+        return [curve for name in (self.listing if as_listed else runs) for curve in runs[name]]
 
 
-def _read(path: str, size: int) -> tuple[list[Curve], str]:
-    """The curves in a file of `size` bytes (-1: all of it), and what is wrong with it, or ""."""
-    if not 0 <= size <= files.MOST_BYTES:
+def _read(folder: str) -> tuple[list[Curve], str]:
+    """The curves of a run, and what is wrong with its results.jsonl, or ""."""
+    path = f"{folder}/{files.RESULTS}"
+    try:
         content = files.read_bytes(path)
-    else:
-        with files.open_regular(path) as file:
-            content = file.read(size)
-            if len(content) < size:  # as some network file systems have it
-                content += file.readall()
+    except OSError as error:
+        if not os.path.isdir(folder):
+            return [], f"{folder}: not the folder of a run"
+        if isinstance(error, FileNotFoundError):
+            return [], f"{folder}: no results.jsonl yet"
+        return [], f"{path}: {error.strerror}"
     lines = content.removesuffix(b"\n").split(b"\n") if content else []
     if lines and (curve := _one_curve(lines, content)):
         return [curve], ""

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_records import line, write
 
-from domainbed_kd.results import logits, record_cache, records
+from domainbed_kd.results import logits, records
 from domainbed_kd.scripts import collect_results, list_top_hparams
 
 quick = settings(max_examples=60, deadline=None, derandomize=True,
@@ -79,30 +79,6 @@ def test_a_frame_has_the_records_that_the_tables_have(content):
     with sweep(content) as (folder, _, _):
         of_tables = [r["step"] for c in records.Folder(folder).curves() for r in c.records()]
         assert logits.to_frame(folder)["step"].tolist() == of_tables
-
-
-@quick
-@given(lines)
-def test_a_cache_gives_back_what_the_files_gave(content):
-    least, record_cache.LEAST_RUNS = record_cache.LEAST_RUNS, 1
-    try:
-        with sweep(content) as (folder, _, _):
-            first, again = (repr(records.Folder(folder).curves()) for _ in range(2))
-        assert first == again
-    finally:
-        record_cache.LEAST_RUNS = least
-
-
-@quick
-@given(st.binary(max_size=300))
-def test_a_damaged_cache_is_rebuilt(content):
-    least, record_cache.LEAST_RUNS = record_cache.LEAST_RUNS, 1
-    try:
-        with sweep([]) as (folder, _, _):
-            (folder / ".records.npz").write_bytes(content)
-            assert len(records.Folder(folder).curves()) == 1
-    finally:
-        record_cache.LEAST_RUNS = least
 
 
 @quick

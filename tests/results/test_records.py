@@ -31,6 +31,31 @@ def test_the_golden_sweep_has_its_200_records_in_order_of_folder_then_line():
         assert record == {k: v for k, v in whole.items() if k not in dropped}
 
 
+@pytest.mark.parametrize("lines", [
+    [line(0), line(10, hparams="{}")],  # two kinds of args in a run
+    [line(0), line(10).replace("0.5", "1")],  # a whole number stays one
+    [line(0).replace("0.1", "NaN"), line(10).replace("0.1", "NaN")],
+    [line(0)[:-1].replace('"lr": 0.1', '"lr": [[NaN]]') + "}"],
+    [line(0)[:-1].replace('"lr": 0.1', '"lr": 1' + "0" * 30) + "}"],
+    [line(0), line(10).replace('"env', '"fd_env')],
+    [line(0), line(10)[:-1] + ', "selection": "last"}'],
+    [line(0)[:-1] + ', "selection": "last"}'],
+    [line(0), line(10)[:-1] + ', "teacher": {"hparams": {"lr": 0.1}}}'],
+    [line(0), line(10)[:-1] + ', "args": ' + json.dumps(json.loads(line(seed=3))["args"]) + "}"],
+    [line(0), line(10)[:-1] + ', "hparams": {"lr": 0.2}}'],
+    [text[:-1] + ', "class": 3, "loss/ce": {"a": [1]}}' for text in (line(0), line(10))],
+    [line(0), line(10)[:-1] + ', "class": 3}'], [line(0), line(10).replace('"loss": 1.0, ', "")],
+    [line(0), line(10).replace("1.0", "NaN")],
+    [line(0).replace("0.5", "1e-320"), line(10).replace("0.5", "0.1234567890123456789")]])
+def test_odd_runs_are_read_as_json_reads_them(tmp_path, lines):
+    write(tmp_path / "run", *lines)
+    expected = [{k: v for k, v in json.loads(text).items()
+                 if k in ("args", "hparams", "step", "selection") or k.endswith("_acc")}
+                for text in lines]
+    assert repr([sorted(r.items()) for r in records_of_sweep(tmp_path)]) == repr(
+        [sorted(r.items()) for r in expected])
+
+
 def test_nothing_is_said_of_a_clean_sweep(tmp_path, capsys):
     write(tmp_path / "a", line(0), line(10))
     assert len(records_of_sweep(tmp_path)) == 2
