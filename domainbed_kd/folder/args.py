@@ -122,9 +122,6 @@ OURS = (
 )
 FLAGS = {flag.name: flag for flag in (*DOMAINBEDS, *OURS)}
 
-#: {name: default} of what all runs of a sweep have in common, as far as it is on record.
-OF_SWEEP = {flag.name: flag.default for flag in FLAGS.values()
-            if flag.in_sweep and flag.on_record != NEVER}
 #: Args in which runs of one cell must agree for their accuracies to be compared.
 SETTINGS = tuple(flag.name for flag in FLAGS.values() if flag.is_setting)
 # Args on record that are neither lists nor objects.
@@ -211,8 +208,8 @@ def on_record(args: argparse.Namespace) -> dict:
 
 def of_sweep(args: argparse.Namespace) -> dict:
     """What a sweep's flags say of each run's records, by name; it makes the folders' names."""
-    return {name: value for name in OF_SWEEP
-            if (value := getattr(args, name)) is not None or FLAGS[name].in_sweep == ALWAYS}
+    return {name: value for name, flag in FLAGS.items() if flag.in_sweep and flag.on_record != NEVER
+            and ((value := getattr(args, name)) is not None or flag.in_sweep == ALWAYS)}
 
 
 def off_record(args: argparse.Namespace) -> list[str]:

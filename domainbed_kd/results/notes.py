@@ -1,13 +1,12 @@
 """The remarks below a sweep's tables: what marks mean, which runs are absent, why some failed."""
 
 import os
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from domainbed_kd.algorithms import display_name
 from domainbed_kd.folder import claims, files, manifest
-from domainbed_kd.folder.args import OF_SWEEP, SETTINGS
+from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.results import protocols, tables
 from domainbed_kd.results.records import Folder, Grid, Run
 
@@ -41,39 +40,15 @@ def lines(grid: Grid, made: dict, input_dir: str, failures: dict[str, str]) -> l
                    if (name := grid.folder_name(run)) in failures}
         n_unfinished = len(set(absent) & grid.begun.keys()) - len(reasons)
         n_absent = len(absent) - n_unfinished - len(reasons)
-        found.append(
-            f"Of {grid.n_runs} runs, {n_absent} are absent and {n_unfinished} unfinished:"
-            if not reasons else f"Of {grid.n_runs} runs, {n_absent} are absent, {n_unfinished} "
-            f"unfinished and {len(reasons)} failed:")
+        failed = f", {n_unfinished} unfinished and {len(reasons)} failed:"
+        found.append(f"Of {grid.n_runs} runs, {n_absent} are absent"
+                     + (failed if reasons else f" and {n_unfinished} unfinished:"))
         others = [run for run in absent if run not in reasons]
         found += [f"    {line}" for line in _describe_absent(grid, others)]
         found += [f"    {line}" for line in _describe_failed(grid, reasons)]
-        if command := _completing_command(grid, input_dir):
+        if command := manifest.completing_command(input_dir):
             found += ["To complete them:", f"    {command}"]
     return ["", *found] if found else []
-
-
-def _completing_command(grid: Grid, input_dir: str) -> str | None:
-    """The `sweep launch` command that runs what is absent; None if runs differ in their flags.
-
-    Of a folder that says what its sweep is, no flags are needed.
-    """
-    if command := manifest.completing_command(input_dir):
-        return command
-    words = ["python", "-m", "domainbed_kd.scripts.sweep", "launch", "--datasets", *grid.datasets,
-             "--algorithms", *sorted({args["algorithm"] for args in grid.begun.values()}),
-             "--n_trials", max(grid.trial_seeds) + 1,
-             "--n_hparams", max(grid.hparams_seeds) + 1]
-    if min(grid.hparams_seeds):
-        words += ["--n_hparams_from", min(grid.hparams_seeds)]
-    for name, default in OF_SWEEP.items():
-        value, *others = {args.get(name, default) for args in grid.begun.values()}
-        if others:
-            return None
-        if value != default:
-            words += [f"--{name}"] if value is True else [f"--{name}", value]
-    words += [] if grid.has_pairs else ["--single_test_envs"]
-    return shlex.join(map(str, [*words, "--output_dir", input_dir, "--command_launcher", "local"]))
 
 
 def why_failed(folder: Folder, grid: Grid) -> dict[str, str]:
