@@ -127,8 +127,8 @@ SETTINGS = tuple(flag.name for flag in FLAGS.values() if flag.is_setting)
 # Args on record that are neither lists nor objects.
 _ONE_VALUE = tuple(flag.name for flag in FLAGS.values()
                    if flag.on_record != NEVER and "nargs" not in flag.options)
-# More domains than this no dataset has; readers count up to the largest number.
-_MOST_ENVS = 1000
+#: More domains than this no dataset has; readers count up to the largest number.
+MOST_ENVS = 1000
 # Nor is any number of steps or seed larger.
 _MOST = 2 ** 63
 
@@ -243,7 +243,7 @@ def are_args(args) -> bool:
     """Whether args from anywhere tell what a run trains, in values that every reader can bear."""
     try:
         envs = args["test_envs"]
-        if not all(isinstance(i, int) and 0 <= i < _MOST_ENVS for i in envs):
+        if not all(isinstance(i, int) and 0 <= i < MOST_ENVS for i in envs):
             return False
         if not {list, dict}.isdisjoint(map(type, map(args.get, _ONE_VALUE))):
             return False

@@ -1,8 +1,9 @@
 """What a sweep is: sweep.json in its folder, with an entry for each launch.
 
 An entry has the flags of the sweep, as the words of a command line with every default spelt out
-and plug-ins by their whole paths; the folder in which it was launched; the time; and versions.
-So `sweep status`, `launch`, `plan` and `delete_incomplete` need the folder alone.
+and plug-ins by their whole paths; what the plug-ins' names mean to whoever lists the runs; the
+folder in which it was launched; the time; and versions. So `sweep status`, `launch`, `plan` and
+`delete_incomplete` need the folder alone, and what trains nothing runs no plug-in of it.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from domainbed_kd import __version__
 from domainbed_kd.folder import files
+from domainbed_kd.folder.args import MOST_ENVS
 
 NAME = "sweep.json"
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
@@ -26,6 +28,8 @@ def launches(sweep: str | Path) -> list[dict]:
     """The entries of a sweep's launches, oldest first; none if nothing says what the sweep is.
 
     Each has its "flags", words of a command line, and "cwd", the folder in which it was launched.
+    It may have "of_plugins": {"algorithms": {name: {"learns_from_run": bool}}, "datasets": {name:
+    {"n_envs", "N_STEPS", "CHECKPOINT_FREQ": int}}}.
 
     Raises:
         ValueError: if sweep.json is damaged.
@@ -37,10 +41,11 @@ def launches(sweep: str | Path) -> list[dict]:
         is_sound = all(isinstance(entry["cwd"], str) and isinstance(entry["flags"], list)
                        and all(isinstance(word, str) and not word.startswith("@")
                                for word in entry["flags"])
+                       and _are_facts(entry.get("of_plugins", {}))
                        for entry in found)
     except FileNotFoundError:
         return []
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}). {_WITHOUT}") from None
     if not is_sound or not isinstance(found, list):
         raise ValueError(f"{path} does not list launches with their flags. {_WITHOUT}")
@@ -50,22 +55,32 @@ def launches(sweep: str | Path) -> list[dict]:
 _WITHOUT = "Delete it and give the flags of the sweep's launch."
 
 
-def add_launches(sweep: str | Path, flags: list[list[str]]) -> None:
-    """Adds an entry for each list of flags; a folder that cannot be written to goes without.
+def _are_facts(of_plugins: dict) -> bool:
+    """Whether an entry's "of_plugins" is as `launches` says, in numbers that one can count to."""
+    return (all(set(facts) == {"learns_from_run"} and type(facts["learns_from_run"]) is bool
+                for facts in of_plugins.get("algorithms", {}).values())
+            and all(set(facts) == {"n_envs", "N_STEPS", "CHECKPOINT_FREQ"}
+                    and all(type(n) is int and n > 0 for n in facts.values())
+                    and facts["n_envs"] <= MOST_ENVS
+                    for facts in of_plugins.get("datasets", {}).values()))
+
+
+def add_launches(sweep: str | Path, entries: list[dict]) -> None:
+    """Adds entries for launches made here and now; a folder that cannot be written to goes without.
 
     Args:
         sweep: folder of the sweep, which exists.
-        flags: words of a command line.
+        entries: the "flags" and "of_plugins" of each; see `launches`.
 
     Raises:
         ValueError: if sweep.json is damaged.
     """
-    entry = {"cwd": os.getcwd(), "versions": versions(),
-             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    now = {"cwd": os.getcwd(), "versions": versions(),
+           "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     with contextlib.suppress(OSError), _locked(sweep):
         before = launches(sweep)
         files.write_json(Path(sweep, NAME), {
-            "launches": before + [{**entry, "flags": words} for words in flags]})
+            "launches": before + [now | entry for entry in entries]})
 
 
 @contextlib.contextmanager

@@ -29,11 +29,16 @@ def build_parser() -> flags.SweepParser:
 
 
 def load_names(launches: list[argparse.Namespace]) -> None:
-    """Loads plug-ins and puts each name as it is registered."""
+    """Loads plug-ins and puts each name as it is registered.
+
+    Of plug-ins that only the folder names, a command that trains nothing runs no code.
+    """
     plugins = dict.fromkeys(plugin for args in launches for plugin in args.plugin)
     extensions.load(plugins, [name for args in launches for name in (
         *args.algorithms, *args.datasets, args.command_launcher)])
     for args in launches:
+        if not flags.trains(args):
+            flags.stand_in(getattr(args, "of_plugins", {}))
         flags.resolve_names(args)
 
 

@@ -5,6 +5,7 @@ import glob
 import math
 import os
 import shlex
+from collections.abc import Mapping
 
 from domainbed_kd import algorithms, console, datasets
 from domainbed_kd.folder import args as runs
@@ -127,6 +128,8 @@ def parse(parser: SweepParser, argv: list[str] | None
     known = []
     if given.keys().isdisjoint(_DEFINING):
         known = _of_manifest(parser, given["output_dir"])
+        if not trains(argparse.Namespace(**defaults | given)):
+            known = [each | {"plugin": []} for each in known]
         if folder is not None and not known:
             raise ValueError(
                 f"{folder} has no {manifest.NAME}, which DomainBed's sweeps, those of older "
@@ -138,6 +141,15 @@ def parse(parser: SweepParser, argv: list[str] | None
     for launch in launches:
         check(launch)
     return launches[-1], launches
+
+
+def trains(args: argparse.Namespace) -> bool:
+    """Whether the command trains, and so runs the code of plug-ins that only sweep.json names.
+
+    The others run that of --plugin and --fork on their own command line alone: a folder may come
+    from anybody.
+    """
+    return args.command == "launch" or (args.command == "plan" and args.measure)
 
 
 def _given(parser: SweepParser, argv: list[str] | None) -> dict:
@@ -159,6 +171,7 @@ def _of_manifest(parser: SweepParser, folder: str) -> list[dict]:
         if os.path.abspath(entry["cwd"]) != os.getcwd():
             flags |= {name: os.path.join(entry["cwd"], flags[name])
                       for name in _PATHS if flags.get(name)}
+        flags["of_plugins"] = entry.get("of_plugins", {})
         key = repr([flags.get(name) for name in (*_OWN, *_SHARED)])
         found.pop(key, None)  # the last one's place and launcher count
         found[key] = flags
@@ -175,6 +188,30 @@ def for_manifest(args: argparse.Namespace) -> list[str]:
         name for name in vars(args) if name.startswith(("slurm_", "ray_")))]
     return runs.words({name: getattr(args, name) for name in names}
                       | {"plugin": [whole(plugin) for plugin in args.plugin]})
+
+
+def of_plugins(args: argparse.Namespace) -> dict[str, dict]:
+    """What sweep.json keeps of names that plug-ins registered; see `stand_in`."""
+    own = {name: datasets.get_dataset_class(name) for name in args.datasets}
+    return {
+        "algorithms": {name: {"learns_from_run": algorithms.learns_from_run(name)}
+                       for name in args.algorithms if name not in algorithms.SHIPPED},
+        "datasets": {name: {"N_STEPS": cls.N_STEPS, "CHECKPOINT_FREQ": cls.CHECKPOINT_FREQ,
+                            "n_envs": datasets.num_environments(name, args.data_dir)}
+                     for name, cls in own.items()
+                     if not cls.__module__.startswith("domainbed_kd.")}}
+
+
+def stand_in(found: Mapping[str, Mapping[str, Mapping]]) -> None:
+    """Registers what sweep.json keeps of names, where nothing here defines them."""
+    for name, facts in found.get("algorithms", {}).items():
+        if name not in algorithms.ALGORITHMS:
+            algorithms.register(type(name, (), {"display_name": None, **facts}))
+    for name, facts in found.get("datasets", {}).items():
+        if name not in datasets.DATASETS:
+            labels = [str(i) for i in range(facts["n_envs"])]
+            datasets.register(type(name, (datasets.MultipleDomainDataset,),
+                                   {"ENVIRONMENTS": labels, **facts}))
 
 
 def check(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from domainbed_kd import algorithms, console, datasets
 from domainbed_kd.folder import claims, files, manifest
 from domainbed_kd.sweep import workers
-from domainbed_kd.sweep.flags import for_manifest
+from domainbed_kd.sweep.flags import for_manifest, of_plugins
 from domainbed_kd.sweep.jobs import Job
 
 # DomainBed's own jobs hold no claim; one that wrote this recently may be running.
@@ -190,7 +190,8 @@ def noted(launches: list[argparse.Namespace]) -> Iterator[None]:
     folder = launches[-1].output_dir
     is_new = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
-    manifest.add_launches(folder, [for_manifest(args) for args in launches])
+    manifest.add_launches(folder, [
+        {"flags": for_manifest(args), "of_plugins": of_plugins(args)} for args in launches])
     try:
         yield
     except BaseException:

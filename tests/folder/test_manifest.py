@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import GOLDENS
 
-from domainbed_kd import command_launchers
+from domainbed_kd import algorithms, command_launchers, datasets
 from domainbed_kd.console import run_main
 from domainbed_kd.folder import manifest
 from domainbed_kd.scripts import sweep
@@ -173,7 +173,7 @@ def test_what_completes_a_sweep_is_its_folder():
 def test_launchers_side_by_side_each_leave_their_entry():
     Path("sweep").mkdir()
     code = ("from domainbed_kd.folder import manifest\n"
-            "for i in range(10): manifest.add_launches('sweep', [['--steps', str(i)]])")
+            "for i in range(10): manifest.add_launches('sweep', [{'flags': ['--steps', str(i)]}])")
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert len(manifest.launches("sweep")) == 20
@@ -193,3 +193,92 @@ def test_status_of_a_folder_alone_takes_a_second_of_a_core(tmp_path):
                    - before.children_user - before.children_system)
         assert ran.returncode == 0, ran.stderr
     assert best < 1, best
+
+
+# Plug-ins that a folder names.
+
+PLUGIN = '''
+from pathlib import Path
+from domainbed_kd.algorithms.erm import ERM
+from domainbed_kd.datasets import Debug28
+
+Path("ran").touch()
+
+
+class Pupil(ERM):
+    learns_from_run = True
+
+
+class Three(Debug28):
+    N_STEPS = 7
+'''
+
+
+@pytest.fixture
+def as_anew(monkeypatch):
+    """A function that forgets which plug-ins were loaded, as a new process would."""
+    registries = [(module, name, getattr(module, name)) for module, name in (
+        (algorithms, "ALGORITHMS"), (algorithms, "_REGISTERED"), (datasets, "DATASETS"),
+        (datasets, "_CLASSES"))]
+
+    def forget():
+        for module, name, found in registries:
+            monkeypatch.setattr(module, name, found.copy())
+        for name in [name for name in sys.modules if name.startswith("plugin ")]:
+            del sys.modules[name]
+        Path("ran").unlink(missing_ok=True)
+
+    yield forget
+    forget()
+
+
+@pytest.fixture
+def with_plugin(as_anew):
+    """A sweep of the method and the dataset of a plug-in, launched in `sweep`."""
+    Path("mine.py").write_text(PLUGIN)
+    as_anew()
+    sweep.main(["launch", *SMALL, "--output_dir", "sweep", "--plugin", "mine.py",
+                "--algorithms", "Pupil", "--datasets", "Three"])
+    assert Path("ran").exists()
+    as_anew()
+
+
+@pytest.mark.parametrize("command", ["status", "plan", "delete_incomplete"])
+def test_what_trains_nothing_runs_no_code_that_a_folder_names(command, with_plugin, capsys):
+    assert sweep.main([command, "sweep", "--skip_confirmation"]) == 0
+    out = capsys.readouterr().out
+    assert not Path("ran").exists()
+    if command == "status":  # three students and, as the method says, their three teachers
+        assert ["Pupil", "2", "0", "0", "0", "1"] in [line.split() for line in out.splitlines()]
+        assert ["Three", "4", "0", "1", "0", "1"] in [line.split() for line in out.splitlines()]
+
+
+def test_what_trains_runs_it(with_plugin):
+    assert sweep.main(["launch", "sweep", "--skip_confirmation"]) == 0
+    assert Path("ran").exists()
+
+
+def test_a_plugin_on_the_command_line_is_loaded(with_plugin):
+    assert sweep.main(["status", "sweep", "--plugin", "mine.py"]) == 0
+    assert Path("ran").exists()
+
+
+def test_a_launch_says_what_its_plugins_names_mean(with_plugin):
+    found = json.loads(Path("sweep", "sweep.json").read_text())
+    assert found["launches"][0]["of_plugins"] == {
+        "algorithms": {"Pupil": {"learns_from_run": True}},
+        "datasets": {"Three": {"n_envs": 3, "N_STEPS": 7, "CHECKPOINT_FREQ": 100}}}
+
+
+@pytest.mark.parametrize("facts", [
+    [], {"algorithms": []}, {"algorithms": {"Pupil": {}}}, {"datasets": {"Three": None}},
+    {"algorithms": {"Pupil": {"learns_from_run": 1}}},
+    {"algorithms": {"Pupil": {"learns_from_run": True, "__init__": 1}}},
+    {"datasets": {"Three": {"n_envs": 10**8, "N_STEPS": 1, "CHECKPOINT_FREQ": 1}}},
+    {"datasets": {"Three": {"n_envs": 3, "N_STEPS": "1", "CHECKPOINT_FREQ": 1}}}])
+def test_what_a_folder_says_of_plugins_is_checked(facts, with_plugin, capsys):
+    path = Path("sweep", "sweep.json")
+    found = json.loads(path.read_text())
+    found["launches"][0]["of_plugins"] = facts
+    path.write_text(json.dumps(found))
+    refused(["status", "sweep"], "sweep.json", capsys)
