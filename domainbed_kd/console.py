@@ -105,6 +105,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {known[near[0]]}?" if near else ""
 
 
+def count(n: int, what: str) -> str:
+    """A number of things, such as "1 run" or "2 runs"."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def parse_hparams(text: str) -> dict:
     """The hparams of a JSON object, such as '{"lr": 0.001}'.
 

@@ -22,15 +22,9 @@ EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
 
 def document(style: str, made: dict, compared: dict, grid: Grid, n_records: int,
              remarks: list[str]) -> str:
-    """All tables of a sweep in one of `EXTENSIONS`, with the remarks below.
+    """All tables of a sweep in one of `EXTENSIONS`, with the remarks below, except in csv.
 
-    Args:
-        style: the format; csv has no remarks.
-        made: {selection method: tables}.
-        compared: {selection method: the table of its comparison}, for some methods or none.
-        grid: of the sweep.
-        n_records: how many records it has.
-        remarks: lines; the first is empty.
+    `made` and `compared` are the tables and the comparison of each selection method, if any.
     """
     if style == "csv":
         return as_csv(table for method, group in made.items() for table in group
@@ -102,16 +96,17 @@ def upstream_text(table: Table) -> str:
 
 def text(table: Table) -> str:
     """As DomainBed's, but with whole names and with marks on cells."""
-    def cell_text(cell):
-        marks = " !" if cell.differs else ""
-        marks += " ?" if cell.teacher_problems else ""
-        marks += f" *{cell.n_finished}/{cell.n_expected}" if cell.incomplete else ""
-        return cell.number("+/-") + marks
-
-    rows = _rows(table, lambda name: printable(display_name(name)), printable, cell_text)
+    rows = _rows(table, lambda name: printable(display_name(name)), printable,
+                 lambda cell: cell.number("+/-") + _marks(cell, "*"))
     below = [printable(table.protocol)] if table.protocol else []
     return "\n".join(
         ["", printable(_title(table)), *_columns(rows, _width(table)), *below, ""])
+
+
+def _marks(cell: Cell, star: str) -> str:
+    """What stands behind a number."""
+    return "".join([" !" * cell.differs, " ?" * bool(cell.teacher_problems),
+                    f" {star}{cell.n_finished}/{cell.n_expected}" * cell.incomplete])
 
 
 def _columns(rows: list[list[str]], least_width: int) -> list[str]:
@@ -207,10 +202,7 @@ def markdown(table: Table) -> str:
     """A pipe table with the best in bold."""
     def cell_markdown(cell):
         number = cell.number("±")
-        number = f"**{number}**" if cell.rank == 1 else number
-        number += " !" if cell.differs else ""
-        number += " ?" if cell.teacher_problems else ""
-        return number + (rf" \*{cell.n_finished}/{cell.n_expected}" if cell.incomplete else "")
+        return (f"**{number}**" if cell.rank == 1 else number) + _marks(cell, r"\*")
 
     rows = _rows(table, lambda name: _escape_markdown(display_name(name)), _escape_markdown,
                  cell_markdown)
@@ -242,18 +234,15 @@ class Strings(NamedTuple):
 
 def strings(style: str, of: Strings) -> str:
     """The table as text, latex or markdown."""
+    escape = {"text": printable, "latex": escape_latex, "markdown": _escape_markdown}[style]
+    title, lead, remark = map(escape, (of.title, of.lead, of.remark))
+    rows = [list(map(escape, row)) for row in of.rows]
     if style == "latex":
-        title, lead, remark = map(escape_latex, (of.title, of.lead, of.remark))
-        header, *body = [[escape_latex(cell) for cell in row] for row in of.rows]
-        header = [rf"\textbf{{{cell}}}" for cell in header]
+        rows[0] = [rf"\textbf{{{cell}}}" for cell in rows[0]]
         below = " ".join(filter(None, (lead, remark)))
-        return _latex([header, *body], title, ["", r"\smallskip\footnotesize " + below])
+        return _latex(rows, title, ["", r"\smallskip\footnotesize " + below])
     if style == "markdown":
-        title, lead, remark = map(_escape_markdown, (of.title, of.lead, of.remark))
-        rows = [[_escape_markdown(cell) for cell in row] for row in of.rows]
         return f"{_markdown(rows, title, lead)}\n{remark}\n"
-    title, lead, remark = map(printable, (of.title, of.lead, of.remark))
-    rows = [[printable(cell) for cell in row] for row in of.rows]
     return "\n".join(["", f"-------- {title}", *([lead] if lead else []), *_columns(rows, 0),
                       remark, ""])
 

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from domainbed_kd.algorithms import display_name
+from domainbed_kd.console import count
 from domainbed_kd.folder import claims, files, manifest
 from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.results import protocols, tables
@@ -14,16 +15,10 @@ from domainbed_kd.results.records import Folder, Grid, Run
 _MOST_FAILURES = 10
 
 
-def lines(grid: Grid, made: dict, input_dir: str, failures: dict[str, str]) -> list[str]:
-    """What the tables' marks mean, which runs are absent, and what completes them.
+def lines(grid: Grid, made: dict, input_dir: str, failures: dict[Run, str]) -> list[str]:
+    """What the marks of {method: tables} mean, which runs are absent, and what completes them.
 
-    Returns no line for a whole sweep; else the first line is empty.
-
-    Args:
-        grid: of the sweep.
-        made: {selection method: tables}.
-        input_dir: the sweep's folder.
-        failures: of `why_failed`.
+    Returns no line for a whole sweep; else the first line is empty. `failures` are of `why_failed`.
     """
     cells = [cell for group in made.values() for table in group
              for row in table.rows.values() for cell in row if cell.mean is not None]
@@ -36,8 +31,7 @@ def lines(grid: Grid, made: dict, input_dir: str, failures: dict[str, str]) -> l
     if problems := tables.teacher_problems(cells):
         found.append(f"? {problems}")
     if absent := grid.absent():
-        reasons = {run: failures[name] for run in absent
-                   if (name := grid.folder_name(run)) in failures}
+        reasons = {run: failures[run] for run in absent if run in failures}
         n_unfinished = len(set(absent) & grid.begun.keys()) - len(reasons)
         n_absent = len(absent) - n_unfinished - len(reasons)
         failed = f", {n_unfinished} unfinished and {len(reasons)} failed:"
@@ -51,16 +45,16 @@ def lines(grid: Grid, made: dict, input_dir: str, failures: dict[str, str]) -> l
     return ["", *found] if found else []
 
 
-def why_failed(folder: Folder, grid: Grid) -> dict[str, str]:
-    """{name of a run's folder: why the run failed}, for runs that did."""
-    reasons = ((name, files.failure(f"{folder.path}/{name}")) for name in grid.unfinished_names())
-    return {name: " ".join(reason.split()).removeprefix("error: ")
-            for name, reason in reasons if reason}
+def why_failed(folder: Folder, grid: Grid) -> dict[Run, str]:
+    """{run: why it failed}, for runs that did."""
+    reasons = {run: files.failure(f"{folder.path}/{name}")
+               for run, name in grid.unfinished().items()}
+    return {run: reason.removeprefix("error: ") for run, reason in reasons.items() if reason}
 
 
 def at_work(folder: Folder, grid: Grid) -> str:
     """That runs of a sweep are being trained right now; empty if none are."""
-    names = {*grid.unfinished_names(), *folder.without_results}
+    names = {*grid.unfinished().values(), *folder.without_results}
     paths = [f"{folder.path}/{name}" for name in names]
     n_running = sum(claims.holder(path) is not None for path in paths
                     if os.path.exists(f"{path}/out.txt"))
@@ -87,7 +81,7 @@ def _describe_settings(grid: Grid) -> list[str]:
         for algorithm, row in rows.items():
             kinds = "; ".join(
                 ", ".join(protocols.in_words(SETTINGS[i], settings[i]) for i in told)
-                + f" ({n} run{'s' if n > 1 else ''})"
+                + f" ({count(n, 'run')})"
                 for settings, n in sorted(row.items()))
             if kinds:
                 described.append(f"{dataset}, {display_name(algorithm)}: {kinds}")
@@ -116,7 +110,7 @@ def _describe_absent(grid: Grid, absent: list[Run]) -> list[str]:
         env_sets = defaultdict(list)
         for envs, seeds in by_envs.items():
             env_sets[frozenset(seeds)].append(envs)
-        everything = len(grid.test_env_sets(dataset))
+        everything = len(grid.env_sets[dataset])
         parts = []
         for seeds, sets in env_sets.items():
             where = "all test envs" if len(sets) == everything else (

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from domainbed_kd import __version__
 from domainbed_kd.algorithms import display_name
+from domainbed_kd.console import count
 from domainbed_kd.folder.curves import Curve, n_records, searches
 from domainbed_kd.results import logits, plots, selection, significance, summaries, tables
 from domainbed_kd.results.records import Grid
@@ -52,13 +53,9 @@ class Answer(NamedTuple):
 
 def compare(found: list[Curve], grid: Grid, reference: str | None, rows: list[str]
             ) -> Comparison | None:
-    """The comparison, if any algorithm has scores.
+    """The comparison, if any algorithm has scores; `rows` are the algorithms in order.
 
-    Args:
-        found: the sweep's curves.
-        grid: of the same sweep.
-        reference: with which to compare; None for ERM or, without it, the first with scores.
-        rows: the algorithms in order.
+    The reference is by default ERM or, without it, the first that has scores.
 
     Raises:
         ValueError: if there are no results of the reference.
@@ -75,13 +72,7 @@ def compare(found: list[Curve], grid: Grid, reference: str | None, rows: list[st
 
 
 def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) -> Answer | None:
-    """What the first screen says; None without a number.
-
-    Args:
-        made: the tables of `SELECTION`.
-        grid: of the sweep.
-        comparison: of `compare`.
-    """
+    """What the first screen says, by the tables of `SELECTION`; None without a number."""
     with_data = [table for table in made if table.dataset and table.has_data]
     table = with_data[0] if len(with_data) == 1 else made[-1]
     cells = {name: row[-1] for name, row in table.rows.items() if row[-1].mean is not None}
@@ -129,15 +120,10 @@ def _is_sure(rival: Difference, differences: list[Difference]) -> tuple[str, str
     test = f"p = {rival.p_corrected:.3f}" + (
         f" after Holm's correction for {len(differences)} comparisons"
         if len(differences) > 1 else "")
-    interval = f"95 % interval {_interval(rival)} points, {rival.n_pairs} pairs"
+    interval = f"95 % interval {rival.interval} points, {rival.n_pairs} pairs"
     if rival.is_significant:
         return f"Sure, at the 5 % level: {test}; {interval}.", "yes"
     return f"Not sure: the difference may be chance. {test}; {interval}.", "no"
-
-
-def _interval(difference: Difference) -> str:
-    return (f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-            if difference.n_pairs > 1 else "-")
 
 
 def _against(difference: Difference | None, name: str, comparison: Comparison | None
@@ -150,16 +136,12 @@ def _against(difference: Difference | None, name: str, comparison: Comparison | 
         said = "better" if difference.mean > 0 else "worse"
     else:
         said = "too few pairs" if significance.limits(comparison.differences) else "not shown"
-    return [f"{100 * difference.mean:+.1f}", _interval(difference), said]
+    return [f"{100 * difference.mean:+.1f}", difference.interval, said]
 
 
 def facts(grid: Grid, found: list[Curve], n_failed: int) -> str:
     """The sweep in two sentences."""
     names = ", ".join(map(display_name, tables.row_order(grid.algorithms)))
-
-    def count(n, what):
-        return f"{n} {what}{'' if n == 1 else 's'}"
-
     return (f"{count(len(grid.algorithms), 'algorithm')} ({names}), "
             f"{count(len(grid.trial_seeds), 'trial')}, "
             f"{count(len(grid.hparams_seeds), 'draw')} of hparams each. "
@@ -191,14 +173,7 @@ def marks(made: dict) -> dict[str, bool | str]:
 
 def sections(input_dir: str, found: list[Curve], made: list[tables.Table],
              comparison: Comparison | None) -> Iterator[Section]:
-    """The sections for which there are numbers.
-
-    Args:
-        input_dir: of the sweep.
-        found: the curves of its runs.
-        made: the tables of `SELECTION`.
-        comparison: of `compare`.
-    """
+    """The sections for which there are numbers; `made` are the tables of `SELECTION`."""
     looks = plots.Looks(made[0].rows)
     if comparison and comparison.differences:
         ranking = comparison.ranking
@@ -271,12 +246,7 @@ def _with_plots(frame, found: list[Curve], made: list[tables.Table], looks: plot
 
 
 def render(title: str, **content) -> str:
-    """The page's HTML.
-
-    Args:
-        title: its heading.
-        content: what else the template names.
-    """
+    """The page's HTML; `content` is what else the template names."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True,

@@ -1,11 +1,11 @@
 """How the runs behind a table were trained, in one line that can be compared with another's."""
 
 import os
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from domainbed_kd import datasets
 from domainbed_kd.algorithms import display_name
+from domainbed_kd.console import count
 from domainbed_kd.results.records import Grid
 
 _UNKNOWN = "not recorded"
@@ -72,7 +72,9 @@ def of_runs(grid: Grid) -> dict[tuple[str, str], set[Protocol]]:
         if curve.teacher_problem:
             teacher = f"{teacher or 'not recorded'}, {curve.teacher_problem}"
         found.setdefault((run.dataset, run.algorithm), set()).add(Protocol(
-            *student(run.dataset, hparams), args.get("steps") or _n_steps(run.dataset, grid),
+            *student(run.dataset, hparams), args.get("steps") or (
+                datasets.facts(run.dataset).N_STEPS if run.dataset in datasets.DATASETS
+                else grid.n_steps[run.dataset]),
             teacher, bool(args.get("fast"))))
     return found
 
@@ -84,23 +86,11 @@ def in_words(name: str, value: str) -> str:
     return f"{name} {'default' if value == 'None' else value}"
 
 
-def _n_steps(dataset: str, grid: Grid) -> int:
-    """The dataset's own number of steps or, where it is not registered, the longest run's."""
-    if dataset in datasets.DATASETS:
-        return datasets.get_dataset_class(dataset).N_STEPS
-    return grid.n_steps[dataset]
-
-
 def line(protocols: dict[tuple[str, str], set[Protocol]], grid: Grid, dataset: str | None,
          selection: str, rows: list[str]) -> str:
-    """The protocol of a dataset's table, or of all; each difference names who has it.
+    """The protocol of a dataset's table, or with None of all; each difference names who has it.
 
-    Args:
-        protocols: of `of_runs`.
-        grid: of the same records.
-        dataset: None for the table of averages.
-        selection: the selection method's name.
-        rows: the algorithms in the table's order.
+    `protocols` are of `of_runs`, and `rows` the algorithms in the table's order.
     """
     mine = {(on, name): protocols[on, name] for name in rows
             for on in grid.datasets if on == (dataset or on) and (on, name) in protocols}
@@ -121,13 +111,9 @@ def line(protocols: dict[tuple[str, str], set[Protocol]], grid: Grid, dataset: s
         "network " + told(lambda p: p.backbone),
         "initial weights " + told(lambda p: p.weights),
         told(lambda p: f"{p.steps:,} steps"),
-        f"{_count(grid.hparams_seeds, 'draw')} of hparams, {_count(grid.trial_seeds, 'trial')}",
+        f"{count(len(grid.hparams_seeds), 'draw')} of hparams, "
+        f"{count(len(grid.trial_seeds), 'trial')}",
         f"selected by {selection}",
         told(lambda p: "fast mode" if p.is_fast else "exact mode"),
         "teacher " + (told(lambda p: p.teacher) or "none")]
     return f"Protocol: {'; '.join(parts)}."
-
-
-def _count(things: Iterable, what: str) -> str:
-    n = len(list(things))
-    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from domainbed_kd.results import protocols
 from domainbed_kd.results.protocols import Protocol
 from domainbed_kd.results.records import Grid
-from domainbed_kd.results.tables import Cell, Table
+from domainbed_kd.results.tables import Cell, Table, average
 
 PATH = Path(__file__).parents[1] / "assets" / "published.csv"
 #: Selection method assumed when the source states none; such results are marked.
@@ -86,12 +86,8 @@ def merge(table: Table, known: dict[tuple[str, str], set[Protocol]], searched: s
     """The table with a row for each published method that has a number in it.
 
     Cells are marked as of another protocol unless network, initial weights, steps, selection and
-    search are stated and equal the sweep's. They compete for best and second like others.
-
-    Args:
-        table: of a sweep.
-        known: its protocols, of `protocols.of_runs`.
-        searched: the sweep's, of `search`.
+    search are stated and equal the sweep's. They compete for best and second like others. `known`
+    are the sweep's protocols, of `protocols.of_runs`, and `searched` is of `search`.
     """
     if not table.has_data:
         return table
@@ -108,17 +104,8 @@ def merge(table: Table, known: dict[tuple[str, str], set[Protocol]], searched: s
         cells[i] = Cell(mean=row.mean, stderr=row.stderr, settings=usual, mixed=not is_alike)
     if table.dataset is None:
         for label in rows.keys() - table.rows.keys():
-            rows[label][-1] = average(rows[label][:-1])
+            rows[label][-1] = average(rows[label][:-1], blank="-")
     return Table(table.method, table.dataset, table.columns, rows, table.protocol)
-
-
-def average(cells: list[Cell]) -> Cell:
-    """The plain mean of published cells; no number if one has none."""
-    if any(cell.mean is None for cell in cells):
-        return Cell(blank="-")
-    return Cell(mean=sum(cell.mean for cell in cells) / len(cells),
-                settings=frozenset().union(*(cell.settings for cell in cells)),
-                mixed=any(cell.mixed for cell in cells))
 
 
 def differences(row: Row, selection: str, known: dict[tuple[str, str], set[Protocol]],

@@ -166,9 +166,8 @@ class Grid:
     when its last record is at step `args.steps - 1` or, without that argument, where the longest
     of its dataset's runs ends.
 
-    Attributes: `args` of each run that has records; `trained`, the (run, curve) pairs, of which a
-    run in several folders or with several settings has several; `n_steps` of the longest run on
-    each dataset.
+    Attributes: `trained`, the (run, curve) pairs, of which a run in several folders or with several
+    settings has several; `n_steps` of the longest run on each dataset.
 
     Args:
         found: the curves of all runs.
@@ -176,16 +175,16 @@ class Grid:
     """
 
     def __init__(self, found: Iterable[Curve], planned: Iterable[dict] = ()):
-        self.n_envs, self.args, self.n_steps = Counter(), {}, Counter()
+        self.n_envs, self.n_steps = Counter(), Counter()
         self.trained: list[tuple[Run, Curve]] = []
         self.teacher_problems: dict[Run, set[str]] = defaultdict(set)
-        last_step, longest = {}, Counter()
+        last_step, longest, with_records = {}, Counter(), {}
         for curve in found:
             args = curve.args
             run = Run.of(args)
             self.n_envs[run.dataset] = max(
                 self.n_envs[run.dataset], curves.n_envs(tuple(curve.columns)))
-            self.args[run] = args
+            with_records[run] = args
             self.trained.append((run, curve))
             if curve.teacher_problem:
                 self.teacher_problems[run].add(curve.teacher_problem)
@@ -197,7 +196,7 @@ class Grid:
             longest[run.dataset, steps] = max(longest[run.dataset, steps], step)
         by_run = {Run.of(args): args for args in planned}
         #: {run: args} of the runs that have records, and of those that only have a folder.
-        self.begun = by_run | self.args
+        self.begun = by_run | with_records
         for run in by_run:
             if run.dataset not in self.n_steps:  # no record shows how many there are
                 self.n_envs[run.dataset] = max(self.n_envs[run.dataset], max(run.test_envs) + 1)
@@ -212,34 +211,22 @@ class Grid:
             sorted(set(values)) for values in zip(*self.begun)) if self.begun else ([],) * 5
         self.has_pairs = any(len(run.test_envs) == 2 for run in self.begun)
 
-    def test_env_sets(self, dataset: str) -> list[tuple[int, ...]]:
-        """The sets of test envs that the dataset's runs would hold out, in DomainBed's order."""
-        return self._env_sets[dataset]
-
     @functools.cached_property
-    def _env_sets(self) -> dict[str, list[tuple[int, ...]]]:
-        return {dataset: sorted([(i,) for i in range(n)] + (
-            list(itertools.combinations(range(n), 2)) if self.has_pairs else []))
-            for dataset, n in self.n_envs.items()}
-
-    @functools.cached_property
-    def _sets_with(self) -> dict[tuple[str, int], list[tuple[int, ...]]]:
-        """{(dataset, test env): the sets that hold it out}."""
-        found = defaultdict(list)
-        for dataset, sets in self._env_sets.items():
-            for envs in sets:
-                for env in envs:
-                    found[dataset, env].append(envs)
-        return found
+    def env_sets(self) -> dict[str, list[tuple[int, ...]]]:
+        """{dataset: the sets of test envs that its runs would hold out, in DomainBed's order}."""
+        sizes = (1, 2) if self.has_pairs else (1,)
+        return {dataset: sorted(envs for k in sizes for envs in itertools.combinations(range(n), k))
+                for dataset, n in self.n_envs.items()}
 
     def runs(self, dataset: str, algorithm: str) -> list[Run]:
         """All runs that the sweep would have of an algorithm on a dataset."""
         return [Run(dataset, algorithm, *rest) for rest in itertools.product(
-            self.test_env_sets(dataset), self.trial_seeds, self.hparams_seeds)]
+            self.env_sets[dataset], self.trial_seeds, self.hparams_seeds)]
 
     def coverage(self, dataset: str, algorithm: str, env: int, pairs: bool) -> Coverage:
         """Of the runs that hold out `env` alone and, with `pairs`, together with another."""
-        sets = [envs for envs in self._sets_with[dataset, env] if pairs or len(envs) == 1]
+        sets = [envs for envs in self.env_sets[dataset]
+                if env in envs and (pairs or len(envs) == 1)]
         n_finished, settings, problems = 0, set(), set()
         for envs in sets:
             found = self._found.get((dataset, algorithm, envs), [])
@@ -260,7 +247,7 @@ class Grid:
     @functools.cached_property
     def n_runs(self) -> int:
         """How many runs the whole sweep has."""
-        return sum(len(self.test_env_sets(dataset)) for dataset in self.datasets) * len(
+        return sum(len(self.env_sets[dataset]) for dataset in self.datasets) * len(
             self.algorithms) * len(self.trial_seeds) * len(self.hparams_seeds)
 
     def absent(self) -> list[Run]:
@@ -268,14 +255,11 @@ class Grid:
         return [run for dataset in self.datasets for algorithm in self.algorithms
                 for run in self.runs(dataset, algorithm) if run not in self.finished]
 
-    def folder_name(self, run: Run) -> str:
-        """The name of a run's folder; empty if it has none."""
-        return os.path.basename(str(self.begun.get(run, {}).get("output_dir") or ""))
-
-    def unfinished_names(self) -> list[str]:
-        """The names of the folders of runs that have begun and not finished."""
-        names = (self.folder_name(run) for run in self.begun if run not in self.finished)
-        return list(filter(None, names))
+    def unfinished(self) -> dict[Run, str]:
+        """{run: its folder's name} of the runs that have begun and not finished."""
+        names = {run: os.path.basename(str(args.get("output_dir") or ""))
+                 for run, args in self.begun.items() if run not in self.finished}
+        return {run: name for run, name in names.items() if name}
 
 
 def whole_grid(folder: Folder, found: list[Curve]) -> Grid:

@@ -28,8 +28,7 @@ class SelectionMethod:
     def select(cls, draw: list[Curve]) -> dict[str, float] | None:
         """The `val_acc` and `test_acc` in [0, 1] of one draw of hparams; None if it lacks runs.
 
-        Args:
-            draw: the curves of one trial, dataset, algorithm, test env and hparams seed.
+        A draw is the curves of one trial, dataset, algorithm, test env and hparams seed.
         """
         raise NotImplementedError(f"{cls.__name__} does not implement select().")
 

@@ -7,12 +7,14 @@ difference follow Demsar, "Statistical Comparisons of Classifiers over Multiple 
 2006: a block is a domain, and the trials on it, which share its images, are averaged first.
 """
 
+import importlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from domainbed_kd.algorithms import display_name
+from domainbed_kd.console import count
 from domainbed_kd.folder import curves
 from domainbed_kd.folder.curves import Curve
 from domainbed_kd.results import selection, tables
@@ -38,6 +40,12 @@ class Difference(NamedTuple):
     p: float
     #: The same, corrected by Holm's method for all differences in the list.
     p_corrected: float
+
+    @property
+    def interval(self) -> str:
+        """The interval in points."""
+        low, high = 100 * self.low, 100 * self.high
+        return f"{low:+.1f} to {high:+.1f}" if self.n_pairs > 1 else "-"
 
     @property
     def is_significant(self) -> bool:
@@ -82,11 +90,7 @@ def by_pair(outcomes: dict) -> dict[str, dict[tuple, float]]:
 
 
 def differences(scores: dict[str, dict[tuple, float]], reference: str) -> list[Difference]:
-    """Every other method against the reference; none for a method without a common pair.
-
-    Args:
-        scores: of `by_pair`.
-        reference: one of the algorithms.
+    """Every other method against the reference, by the scores of `by_pair`, if they share a pair.
 
     Raises:
         ValueError: if the reference has no scores, or a library is missing.
@@ -107,7 +111,7 @@ def differences(scores: dict[str, dict[tuple, float]], reference: str) -> list[D
             low, high = stats.bootstrap(
                 (gains,), np.mean, confidence_level=1 - LEVEL, n_resamples=_N_RESAMPLES,
                 method="percentile", rng=np.random.default_rng(0)).confidence_interval
-        # Without a difference there is nothing to rank, and nothing that speaks against chance.
+        # Without any difference there is nothing to rank.
         p = stats.wilcoxon(gains).pvalue if gains.any() else 1.0
         found.append((algorithm, len(gains), float(gains.mean()), float(low), float(high),
                       float(p)))
@@ -119,9 +123,6 @@ def differences(scores: dict[str, dict[tuple, float]], reference: str) -> list[D
 
 def ranking(scores: dict[str, dict[tuple, float]]) -> Ranking | None:
     """Mean ranks over the domains that all methods have; None below 2 domains or 3 methods.
-
-    Args:
-        scores: of `by_pair`.
 
     Raises:
         ValueError: if a library is missing.
@@ -175,8 +176,7 @@ def key_of(shown: str, scores: dict[str, dict]) -> str:
 def rows(found: list[Difference]) -> list[list[str]]:
     """Differences as a table of strings, the header first; * marks significant ones."""
     return [["Algorithm", "pairs", "points", "95 % interval", "p", "p (Holm)"],
-            *([display_name(d.algorithm), str(d.n_pairs), f"{100 * d.mean:+.1f}",
-               f"{100 * d.low:+.1f} to {100 * d.high:+.1f}" if d.n_pairs > 1 else "-",
+            *([display_name(d.algorithm), str(d.n_pairs), f"{100 * d.mean:+.1f}", d.interval,
                f"{d.p:.3f}", f"{d.p_corrected:.3f}{' *' if d.is_significant else ''}"]
               for d in found)]
 
@@ -192,7 +192,7 @@ def limits(found: list[Difference]) -> str:
     least = min(1.0, m * min(d.least_p for d in found))
     if least < LEVEL:
         return ""
-    return (f"With {n} pair{'' if n == 1 else 's'}{f' and {m} comparisons' if m > 1 else ''} no "
+    return (f"With {count(n, 'pair')}{f' and {m} comparisons' if m > 1 else ''} no "
             f"difference can be significant: p{' (Holm)' if m > 1 else ''} cannot be below "
             f"{least:.3f}.")
 
@@ -209,8 +209,6 @@ def describe(ranks: Ranking | None) -> str:
 
 
 def _library(name: str):
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError:

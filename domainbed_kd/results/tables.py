@@ -132,10 +132,10 @@ def _measured(values: Iterable[float], outcomes: list[tuple[str, Outcome]]) -> C
         teacher_problems=frozenset().union(*(c.teacher_problems for c in coverages)))
 
 
-def _average(row: list[Cell]) -> Cell:
-    """The plain mean of a row; no number if any cell has none."""
+def average(row: list[Cell], blank: str = "X") -> Cell:
+    """The plain mean of a row; no number, but `blank`, if any cell has none."""
     if not row or any(cell.mean is None for cell in row):
-        return Cell()
+        return Cell(blank=blank)
     return Cell(
         mean=sum(cell.mean for cell in row) / len(row),
         n_trials=min(cell.n_trials for cell in row),
@@ -149,9 +149,7 @@ def _average(row: list[Cell]) -> Cell:
 def row_order(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
     """The distinct algorithms, as the rows of a table: those known in order, then the others.
 
-    Args:
-        names: in the order in which unknown ones are to stand.
-        known: in order; if empty, DomainBed's, then this package's and its plug-ins'.
+    If `known` is empty, those are DomainBed's, then this package's and its plug-ins'.
     """
     names = dict.fromkeys(names)
     known = dict.fromkeys(known or (
@@ -197,14 +195,9 @@ def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMet
 
 def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[str],
           dataset_names: list[str], n_envs: dict[str, int]) -> list[Table]:
-    """A method's tables: one per dataset, then that of averages.
+    """A method's tables of `selection.outcomes`: one per dataset, then that of averages.
 
-    Args:
-        method: the selection method.
-        outcomes: {(dataset, algorithm, test env): Outcome} of `selection.outcomes`.
-        algorithm_names: the rows, in order.
-        dataset_names: the datasets, in order.
-        n_envs: {dataset: how many environments its records have}.
+    Rows and datasets come in the order of their names; `n_envs` has each dataset's environments.
     """
     tables = []
     for dataset in dataset_names:
@@ -213,13 +206,13 @@ def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[s
         for algorithm in algorithm_names:
             found = [outcomes.get((dataset, algorithm, env)) for env in range(len(labels))]
             row = [_measured(o.accs.values(), [(dataset, o)]) if o else Cell() for o in found]
-            rows[algorithm] = [*row, _average(row)]
+            rows[algorithm] = [*row, average(row)]
         tables.append(Table(method.name, dataset, [*labels, "Avg"], rows))
     rows = {}
     for algorithm in algorithm_names:
         row = [_over_environments(dataset, algorithm, outcomes, n_envs[dataset])
                for dataset in dataset_names]
-        rows[algorithm] = [*row, _average(row)]
+        rows[algorithm] = [*row, average(row)]
     tables.append(Table(method.name, None, [*dataset_names, "Avg"], rows))
     return tables
 

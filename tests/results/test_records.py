@@ -190,12 +190,12 @@ def test_a_whole_sweep_is_the_product_of_all_seeds_seen():
     # 2 datasets x 2 algorithms x 4 test envs x 2 trials x hparams seeds 0 and 3
     assert len(grid.absent()) == 64 - 3
     assert grid.coverage("VLCS", "ERM", 0, pairs=False)[:2] == (1, 4)
-    assert grid.test_env_sets("PACS") == [(0,), (1,), (2,), (3,)]
+    assert grid.env_sets["PACS"] == [(0,), (1,), (2,), (3,)]
 
 
 def test_pairs_are_expected_once_there_is_one():
     grid = loaded(line(10), line(10, test_envs=[1, 3]))
-    assert grid.test_env_sets("VLCS") == [
+    assert grid.env_sets["VLCS"] == [
         (0,), (0, 1), (0, 2), (0, 3), (1,), (1, 2), (1, 3), (2,), (2, 3), (3,)]
 
 
