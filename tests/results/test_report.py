@@ -259,7 +259,6 @@ def test_a_method_that_failed_throughout_has_its_row_and_is_counted(tmp_path):
     assert "24 of 48 runs finished, 24 failed, with 72 records." in text
     assert ["KDDG", *"XXXXX"] in Reader(text).rows and "X: no result" in text
     assert "hparams 0-2: failed: The teacher is &lt;b&gt;near&lt;/b&gt; chance." in text
-    assert "--algorithms ERM KDDG --n_trials 2 --n_hparams 3" in text
 
 
 def test_a_sweep_without_any_result_yet_is_told_from_a_folder_without_runs(tmp_path):
