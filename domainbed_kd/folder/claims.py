@@ -34,11 +34,12 @@ STOPPED = 143
 BUSY = 75
 
 
-class Busy(ValueError):
-    """Another process trains in the folder."""
-
 # What a file system answers that has no locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class Busy(ValueError):
+    """Another process trains in the folder."""
 
 
 def holder(folder: str | Path) -> str | None:
@@ -162,7 +163,7 @@ def _written(path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        error.filename = str(path)
+        error.filename = str(path)  # a write that fails does not say where
         raise
     return True
 

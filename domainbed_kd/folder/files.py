@@ -75,12 +75,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_json(path: str | Path):
-    """What a file of JSON says.
-
-    Raises:
-        OSError: if it cannot be read or is not a regular file.
-        ValueError: as `parse_json`.
-    """
+    """What a file of JSON says; raises as `read_bytes` and `parse_json` do."""
     return parse_json(read_bytes(path))
 
 
@@ -193,18 +188,8 @@ def first_args(folder: str | Path) -> dict | None:
         OSError: if results.jsonl is there and cannot be read.
     """
     try:
-        with open_regular(f"{folder}/{RESULTS}") as file:
-            line = b""
-            while len(line) < MOST_BYTES and (part := file.read(_BLOCK)):
-                before, end, _ = part.partition(b"\n")
-                line += before
-                if end:
-                    break
-    except FileNotFoundError:
-        return None
-    try:
-        args = parse_json(line)["args"]
-    except (ValueError, LookupError, TypeError):
+        args = parse_json(read_bytes(f"{folder}/{RESULTS}").partition(b"\n")[0])["args"]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
     return args if are_args(args) else None
 
@@ -293,7 +278,7 @@ def has_begun(folder: str | Path) -> bool:
 
 
 def is_waiting(folder: str | Path) -> bool:
-    """Whether a job's folder is made and nothing has happened in it, as far as one may look."""
+    """Whether a job's folder is made and nothing is seen to have happened in it."""
     return (os.path.isdir(folder) and os.access(folder, os.R_OK)
             and set(os.listdir(folder)) <= {ARGS})
 
@@ -308,8 +293,7 @@ def remove_waiting(folder: str | Path) -> None:
 def failure(folder: str | Path) -> str | None:
     """Why a run failed, in a line; None if it has not."""
     try:
-        with open_regular(f"{folder}/{FAILED}") as file:
-            text = file.read(_BLOCK).decode(errors="replace")
+        text = read_bytes(f"{folder}/{FAILED}").decode(errors="replace")
     except FileNotFoundError:
         return None
     except OSError as error:

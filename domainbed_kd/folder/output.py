@@ -1,6 +1,7 @@
 """What a run prints, kept in its folder, and why it failed."""
 
 import contextlib
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -68,14 +69,13 @@ def kept_in(folder: Path) -> Iterator[None]:
 
 # What torch's messages say of the machine, and what to do.
 _OF_THE_MACHINE = {
-    "out of memory": "memory ran out; lower batch_size or jobs_per_device",
-    "can't allocate memory": "memory ran out; lower batch_size or jobs_per_device",
+    "out of memory|can't allocate memory":
+        "memory ran out; lower batch_size or jobs_per_device",
     "no kernel image": "this PyTorch was not built for this GPU; install a build that was, or set "
                        "CUDA_VISIBLE_DEVICES to nothing to train on the CPU",
-    "driver version is insufficient": "the GPU's driver is too old for this PyTorch; update it, or "
-                                      "install a PyTorch for an older CUDA",
-    "driver on your system is too old": "the GPU's driver is too old for this PyTorch; update it, "
-                                        "or install a PyTorch for an older CUDA",
+    "driver version is insufficient|driver on your system is too old":
+        "the GPU's driver is too old for this PyTorch; update it, or install a PyTorch for an "
+        "older CUDA",
 }
 
 
@@ -93,8 +93,8 @@ def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        for words, advice in _OF_THE_MACHINE.items():
-            if words in reason:
+        for pattern, advice in _OF_THE_MACHINE.items():
+            if re.search(pattern, reason):
                 raise OSError(f"{algorithm}: {advice} ({reason}).") from error
         if hparams is None:
             raise
