@@ -111,23 +111,28 @@ def count(n: int, what: str) -> str:
 
 
 def parse_hparams(text: str) -> dict:
-    """The hparams of a JSON object, such as '{"lr": 0.001}'.
+    """The hparams of a JSON object, such as '{"lr": 0.001}'; raises as `parse_object` does."""
+    return renamed(parse_object("--hparams", text, '{"lr": 0.001}'))
+
+
+def parse_object(flag: str, text: str, example: str) -> dict:
+    """The content of a flag that takes a JSON object.
 
     Raises:
         ValueError: if the text is not a JSON object, or holds a number that is not finite.
     """
     def finite(number):
         if not math.isfinite(float(number)):
-            raise ValueError(f"--hparams: {number} is not a finite number: {text}")
+            raise ValueError(f"{flag}: {number} is not a finite number: {text}")
         return float(number)
 
     try:
-        changes = json.loads(text, parse_float=finite, parse_constant=finite)
+        found = json.loads(text, parse_float=finite, parse_constant=finite)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--hparams is not JSON ({error}): {text[:200]}") from None
-    if not isinstance(changes, dict):
-        raise ValueError(f'--hparams takes a JSON object such as {{"lr": 0.001}}; found {text}')
-    return renamed(changes)
+        raise ValueError(f"{flag} is not JSON ({error}): {text[:200]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{flag} takes a JSON object such as {example}; found {text[:200]}")
+    return found
 
 
 def renamed(hparams: dict) -> dict:

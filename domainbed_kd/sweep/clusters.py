@@ -6,7 +6,6 @@ lost had begun goes on elsewhere from its last checkpoint, and ends in the same 
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from domainbed_kd import console
 from domainbed_kd.folder import claims
 from domainbed_kd.folder.claims import STOPPED
 from domainbed_kd.sweep import children, workers
@@ -65,16 +65,7 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
           slurm_cluster: str = "slurm") -> list[int]:
     """Runs the commands as a Slurm job array through submitit; returns exit statuses.
 
-    Args:
-        commands: of the jobs; without any, the other arguments are checked and nothing is left.
-        slurm_partition: None for the cluster's default.
-        slurm_gpus: of a job.
-        slurm_cpus: of a job.
-        slurm_time: minutes after which a job saves its state and queues again.
-        slurm_parallel: jobs at a time.
-        slurm_extra: JSON object of further submitit parameters, as {"slurm_account": "me"}.
-        slurm_logs: folder of submitit's files.
-        slurm_cluster: "slurm", or "local" to try it without one.
+    Options are those of `add_flags`. Without any command they are checked and nothing is left.
 
     Raises:
         ValueError: if submitit or Slurm is not there, or a parameter is not known.
@@ -112,21 +103,9 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
 
 
 def parse_extra(extra: str | None) -> dict:
-    """The further submitit parameters of a JSON object; none for None.
-
-    Raises:
-        ValueError: if the text is not a JSON object.
-    """
-    if extra is None:
-        return {}
-    try:
-        found = json.loads(extra)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--slurm_extra is not JSON ({error}): {extra[:200]}") from None
-    if not isinstance(found, dict):
-        raise ValueError('--slurm_extra takes a JSON object such as {"slurm_account": "me"}; '
-                         f"found {extra[:200]}")
-    return found
+    """The further submitit parameters of a JSON object; none for None."""
+    return {} if extra is None else console.parse_object(
+        "--slurm_extra", extra, '{"slurm_account": "me"}')
 
 
 def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int]:
@@ -158,11 +137,7 @@ def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int
 
 
 class Task:
-    """A command for submitit, which on its signal lets the run save its state and queues it again.
-
-    Args:
-        command: of the job.
-    """
+    """A command for submitit, at whose signal the run saves its state and is queued again."""
 
     def __init__(self, command: str):
         self.command = command
@@ -199,11 +174,7 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
         ray_cpus: float = 1) -> list[int]:
     """Runs the commands as tasks of a Ray cluster; returns exit statuses.
 
-    Args:
-        commands: of the jobs; without any, it is checked that the cluster can be there.
-        ray_address: of a cluster, such as "auto"; None starts one on this machine.
-        ray_gpus: share of a GPU that a job takes; None for 1 where the cluster has any, else 0.
-        ray_cpus: CPUs that a job takes.
+    Options are those of `add_flags`. Without any command it is checked that the cluster is there.
 
     Raises:
         ValueError: if Ray is not installed, the cluster is unreachable, or it lacks the
@@ -251,17 +222,11 @@ def _check_address(address: str) -> None:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"--ray_address {address} is not an address; it takes auto, or HOST:PORT "
                          "of the cluster's head, such as 10.0.0.1:6379.")
-    if problem := _unreachable(host, port):
-        raise ValueError(f"--ray_address {address}: nobody answers there ({problem}). {START_RAY}")
-
-
-def _unreachable(host: str, port: str) -> Exception | None:
-    """Why nobody answers there; None if somebody does."""
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, UnicodeError) as error:
-        return error
-    return None
+        raise ValueError(f"--ray_address {address}: nobody answers there ({error}). {START_RAY}"
+                         ) from None
 
 
 def _run_here(command: str, folder: str, path: list[str]) -> int:

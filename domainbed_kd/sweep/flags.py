@@ -227,11 +227,9 @@ def check(args: argparse.Namespace) -> None:
     for name, low in lowest.items():
         if (value := getattr(args, name)) is not None and not low <= value < math.inf:
             raise ValueError(f"--{name} is {value}; it takes a number from {low} up.")
-    for name in ("hours_per_run", "budget"):
+    for name, unit in (("hours_per_run", "hours"), ("budget", "hours"), ("watch", "seconds")):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name} is {value}; it takes a number of hours above 0.")
-    if args.watch is not None and not 0 < args.watch < math.inf:
-        raise ValueError(f"--watch is {args.watch}; it takes a number of seconds above 0.")
+            raise ValueError(f"--{name} is {value}; it takes a number of {unit} above 0.")
     if args.n_hparams <= args.n_hparams_from:
         raise ValueError(
             f"--n_hparams is {args.n_hparams} and --n_hparams_from {args.n_hparams_from}: no seed "

@@ -49,18 +49,8 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
                    holdout_fraction, single_test_envs, **more) -> list[dict]:
     """The train arguments of every job of a sweep, in DomainBed's order.
 
-    Args:
-        n_trials: trial seeds 0 to n_trials - 1.
-        dataset_names: names of datasets.
-        algorithms: names of algorithms.
-        n_hparams_from: the first hparams seed.
-        n_hparams: the hparams seed after the last.
-        data_dir: the folder of the datasets.
-        task: "domain_generalization" or "domain_adaptation".
-        holdout_fraction: share of each domain that is kept for validation.
-        single_test_envs: hold out single domains only, no pairs.
-        more: further flags of train by name, such as steps=10. Those that are None
-            stay out, so that folders keep the names that DomainBed gives them.
+    Arguments are flags of `sweep`, which explains them, and `more` flags of `train`. Those that are
+    None stay out, so that folders keep the names that DomainBed gives them.
 
     Raises:
         ValueError: if a dataset has too few domains.
@@ -213,17 +203,13 @@ class Job:
         """Whether it has finished, as of now."""
         return files.is_done(self.output_dir)
 
-    def is_running(self) -> bool:
-        """Whether a process of this package is at work in its folder, as of now."""
-        return claims.holder(self.output_dir) is not None
-
     def state_now(self) -> str:
         """Its state, looked up again."""
         if self.is_done():
             return self.DONE
         if not files.has_begun(self.output_dir):
             return self.NOT_LAUNCHED
-        if self.is_running():
+        if claims.holder(self.output_dir) is not None:  # a process of this package
             return self.RUNNING
         return self.INTERRUPTED if files.failure(self.output_dir) is None else self.FAILED
 
@@ -251,10 +237,6 @@ class Job:
     def cost(self) -> dict[str, float]:
         """What it has taken so far; see `files.cost`."""
         return files.cost(self.output_dir)
-
-    def has_diverged(self) -> bool:
-        """Whether a loss of its was not finite, by its last record."""
-        return files.divergence(self.output_dir) is not None
 
     def why_failed(self) -> str:
         """Why it ended without being done, in a line."""

@@ -58,7 +58,8 @@ def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
                      + (f", and {unknown} jobs of unknown length" if unknown else ""))
     lines += [f"failed: {job.output_dir} ({job.label}): {job.why_failed()}"
               for job in all_jobs if job.state == Job.FAILED]
-    diverged = Counter(job.train_args["algorithm"] for job in all_jobs if job.has_diverged())
+    diverged = Counter(job.train_args["algorithm"] for job in all_jobs
+                       if files.divergence(job.output_dir) is not None)
     if diverged:
         each = ", ".join(f"{name} {n}" for name, n in diverged.items())
         lines.append(f"diverged: the losses of {sum(diverged.values())} jobs are not finite "

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from domainbed_kd import console, machine
@@ -98,9 +98,10 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
     statuses, n_lost = [0] * len(argvs), Counter()
     context = children.context(any(map(children.is_warm, argvs)))
     sys.stdout.flush()
-    with children.interruptible(), _stopping(running), (
+    with children.interruptible(), contextlib.ExitStack() as at_end, (
             console.bar(total=len(argvs), unit="job") if quiet
             else contextlib.nullcontext()) as bar:
+        at_end.callback(lambda: children.stop([job.process for job in running.values()]))
         while waiting or running:
             while waiting and free:
                 index, argv = waiting.popleft()
@@ -137,11 +138,15 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
                 if bar is not None:
                     bar.update()
                 done = len(argvs) - len(waiting) - len(running)
-                outcome = _outcome(job, argvs[job.index], statuses[job.index])
+                errors = ""
+                if job.errors:
+                    errors = job.errors.read().decode(errors="replace")
+                    job.errors.close()
+                last_line = errors.strip().rpartition("\n")[2].strip()
+                outcome = _outcome(argvs[job.index], statuses[job.index],
+                                   f"({time.monotonic() - job.start:.0f} s)", last_line)
                 with console.lifted():
                     print(f"[{done}/{len(argvs)}] {outcome}", file=sys.stderr)
-                if job.errors:
-                    job.errors.close()
     return statuses
 
 
@@ -151,31 +156,20 @@ def words(command: str) -> list[str]:
     return [sys.executable if argv[0] == "python" else argv[0], *argv[1:]]
 
 
-def _outcome(job: _Running, argv: list[str], status: int) -> str:
-    """What became of a job, in a line."""
-    what = _label_of(argv)
-    took = f"({time.monotonic() - job.start:.0f} s)"
+def _outcome(argv: list[str], status: int, took: str = "", error: str = "") -> str:
+    """What became of a job, in a line; `error` is the last line that it printed on stderr."""
+    what = "  ".join(filter(None, [_label_of(argv), took]))
     if status == 0:
-        return f"done  {what}  {took}"
+        return f"done  {what}"
     if status == claims.BUSY:
-        return f"left  {what}  {took}  another process trains it"
-    why = _why(status)
-    if job.errors:
-        lines = job.errors.read().decode(errors="replace").strip().splitlines()
-        why += f": {lines[-1].strip()}" if lines else ""
-    return f"failed  {what}  {took}  {why}"
-
-
-def _why(status: int) -> str:
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return f"left  {what}  another process trains it"
+    why = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    return f"failed  {what}  {': '.join(filter(None, [why, error]))}"
 
 
 def report(command: str, status: int, n_done: int, n_all: int) -> None:
     """Says on stderr what became of a job that ran elsewhere."""
-    outcome = (f"done  {label(command)}" if status == 0 else
-               f"left  {label(command)}  another process trains it" if status == claims.BUSY else
-               f"failed  {label(command)}  {_why(status)}")
-    print(f"[{n_done}/{n_all}] {outcome}", file=sys.stderr)
+    print(f"[{n_done}/{n_all}] {_outcome(words(command), status)}", file=sys.stderr)
 
 
 def label(command: str) -> str:
@@ -185,15 +179,6 @@ def label(command: str) -> str:
 
 def _label_of(argv: list[str]) -> str:
     return args.label(args.of_words(argv[3:])) if children.is_warm(argv) else shlex.join(argv)
-
-
-@contextlib.contextmanager
-def _stopping(running: dict[int, _Running]) -> Iterator[None]:
-    """Stops what still runs at the end."""
-    try:
-        yield
-    finally:
-        children.stop([job.process for job in running.values()])
 
 
 class JobLine:
