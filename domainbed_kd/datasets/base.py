@@ -13,6 +13,8 @@ def plain(dataset):
         same = copy.copy(dataset)
         same.underlying_dataset = plain(dataset.underlying_dataset)
         return same
+    if hasattr(dataset, "plain"):
+        return dataset.plain()
     if not hasattr(dataset, "plain_transform"):
         return dataset
     same = copy.copy(dataset)

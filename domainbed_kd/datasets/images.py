@@ -76,8 +76,8 @@ def make_transform(first: list, augment: bool):
                    T.RandomGrayscale()] if augment else []
     transform = T.Compose(
         [*first, *distortions, T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-    if augment:
-        transform.geometry = first  # fast mode does the rest otherwise
+    # What a GPU may do otherwise: it finishes images, and in fast mode distorts and resizes them.
+    transform.geometry, transform.is_augmented = first, augment
     return transform
 
 

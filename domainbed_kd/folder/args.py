@@ -105,9 +105,12 @@ OURS = (
                           "runs; needs the hparam canonical_view; see docs/speed.md",
          on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "DIR"}),
     Flag("loader_processes", "processes that read a run's images, no more than there are cores; "
-                             "default: 0, but on a GPU as many as the run has threads, up to 8; "
-                             "results do not depend on it",
+                             "default: 0, but on a GPU as many as the run has threads, up to 8 "
+                             "for each training domain; results do not depend on it",
          int, on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "N"}),
+    Flag("gpu_image_gb", "how much of a GPU's memory images may take, in GB, so that they are read "
+                         "once; 0 keeps none there; default: 8; see docs/speed.md",
+         float, on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "GB"}),
     Flag("format", "also write model.safetensors: the tensors by name, and all else that "
                    "model.pkl has as JSON in the file's metadata",
          on_record=IF_GIVEN, in_sweep=IF_GIVEN, options={"choices": ["safetensors"]}),
@@ -165,7 +168,7 @@ def check(args: argparse.Namespace) -> None:
     """
     if not args.output_dir:
         raise ValueError("--output_dir is empty; it takes a folder.")
-    for name in ("steps", "checkpoint_freq", "loader_processes"):
+    for name in ("steps", "checkpoint_freq", "loader_processes", "gpu_image_gb"):
         if (value := getattr(args, name)) is not None and value < 0:
             raise ValueError(f"--{name} is {value}; it takes a number from 0 up.")
     if not 0 < args.holdout_fraction < 1:

@@ -1,10 +1,10 @@
 """Fast mode's augmentation: DomainBed's crops, flips, colours and grays as tensor operations.
 
 What is drawn has torchvision's distributions; what is done with it differs from Pillow's by
-rounding, which Pillow does after each operation. One thing is drawn for fewer images: on a GPU
-the order of a colour jitter's four operations is the same for a whole batch.
+rounding, which Pillow does after each operation.
 """
 
+import importlib.util
 import math
 
 import numpy as np
@@ -42,8 +42,8 @@ class Geometry:
         return x[0]
 
 
-def window(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-           ) -> tuple[int, int, int, int]:
+def window(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
+           draws: list | None = None) -> tuple[int, int, int, int]:
     """Top, left, height and width as RandomResizedCrop.get_params draws them, at a fifth of it.
 
     Args:
@@ -51,9 +51,10 @@ def window(height: int, width: int, scale: tuple[float, float], ratio: tuple[flo
         width: of the image.
         scale: least and most share of the image's area.
         ratio: least and most width per height, uniform in its logarithm.
+        draws: what of `torch.rand(10, 4)` is a list, if it is drawn already.
     """
     low, high = map(math.log, ratio)
-    for share, shape, down, right in torch.rand(10, 4).tolist():
+    for share, shape, down, right in draws or torch.rand(10, 4).tolist():
         area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
         aspect = math.exp(low + (high - low) * shape)
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
@@ -64,16 +65,49 @@ def window(height: int, width: int, scale: tuple[float, float], ratio: tuple[flo
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def resized(x: Tensor, heights: Tensor, widths: Tensor, side: int) -> Tensor:
+    """Images of several sizes brought to one, bilinear and with antialiasing, as Pillow does it.
+
+    Each axis is a product with a matrix of weights, for all images at once.
+
+    Args:
+        x: uint8 (B, H, W, 3); an image fills the first rows and columns.
+        heights: int64 (B,), of the images, in pixels.
+        widths: int64 (B,).
+        side: of what is returned, in pixels.
+
+    Returns:
+        uint8 (B, 3, side, side), channels last.
+    """
+    n, height, width, _ = x.shape
+    kind = torch.float16 if x.is_cuda else torch.float32
+    x = _weights(heights, height, side).to(kind) @ x.view(n, height, -1).to(kind)
+    x = x.view(n, side, width, 3).transpose(2, 3).reshape(n, 3 * side, width)
+    x = x @ _weights(widths, width, side).to(kind).mT
+    x = x.view(n, side, 3, side).transpose(1, 2).add(0.5).clamp_(0, 255.5).to(torch.uint8)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _weights(sizes: Tensor, most: int, side: int) -> Tensor:
+    """How much each of up to `most` pixels counts for each of `side`: float32 (B, side, most)."""
+    ratio = (sizes / side).view(-1, 1, 1)
+    centre = ratio * (torch.arange(side, device=sizes.device) + 0.5).view(1, -1, 1)
+    place = torch.arange(most, device=sizes.device)
+    weights = 1 - (place + 0.5 - centre).abs() / ratio.clamp(min=1)
+    weights = weights.clamp_(min=0) * (place < sizes.view(-1, 1, 1))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
 def speed_up(dataset) -> None:
     """Leaves flips, colours and normalization of a data set's augmented images to `distorted`.
 
     These images become uint8; domains that are not augmented, or not as DomainBed does, stay.
     """
     for domain in dataset:
-        steps = getattr(getattr(domain, "transform", None), "geometry", None)
-        if steps is None:
+        transform = getattr(domain, "transform", None)
+        if not getattr(transform, "is_augmented", False):
             continue
-        domain.transform = Geometry(steps)
+        domain.transform = Geometry(transform.geometry)
         if isinstance(getattr(domain, "loader", None), ImageCache):
             domain.loader = domain.loader.array
             domain.plain_transform = T.Compose([T.ToPILImage(), domain.plain_transform])
@@ -88,95 +122,95 @@ def distorted(x: Tensor) -> Tensor:
     Returns:
         float32 (B, 3, H, W), on x's device; random numbers come from the CPU's global stream.
     """
-    n, out = len(x), torch.empty(x.shape, device=x.device)
-    flips, grays = torch.rand(n) < 0.5, torch.rand(n) < 0.1
-    orders = torch.rand(n, 4).argsort(dim=1).tolist()
+    n = len(x)
+    flips, grays = torch.rand(n, 1) < 0.5, torch.rand(n, 1) < 0.1
+    orders = torch.rand(n, 4).argsort(dim=1)
     factors = torch.empty(n, 4).uniform_(0.7, 1.3) - torch.tensor([0, 0, 0, 1])
+    if x.is_cuda and importlib.util.find_spec("triton"):
+        from domainbed_kd.run import kernels
+
+        settings = torch.cat([orders, factors, flips, grays], dim=1)
+        return kernels.distort(x, sent(settings, x.device), datasets.IMAGENET_MEAN,
+                               datasets.IMAGENET_STD)
+    out = torch.empty(x.shape, device=x.device)
     with torch.inference_mode():  # less work for each of some sixty small operations
-        if x.device.type == "cpu":  # an image at a time stays in the cache between operations
-            jitter, flips, grays = Jitter(x[:1]), flips.tolist(), grays.tolist()
-            for i, values in enumerate(factors.tolist()):
-                part = slice(i, i + 1)
-                _distort(jitter, x[part], out[part], flips[part], grays[part], orders[i], values)
-        else:
-            _distort(BatchJitter(x), x, out, flips, grays, orders[0], list(factors.T))
+        jitter = Jitter(x[:1])  # an image at a time stays in the cache between operations
+        for i, (flip, gray, order, values) in enumerate(zip(
+                flips, grays, orders.tolist(), factors.tolist())):
+            _distort(jitter, x[i:i + 1], out[i:i + 1], flip, gray, order, values)
     return out
 
 
-def _distort(jitter: "Jitter", x: Tensor, out: Tensor, flips: list[bool] | Tensor,
-             grays: list[bool] | Tensor, order: list[int], factors: list[float] | list[Tensor]
-             ) -> None:
-    jitter.load(x, flips)
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; a GPU copies it while the CPU goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def _distort(jitter: "Jitter", x: Tensor, out: Tensor, flip: bool, gray: bool, order: list[int],
+             factors: list[float]) -> None:
+    jitter.load(x, flip)
     for i in order:
         (jitter.brighten, jitter.contrast, jitter.saturate, jitter.shift_hue)[i](factors[i])
-    jitter.normalize(grays, out)
+    jitter.normalize(gray, out)
 
 
 class Jitter:
-    """Images and torchvision's colour operations on them, as they are on Pillow images.
+    """An image and torchvision's colour operations on it, as they are on Pillow images.
 
     Colours, in [0, 255], are scale * x + offset. To brighten and to contrast changes these two
     only, and an operation on the channels of a pixel is the same on x as on colours. So one
     passes over all pixels only to mix their channels, or to clip.
 
-    A factor is a float, or a tensor (B, 1, 1, 1).
-
     Args:
-        like: uint8 (B, 3, H, W), the form of the images to come.
+        like: uint8 (1, 3, H, W), the form of the images to come, one at a time.
     """
 
     def __init__(self, like: Tensor):
         self.x = like.float()
         self._channels = self.x.split(1, dim=1)
         self._gray = torch.empty_like(self._channels[0])
-        self._luma = self._there(torch.tensor(_LUMA))
+        self._luma = torch.tensor(_LUMA, device=like.device)
         self._mean, self._std = (
-            self._there(255 * torch.tensor(values).view(3, 1, 1))
+            255 * torch.tensor(values, device=like.device).view(3, 1, 1)
             for values in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
-        self._make_room(like)
-
-    def _there(self, values: Tensor) -> Tensor:
-        if self.x.device.type == "cuda":
-            values = values.pin_memory()
-        return values.to(self.x.device, non_blocking=True)
-
-    def _make_room(self, like: Tensor) -> None:
-        """Allocates what turning hues needs, once for all images to come."""
-        room = torch.empty(len(like), 12, *like.shape[2:], dtype=torch.int16, device=like.device)
-        self._three, self._sums = room[:, :3], room[:, 5:8]
+        # For a turn of hues: the channels and then the first two again, sums, and four planes.
+        room = torch.empty(1, 12, *like.shape[2:], dtype=torch.int16, device=like.device)
+        five, self._sums = room[:, :5], room[:, 5:8]
+        self._three, self._front, self._again = five[:, :3], five[:, :2], five[:, 3:]
+        self._next = five[:, 2:], five[:, 1:4]  # of each channel, the next but one, and the next
         self._planes = (*self._three.split(1, dim=1), *room[:, 8:].split(1, dim=1))
-        self._each = [_Room(x, *own.split([5, 3, 1, 1, 1, 1])) for x, own in zip(self.x, room)]
+        # What is copied where, if the first channel is to be red, green or blue.
+        self._turned = (
+            [(self._three, self.x)],
+            [(five[:, :2], self.x[:, 1:]), (five[:, 2:3], self.x[:, :1])],
+            [(five[:, :1], self.x[:, 2:]), (five[:, 1:3], self.x[:, :2])])
 
-    def load(self, x: Tensor, flips: list[bool]) -> None:
-        """Takes images, uint8 (B, 3, H, W), as they are or mirrored."""
+    def load(self, x: Tensor, flip: bool) -> None:
+        """Takes an image, uint8 (1, 3, H, W), as it is or mirrored."""
         self.scale, self.offset, self._is_whole = 1.0, 0.0, True
-        for own, image, flip in zip(self._each, x, flips):
-            own.x.copy_(image.flip(-1) if flip else image)
+        self.x.copy_(x.flip(-1) if flip else x)
 
     def colours(self) -> Tensor:
-        """The images, float32 (B, 3, H, W)."""
+        """The image, float32 (1, 3, H, W)."""
         return self.x * self.scale + self.offset
 
-    def normalize(self, grays: list[bool], out: Tensor) -> None:
-        """Writes the images, some of them as grays, less ImageNet's mean, over its deviation."""
-        if any(grays):
-            gray = self._find_gray()
-            for i in (i for i, is_gray in enumerate(grays) if is_gray):
-                self.x[i] = gray[i]
+    def normalize(self, gray: bool, out: Tensor) -> None:
+        """Writes the image or its gray, less ImageNet's mean, over its deviation."""
+        if gray:
+            self.x.copy_(self._find_gray())
         self.x.mul_(self.scale / self._std)
         torch.add(self.x, (self.offset - self._mean) / self._std, out=out)
 
-    def brighten(self, factor: Tensor | float) -> None:
+    def brighten(self, factor: float) -> None:
         """Mixes with black: factor 0 is black, 1 the image."""
         self._rescale(factor, 0)
 
-    def contrast(self, factor: Tensor | float) -> None:
+    def contrast(self, factor: float) -> None:
         """Mixes with the mean of the image's gray: factor 0 is that, 1 the image."""
         gray = (self.x.mean((2, 3)) * self._luma).sum(1)
-        gray = gray.view_as(factor) if isinstance(factor, Tensor) else gray.item()
-        self._rescale(factor, (1 - factor) * (self.scale * gray + self.offset))
+        self._rescale(factor, (1 - factor) * (self.scale * gray.item() + self.offset))
 
-    def saturate(self, factor: Tensor | float) -> None:
+    def saturate(self, factor: float) -> None:
         """Mixes each pixel with its gray: factor 0 is that, 1 the image."""
         torch.lerp(self._find_gray(), self.x, factor, out=self.x)
         self._is_whole = False
@@ -187,16 +221,16 @@ class Jitter:
         torch.mul(red, _LUMA[0], out=self._gray)
         return self._gray.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
-    def _rescale(self, factor: Tensor | float, offset: Tensor | float) -> None:
+    def _rescale(self, factor: float, offset: float) -> None:
         self.scale, self.offset = self.scale * factor, self.offset * factor + offset
         self._clip(factor)
 
-    def _clip(self, factor: Tensor | float) -> None:
-        if isinstance(factor, Tensor) or factor > 1:  # others lead nowhere out of [0, 255]
+    def _clip(self, factor: float) -> None:
+        if factor > 1:  # others lead nowhere out of [0, 255]
             self.x.clamp_(-self.offset / self.scale, (255 - self.offset) / self.scale)
             self._is_whole = False
 
-    def shift_hue(self, factor: Tensor | float) -> None:
+    def shift_hue(self, factor: float) -> None:
         """Turns hues by a share of the circle, in [-0.5, 0.5]; value and saturation stay.
 
         A turn by two sixths permutes the channels. By one, it makes each m + M - x of another
@@ -206,106 +240,27 @@ class Jitter:
         [m, M], where d is blue - green, clipped to [-w, w], and less than 0 if f is; likewise
         the others. Colours are whole here, as Pillow's are; 64 f is too.
         """
-        is_one = not isinstance(factor, Tensor)
-        turns = [6 * f for f in ([factor] if is_one else factor.flatten().tolist())]
-        wholes = [round(turn) for turn in turns]
-        parts = [round(64 * (turn - whole)) for turn, whole in zip(turns, wholes)]
+        whole = round(6 * factor)
+        part = round(64 * (6 * factor - whole))
         if not self._is_whole:
             self.x.round_()
         red, green, blue, low, middle, high, room = self._planes
-        for own, whole in zip(self._each, wholes):
-            for channels, x in own.turned[whole % 3]:
-                channels.copy_(x)
+        for channels, x in self._turned[whole % 3]:
+            channels.copy_(x)
         torch.minimum(red, green, out=low)
         torch.maximum(red, green, out=high)
         torch.minimum(high, blue, out=room)
         torch.maximum(high, blue, out=high)
         torch.maximum(low, room, out=middle)
         torch.minimum(low, room, out=low)
-        for own, whole, part in zip(self._each, wholes, parts):
-            if whole % 2:
-                torch.add(own.low, own.high, out=own.room)
-                torch.sub(own.room, own.three, out=own.three)
-                torch.sub(own.room, own.middle, out=own.middle)
-            own.again.copy_(own.front)
-            torch.sub(*(own.next if part > 0 else own.next[::-1]), out=own.sums)
-        width = abs(parts[0]) if is_one else torch.tensor(
-            parts, dtype=torch.int16, device=self.x.device).abs_().view_as(factor)
-        torch.sub(high, low, out=room).mul_(width).bitwise_right_shift_(6)
+        if whole % 2:
+            torch.add(low, high, out=room)
+            torch.sub(room, self._three, out=self._three)
+            torch.sub(room, middle, out=middle)
+        self._again.copy_(self._front)
+        torch.sub(*(self._next if part > 0 else self._next[::-1]), out=self._sums)
+        torch.sub(high, low, out=room).mul_(abs(part)).bitwise_right_shift_(6)
         torch.minimum(self._sums, room, out=self._sums)
         torch.maximum(self._sums, room.neg_(), out=self._sums)
         self._sums.add_(self._three, alpha=2).sub_(middle)
         self.x.copy_(torch.clamp(self._sums, low, high, out=self._sums))
-
-
-class _Room:
-    """An image (3, H, W), and room for a turn of its hues: its channels and then the first two."""
-
-    def __init__(self, x: Tensor, five: Tensor, sums: Tensor, low: Tensor, middle: Tensor,
-                 high: Tensor, room: Tensor):
-        self.x, self.sums = x, sums
-        self.low, self.middle, self.high, self.room = low, middle, high, room
-        self.three, self.front, self.again = five[:3], five[:2], five[3:]
-        self.next = five[2:], five[1:4]  # of each channel, the next but one, and the next
-        # What is copied where, if the first channel is to be red, green or blue.
-        self.turned = ([(five[:3], x)], [(five[:2], x[1:]), (five[2:3], x[:1])],
-                       [(five[:1], x[2:]), (five[1:3], x[:2])])
-
-
-class BatchJitter(Jitter):
-    """The same on all images of a batch together, as a GPU does it, without a loop over them.
-
-    Nothing here reads from the GPU. Factors, flips and grays are tensors (B,) on the CPU.
-
-    Args:
-        like: uint8 (B, 3, H, W), the form of the images to come.
-    """
-
-    def _make_room(self, like: Tensor) -> None:
-        """A batch allocates as it goes."""
-
-    def _per_image(self, values: Tensor) -> Tensor:
-        return self._there(values).view(-1, 1, 1, 1)
-
-    def load(self, x: Tensor, flips: Tensor) -> None:
-        """Takes images, uint8 (B, 3, H, W), as they are or mirrored."""
-        self.scale, self.offset, self._is_whole = 1.0, 0.0, True
-        self.x.copy_(torch.where(self._per_image(flips), x.flip(-1), x))
-
-    def normalize(self, grays: Tensor, out: Tensor) -> None:
-        """Writes the images, some of them as grays, less ImageNet's mean, over its deviation."""
-        self.x.copy_(torch.where(self._per_image(grays), self._find_gray(), self.x))
-        super().normalize([], out)
-
-    def brighten(self, factor: Tensor) -> None:
-        """As for one image."""
-        super().brighten(self._per_image(factor))
-
-    def contrast(self, factor: Tensor) -> None:
-        """As for one image."""
-        super().contrast(self._per_image(factor))
-
-    def saturate(self, factor: Tensor) -> None:
-        """As for one image."""
-        super().saturate(self._per_image(factor))
-
-    def shift_hue(self, factor: Tensor) -> None:
-        """As for one image, where the method is explained."""
-        turns = 6 * factor.double()
-        wholes = turns.round()
-        parts = (64 * (turns - wholes)).round()
-        if not self._is_whole:
-            self.x.round_()
-        first = (torch.arange(3) + wholes.long()[:, None]) % 3  # which channel is to be red, ...
-        index = self._there(first).view(-1, 3, 1, 1).expand_as(self.x)
-        three = self.x.to(torch.int16).gather(1, index)
-        low, middle, high = three.sort(dim=1).values.split(1, dim=1)
-        odd = self._per_image(wholes.long() % 2 == 1)
-        three = torch.where(odd, low + high - three, three)
-        middle = torch.where(odd, low + high - middle, middle)
-        sign = self._per_image(torch.where(parts > 0, 1, -1).to(torch.int16))
-        sums = sign * (three.roll(-2, dims=1) - three.roll(-1, dims=1))
-        width = (high - low).mul_(self._per_image(parts.abs().to(torch.int16)))
-        width.bitwise_right_shift_(6)
-        sums = sums.clamp(-width, width) + 2 * three - middle
-        self.x.copy_(sums.clamp(low, high))

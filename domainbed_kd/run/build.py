@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 import random
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from domainbed_kd import algorithms, averaging, datasets, hparams_registry
+from domainbed_kd import algorithms, averaging, datasets, hparams_registry, machine
 from domainbed_kd.run import (
     augmentation,
     canonical_view,
@@ -20,10 +21,14 @@ from domainbed_kd.run import (
     loaders,
     precision,
     records,
+    resident,
     splits,
 )
 from domainbed_kd.run.readers import Readers, pinned
 from domainbed_kd.seeds import seed_hash
+
+# How much of a GPU's memory images may take, in GB; PACS takes 1.6.
+GPU_IMAGE_GB = 8.0
 
 
 class Loaders(NamedTuple):
@@ -49,6 +54,7 @@ class Run:
     splits: splits.Splits
     readers: Readers
     loaders: Loaders
+    finish: resident.Finish
     algorithm: nn.Module
 
     @property
@@ -81,18 +87,30 @@ class Run:
         return precision.autocast(self.device, self.is_fast)
 
     def to_device(self, batch) -> list:
-        """An (x, y) pair on the device; fast mode finishes there what it left of augmentation."""
-        x, y = (part.to(self.device, non_blocking=True) for part in batch)
-        return [augmentation.distorted(x) if self.is_fast and x.dtype == torch.uint8 else x, y]
+        """An (x, y) pair on the device, where what is left to do with its images is done."""
+        x, y = batch
+        y = y.to(self.device, non_blocking=True)
+        return [self.finish(x) if self.finish.takes(x)
+                else x.to(self.device, non_blocking=True), y]
+
+    def minibatches(self, batches: list) -> list:
+        """The same for several batches; what is to be done is done for all of them at once."""
+        if not all(self.finish.takes(x) for x, _ in batches):
+            return [self.to_device(batch) for batch in batches]
+        x = self.finish(torch.cat([x for x, _ in batches])).split([len(y) for _, y in batches])
+        return [[part, y.to(self.device, non_blocking=True)]
+                for part, (_, y) in zip(x, batches)]
 
 
-def build(args: dict, loader_processes: int | None = None, cache_folder: str | None = None) -> Run:
+def build(args: dict, loader_processes: int | None = None, cache_folder: str | None = None,
+          gpu_image_gb: float = GPU_IMAGE_GB) -> Run:
     """Makes a run's parts, and prints what it is.
 
     Args:
         args: as `training.train` takes them.
         loader_processes: likewise.
         cache_folder: likewise.
+        gpu_image_gb: likewise.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: if args, hparams or data do not fit.
@@ -105,10 +123,15 @@ def build(args: dict, loader_processes: int | None = None, cache_folder: str | N
     seed_everything(args["seed"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = make_dataset(args, hparams, cache_folder)
+    finish = resident.Finish(device, args.get("fast", False))
+    if resident.pays_on(device):
+        resident.settle(dataset, finish, int(gpu_image_gb * 1e9))
+    if finish.is_fast:
+        augmentation.speed_up(dataset)
     parts = make_splits(dataset, args)
     if loader_processes is None:
-        loader_processes = (min(torch.get_num_threads(), dataset.N_WORKERS)
-                            if device.type == "cuda" else 0)
+        n_streams = dataset.N_WORKERS * len(training_envs(dataset, args))
+        loader_processes = min(threads(), n_streams) if device.type == "cuda" else 0
     readers = Readers(loader_processes, pinned if device.type == "cuda" else None)
     load = make_loaders(dataset, parts, args, hparams, readers)
     algorithm = make_algorithm(args, hparams, dataset).to(device)
@@ -117,7 +140,7 @@ def build(args: dict, loader_processes: int | None = None, cache_folder: str | N
     algorithm = precision.laid_out(algorithm, args.get("fast", False))
     if args.get("compile"):
         precision.compile_featurizer(algorithm)
-    return Run(args, hparams, device, dataset, parts, readers, load, algorithm)
+    return Run(args, hparams, device, dataset, parts, readers, load, finish, algorithm)
 
 
 def choose_hparams(args: dict) -> dict:
@@ -148,6 +171,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
 
+def threads() -> int:
+    """How many threads the run may use."""
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or machine.available()
+
+
 def seed_everything(seed: int) -> None:
     """Seeds the global streams and makes cuDNN deterministic."""
     random.seed(seed)
@@ -163,8 +191,6 @@ def make_dataset(args: dict, hparams: dict, cache_folder: str | None = None):
         args["data_dir"], args["test_envs"], hparams)
     if cache_folder:
         image_cache.attach(dataset, Path(cache_folder))
-    if args.get("fast"):
-        augmentation.speed_up(dataset)
     return dataset
 
 
@@ -206,7 +232,9 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
             split, weights, hparams["batch_size"], dataset.N_WORKERS, readers))
 
     def one_pass(split):
-        return loaders.FastDataLoader(split, 64, dataset.N_WORKERS, readers)
+        is_resident = args.get("fast") and isinstance(split.underlying_dataset, resident.Domain)
+        return loaders.FastDataLoader(
+            split, 512 if is_resident else 64, dataset.N_WORKERS, readers)
 
     train = [infinite(parts.in_[i], in_weights[i]) for i in training_envs(dataset, args)]
     unlabeled = [infinite(split, weights) for split, weights in zip(uda, uda_weights)]

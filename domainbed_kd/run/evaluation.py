@@ -40,7 +40,7 @@ class Evaluator:
 
     def in_order(self, split) -> Iterator[tuple[Tensor, Tensor]]:
         """`in_order` on the run's device."""
-        return in_order(split, self.run.device)
+        return in_order(split, self.run.to_device)
 
     def audit_teacher(self) -> None:
         """Prints what the teacher is worth on the training domains; the first record has it too.
@@ -134,10 +134,10 @@ def accuracy(run: Run, loader, kept: list | None = None) -> float:
     return correct.item() / total
 
 
-def in_order(split, device) -> Iterator[tuple[Tensor, Tensor]]:
+def in_order(split, to_device: Callable) -> Iterator[tuple[Tensor, Tensor]]:
     """A split's (x, y), 64 images at a time, not augmented; no random stream moves."""
-    for x, y in DataLoader(datasets.plain(split), batch_size=64, generator=torch.Generator()):
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    whole = DataLoader(datasets.plain(split), batch_size=64, generator=torch.Generator())
+    return map(to_device, whole)
 
 
 def save_logits(path: Path, kept: dict[str, list[tuple]], keys: dict[str, list[int]]) -> None:

@@ -13,13 +13,14 @@ from domainbed_kd import console
 from domainbed_kd.folder import files
 from domainbed_kd.folder.claims import STOPPED
 from domainbed_kd.run import canonical_view, loggers, records, state
-from domainbed_kd.run.build import Run, build
+from domainbed_kd.run.build import GPU_IMAGE_GB, Run, build
 from domainbed_kd.run.evaluation import Evaluator
 
 
 def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
           log_test_domains: bool = False, wandb: bool = False,
-          cache_folder: str | None = None, teacher_cache: str | None = None) -> int:
+          cache_folder: str | None = None, teacher_cache: str | None = None,
+          gpu_image_gb: float = GPU_IMAGE_GB) -> int:
     """Trains one algorithm and leaves results.jsonl, model.pkl, TensorBoard events and `done`.
 
     Args:
@@ -28,11 +29,13 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
             appends to what is there, as DomainBed does.
         loader_processes: processes that read images, for all loaders together; results do not
             depend on it. None: none on a CPU, which they would take from the updates; on a GPU,
-            which would wait for images, as many as the run has threads, up to DomainBed's 8.
+            which would wait for images, as many as the run has threads, up to DomainBed's 8 for
+            each training domain.
         log_test_domains: show accuracies on the test domains in TensorBoard too.
         wandb: log to Weights & Biases too.
         cache_folder: where decoded images are kept; results do not depend on it.
         teacher_cache: folder that keeps what teachers make of images without augmentation.
+        gpu_image_gb: how much of a GPU's memory images may take, in GB; see run/resident.py.
 
     Returns:
         0 if the run is finished, `claims.STOPPED` if a signal stopped it (its state is saved).
@@ -43,7 +46,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
               "or pass --resume never to train again.", file=sys.stderr)
         return 0
 
-    run = build(args, loader_processes, cache_folder)
+    run = build(args, loader_processes, cache_folder, gpu_image_gb)
     evaluator, pending = Evaluator(run), records.Pending(args["algorithm"])
     first_step = 0
     if resume == "auto":
@@ -78,7 +81,7 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
 def update(run: Run, views: canonical_view.CanonicalViews | None) -> dict:
     """One update on the next minibatches; returns its values and `step_time`, in seconds."""
     start = time.time()
-    minibatches = [run.to_device(batch) for batch in map(next, run.loaders.train)]
+    minibatches = run.minibatches([next(loader) for loader in run.loaders.train])
     unlabeled = None
     if run.args["task"] == "domain_adaptation":
         unlabeled = [run.to_device(batch)[0] for batch in map(next, run.loaders.uda)]

@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     with output.hparams_blamed(args.algorithm, args.hparams):
         return training.train(
             flags.on_record(args), args.resume, args.loader_processes, args.log_test_domains,
-            args.wandb, args.image_cache, args.teacher_cache)
+            args.wandb, args.image_cache, args.teacher_cache,
+            training.GPU_IMAGE_GB if args.gpu_image_gb is None else args.gpu_image_gb)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,8 @@
 import colorsys
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -28,9 +31,9 @@ def as_tensor(image):
 
 
 def jittered(x, *operations):
-    """Images (B, 3, H, W) in [0, 255] after colour operations: (name, factor) in turn."""
+    """An image (1, 3, H, W) in [0, 255] after colour operations: (name, factor) in turn."""
     jitter = augmentation.Jitter(x)
-    jitter.load(x, [False] * len(x))
+    jitter.load(x, False)
     for name, factor in operations:
         getattr(jitter, name)(factor)
     return jitter.colours()
@@ -165,22 +168,72 @@ def test_distorted_images_have_the_statistics_of_domainbeds():
         assert ((a.mean(0) - b.mean(0)).abs() < 4 * error + 2 / 255).all()
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
-def test_a_whole_batch_is_distorted_as_its_images_are(order):
-    """As on a GPU, where all images of a batch take each step together."""
-    n = 6
-    x = torch.stack([as_tensor(photo(seed)) for seed in range(n)])
-    flips, grays = [False, True] * 3, [True] + [False] * 5
-    factors = [torch.linspace(0.7, 1.3, n) - int(i == 3) for i in range(4)]
-    each, whole = torch.empty(2, *x.shape)
-    for i in range(n):
+KERNELS = """
+import itertools, sys, torch
+from domainbed_kd import datasets
+from domainbed_kd.run import kernels
+x, settings = torch.load(sys.argv[1])
+torch.save(kernels.distort(x, settings, datasets.IMAGENET_MEAN, datasets.IMAGENET_STD), sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def by_kernels(tmp_path_factory):
+    """(images, their settings, the kernels' result): on a GPU, or by Triton's interpreter."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("kernels")
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    n = len(orders)
+    x = torch.stack([as_tensor(photo(seed, 37, 33)) for seed in range(n)])
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.empty(n, 4).uniform_(0.7, 1.3, generator=generator) - torch.tensor([0, 0, 0, 1])
+    flips, grays = torch.arange(n)[:, None] % 2, torch.arange(n)[:, None] % 5 == 0
+    settings = torch.cat([orders, factors, flips, grays], dim=1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.save((x.to(device), settings.to(device)), folder / "in")
+    subprocess.run(
+        [sys.executable, "-c", KERNELS, folder / "in", folder / "out"], check=True,
+        env=os.environ | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"}))
+    return x, settings, torch.load(folder / "out").cpu()
+
+
+def test_kernels_distort_as_operations_on_one_image_do(by_kernels):
+    x, settings, found = by_kernels
+    wanted = torch.empty(x.shape)
+    for i, (*values, flip, gray) in enumerate(settings.tolist()):
         part = slice(i, i + 1)
-        augmentation._distort(augmentation.Jitter(x[part]), x[part], each[part], flips[part],
-                              grays[part], order, [factor[i].item() for factor in factors])
-    augmentation._distort(augmentation.BatchJitter(x), x, whole, torch.tensor(flips),
-                          torch.tensor(grays), order, factors)
-    # What lies close to the middle of two whole numbers may become one or the other.
-    assert ((whole - each).abs() > 1e-4).float().mean() < 0.01
+        augmentation._distort(augmentation.Jitter(x[part]), x[part], wanted[part], flip, gray,
+                              [int(place) for place in values[:4]], values[4:])
+    errors = (unnormalized(found) - unnormalized(wanted)).abs() * 255
+    assert errors.max() < 4 and errors.mean() < 0.4  # of hues, one rounds to whole colours
+
+
+def test_kernels_do_what_torchvision_does_to_float_images(by_kernels):
+    operations = list(THEIRS.values())
+    for image, row, found in zip(*by_kernels):
+        *values, flip, gray = row.tolist()
+        wanted = image / 255
+        for i in map(int, values[:4]):
+            wanted = operations[i](wanted, values[4 + i])
+        wanted = wanted.flip(-1) if flip else wanted
+        wanted = functional.rgb_to_grayscale(wanted, 3) if gray else wanted
+        # torchvision's shares of red, green and blue are rounded to four digits.
+        torch.testing.assert_close(unnormalized(found), wanted, rtol=0, atol=5e-4)
+
+
+SIZES = [(40, 30), (33, 50), (32, 32), (90, 41), (20, 7)]
+
+
+@pytest.mark.parametrize("side", [32, 17])
+def test_images_of_several_sizes_are_resized_as_pillow_does_each(side):
+    pictures = [photo(seed, height, width) for seed, (height, width) in enumerate(SIZES)]
+    x = torch.randint(256, (len(SIZES), 90, 50, 3), dtype=torch.uint8)  # what is beside is not read
+    for row, picture in zip(x, pictures):
+        row[:picture.height, :picture.width] = torch.from_numpy(np.array(picture))
+    heights, widths = torch.tensor(SIZES).T
+    found = augmentation.resized(x, heights, widths, side)
+    wanted = torch.stack([as_tensor(T.Resize((side, side))(picture)) for picture in pictures])
+    assert found.dtype == torch.uint8 and (found.int() - wanted.int()).abs().max() <= 1
 
 
 def test_images_are_normalized_and_random_numbers_come_from_the_global_stream():

@@ -1,0 +1,250 @@
+"""Images in the memory of a run's device, and what is done there with a batch of them.
+
+In fast mode a dataset's images lie there at their own sizes, and are cropped, resized and
+distorted there. In exact mode those lie there whose transform draws nothing, as Pillow resized
+them: they are read once, and all others come from the loaders as the bytes that Pillow left.
+Instead of an image, a resident domain's items are its number and whether to augment it.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import TensorDataset
+from torchvision import transforms as T
+
+from domainbed_kd import machine
+from domainbed_kd.run import augmentation
+from domainbed_kd.run.image_cache import ImageCache
+
+# Pixels that are resized together: a bound on memory.
+_AT_ONCE = 2**25
+# Images that are read before they are sent: likewise.
+_SENT = 256
+
+
+class Domain(TensorDataset):
+    """A domain whose images lie on the device: (number, whether to augment) (2,), label.
+
+    Args:
+        domain: the domain that it stands for.
+        first: the number of its first image.
+        augment: whether its images are augmented.
+    """
+
+    def __init__(self, domain, first: int, augment: bool):
+        numbers = torch.arange(first, first + len(domain))
+        augment_each = torch.full_like(numbers, augment)
+        super().__init__(torch.stack([numbers, augment_each], dim=1), torch.tensor(domain.targets))
+        self.domain, self.first = domain, first
+        self.samples, self.classes = domain.samples, domain.classes
+        self.transform = domain.plain_transform
+
+    def plain(self) -> "Domain":
+        """The same images, not augmented."""
+        return Domain(self.domain, self.first, augment=False)
+
+
+class Finish:
+    """What makes images of a batch, on the device.
+
+    Args:
+        device: of the run.
+        is_fast: whether uint8 images are to be distorted; else they are looked up in `table`.
+    """
+
+    def __init__(self, device: torch.device, is_fast: bool):
+        self.device, self.is_fast = device, is_fast
+        self.table: Tensor | None = None
+        self.store: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images, float32 (B, 3, H, W), of a batch: uint8 images or numbers of resident ones."""
+        if x.dtype == torch.int64 and self.store:
+            return self.store(x)
+        if x.dtype != torch.uint8:
+            return x
+        x = x.to(self.device, non_blocking=True)
+        return augmentation.distorted(x) if self.is_fast else looked_up(x, self.table)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether there is anything to be done."""
+        return x.dtype == torch.uint8 or (x.dtype == torch.int64 and self.store is not None)
+
+
+def looked_up(x: Tensor, table: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) as a transform's last steps make it, from its table (3, 256)."""
+    place = x.to(torch.int32) + 256 * torch.arange(3, dtype=torch.int32, device=x.device).view(
+        3, 1, 1)
+    return table.view(-1).index_select(0, place.flatten()).view(x.shape)
+
+
+class Finished:
+    """Images as a transform's last steps find them.
+
+    Args:
+        pixels: uint8 (N, 3, H, W).
+        table: what the last steps make of each value, float32 (3, 256).
+    """
+
+    def __init__(self, pixels: Tensor, table: Tensor):
+        self.pixels, self.table = pixels, table
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Images, float32 (B, 3, H, W), by number, the first column of rows (B, 2)."""
+        numbers = augmentation.sent(rows[:, 0], self.pixels.device)
+        return looked_up(self.pixels[numbers], self.table)
+
+
+class Originals:
+    """Images at their own sizes, in one row of pixels.
+
+    Args:
+        pixels: uint8 (P, 3), image after image.
+        sizes: int64 (N, 2), their heights and widths.
+        side: of the images to be made, in pixels.
+        crop: how the augmented ones are cropped.
+        table: what a transform's last steps make of each value, float32 (3, 256).
+    """
+
+    def __init__(self, pixels: Tensor, sizes: Tensor, side: int, crop: T.RandomResizedCrop | None,
+                 table: Tensor):
+        self.pixels, self.sizes, self.side, self.crop, self.table = pixels, sizes, side, crop, table
+        self.starts = sizes.prod(dim=1).cumsum(0) - sizes.prod(dim=1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Images, float32 (B, 3, side, side), by rows (B, 2); either all are augmented or none."""
+        numbers, augment = rows[:, 0], bool(rows[0, 1])
+        sizes = self.sizes[numbers]
+        if augment:
+            draws = torch.rand(len(rows), 10, 4).tolist()
+            windows = torch.tensor([
+                augmentation.window(*size, self.crop.scale, self.crop.ratio, each)
+                for size, each in zip(sizes.tolist(), draws)])
+        else:
+            windows = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
+        height, width = windows[:, 2:].amax(dim=0).tolist()
+        about = torch.cat([self.starts[numbers, None], sizes[:, 1:], windows], dim=1)
+        about = augmentation.sent(about, self.pixels.device)
+        x = torch.cat([self._cut(part, height, width)
+                       for part in about.split(max(1, _AT_ONCE // (height * width)))])
+        return augmentation.distorted(x) if augment else looked_up(x, self.table)
+
+    def _cut(self, about: Tensor, height: int, width: int) -> Tensor:
+        start, row, top, left, heights, widths = about.T
+        y = torch.arange(height, device=about.device).view(1, -1, 1)
+        x = torch.arange(width, device=about.device).view(1, 1, -1)
+        y = torch.minimum(y, heights.view(-1, 1, 1) - 1) + top.view(-1, 1, 1)
+        x = torch.minimum(x, widths.view(-1, 1, 1) - 1) + left.view(-1, 1, 1)
+        place = start.view(-1, 1, 1) + y * row.view(-1, 1, 1) + x
+        cut = self.pixels.index_select(0, place.flatten()).view(len(about), height, width, 3)
+        return augmentation.resized(cut, heights, widths, self.side)
+
+
+# Which domains can lie on the device.
+
+
+def pays_on(device: torch.device) -> bool:
+    """Whether a run gains from images in the device's memory, as it lies beside the CPU's."""
+    return device.type == "cuda"
+
+
+def settle(dataset, finish: Finish, room: int) -> None:
+    """Prepares a dataset of image files for a run on a GPU, and tells `finish` how to end.
+
+    Domains that can lie on the device and fit are replaced by `Domain`s; in exact mode the others'
+    images end as bytes. Datasets of other kinds are left as they are.
+
+    Args:
+        dataset: a dataset whose domains' transforms `images.make_transform` made; others stay.
+        finish: of the run.
+        room: bytes of the device's memory that images may take.
+    """
+    domains = [domain for domain in dataset if hasattr(domain, "samples")
+               and all(hasattr(t, "geometry") for t in (domain.transform, domain.plain_transform))]
+    if len(domains) < len(dataset):
+        return
+    finish.table = _table(domains[0].plain_transform.transforms[-2:]).to(finish.device)
+    if finish.is_fast:
+        _settle_originals(dataset, domains, finish, room)
+        return
+    _settle_finished(dataset, domains, finish, room)
+    # One transform may be two domains', and be the plain one too, which splits look at.
+    for transform in {id(t): t for domain in domains
+                      for t in (domain.transform, domain.plain_transform)}.values():
+        transform.transforms[-2:] = [T.PILToTensor()]
+
+
+def _table(last: list) -> Tensor:
+    """What a transform's last steps make of each value of each channel: float32 (3, 256)."""
+    values = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
+    return T.Compose(last)(Image.fromarray(values))[:, 0].contiguous()
+
+
+def _settle_originals(dataset, domains: list, finish: Finish, room: int) -> None:
+    crops = {id(d.transform): d.transform.geometry for d in domains if d.transform.is_augmented}
+    plain = domains[0].plain_transform.geometry
+    if len(plain) != 1 or not isinstance(plain[0], T.Resize) or any(
+            len(steps) != 1 or not isinstance(steps[0], T.RandomResizedCrop)
+            for steps in crops.values()):
+        return
+    sizes = torch.tensor([size for domain in domains for size in _sizes(domain)])
+    if 3 * sizes.prod(dim=1).sum() > room:
+        return
+    pixels = torch.empty(int(sizes.prod(dim=1).sum()), 3, dtype=torch.uint8, device=finish.device)
+    start = 0
+    for images in _read(domains, lambda domain, path: np.asarray(domain.loader(path))):
+        part = torch.from_numpy(np.concatenate([image.reshape(-1, 3) for image in images]))
+        pixels[start:start + len(part)] = part.to(finish.device)
+        start += len(part)
+    crop = next((steps[0] for steps in crops.values()), None)
+    finish.store = Originals(pixels, sizes, plain[0].size[0], crop, finish.table)
+    _replace(dataset, domains)
+
+
+def _settle_finished(dataset, domains: list, finish: Finish, room: int) -> None:
+    domains = [domain for domain in domains if domain.transform is domain.plain_transform]
+    if not domains:
+        return
+    resize = T.Compose(domains[0].plain_transform.geometry)
+    shape = (sum(map(len, domains)), 3, *dataset.input_shape[1:])
+    if np.prod(shape, dtype=np.int64) > room:
+        return
+    pixels = torch.empty(shape, dtype=torch.uint8, device=finish.device)
+    start = 0
+    for images in _read(domains, lambda domain, path: np.asarray(resize(domain.loader(path)))):
+        part = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        pixels[start:start + len(part)] = part.to(finish.device)
+        start += len(part)
+    finish.store = Finished(pixels, finish.table)
+    _replace(dataset, domains)
+
+
+def _sizes(domain) -> Iterator[tuple[int, int]]:
+    """Heights and widths of a domain's images, from the cache or the files' heads."""
+    for path, _ in domain.samples:
+        if isinstance(domain.loader, ImageCache):
+            yield domain.loader.array(path).shape[:2]
+        else:
+            with Image.open(path) as image:
+                yield image.height, image.width
+
+
+def _read(domains: list, read: Callable) -> Iterator[list]:
+    """What `read` makes of each domain's paths, some at a time, in order."""
+    paths = ((domain, path) for domain in domains for path, _ in domain.samples)
+    with ThreadPoolExecutor(machine.available()) as pool:
+        while some := list(itertools.islice(paths, _SENT)):
+            yield list(pool.map(lambda pair: read(*pair), some))
+
+
+def _replace(dataset, domains: list) -> None:
+    first = 0
+    for i, domain in enumerate(dataset.datasets):
+        if any(domain is each for each in domains):
+            dataset.datasets[i] = Domain(domain, first, domain.transform.is_augmented)
+            first += len(domain)
