@@ -10,6 +10,7 @@ import zipfile
 import pytest
 from conftest import ROOT
 
+from domainbed_kd import datasets
 from domainbed_kd.datasets import archives, sources
 
 FILES = sorted([*(ROOT / "domainbed_kd").rglob("*.py"), *(ROOT / "tools").glob("*.py")])
@@ -135,4 +136,4 @@ def test_damaged_archives_are_refused_in_a_line(tmp_path):
 
 def test_every_download_is_over_tls():
     assert sources.TERRA_URL.startswith("https://")
-    assert all(source.page.startswith("https://") for source in sources.SOURCES.values())
+    assert all(datasets.facts(name).SOURCE.page.startswith("https://") for name in sources.known())

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 
 def plain(dataset):
@@ -20,6 +21,24 @@ def plain(dataset):
     same = copy.copy(dataset)
     same.transform = dataset.plain_transform
     return same
+
+
+class Source(NamedTuple):
+    """Where a dataset's files come from."""
+
+    size: str
+    #: Who fetches them, one of `sources.FETCHERS`, or "by hand".
+    via: str
+    licence: str
+    page: str
+    #: What is fetched: a file's id at Google Drive, or a dataset's name in the package wilds.
+    id: str = ""
+    #: The name that the archive gets, and the folder in it that becomes the dataset's.
+    archive: str = ""
+    inside: str = ""
+    #: For who fetches them by hand: what lies below the dataset's folder, and what else to know.
+    layout: str = ""
+    note: str = ""
 
 
 class MultipleDomainDataset:
@@ -44,6 +63,10 @@ class MultipleDomainDataset:
     #: Whether it is read from files, and the folder below the data directory that holds them.
     NEEDS_FILES = False
     FOLDER = ""
+    #: Where its files come from; None if it needs none, or they are somebody's own.
+    SOURCE: Source | None = None
+    #: Published numbers of images by domain; by class in label order where these are known.
+    PUBLISHED: dict[str, int | tuple] = {}
     #: The CLIP that knows its classes, if it is not a public one; None leaves that to the method.
     CLIP_BACKBONE: str | None = None
     #: Short labels of the domains, in order.

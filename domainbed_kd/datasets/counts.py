@@ -6,24 +6,9 @@ from domainbed_kd import datasets
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
-#: Published numbers of images by domain; by class in label order where these are known.
-PUBLISHED = {
-    "VLCS": {"Caltech101": 1415, "LabelMe": 2656, "SUN09": 3282, "VOC2007": 3376},
-    "PACS": {"art_painting": (379, 255, 285, 184, 201, 295, 449),
-             "cartoon": (389, 457, 346, 135, 324, 288, 405),
-             "photo": (189, 202, 182, 186, 199, 280, 432),
-             "sketch": (772, 740, 753, 608, 816, 80, 160)},
-    "OfficeHome": {"Art": 2427, "Clipart": 4365, "Product": 4439, "Real World": 4357},
-    "TerraIncognita": {"location_100": 4741, "location_38": 9736, "location_43": 3970,
-                       "location_46": 5883},
-    "DomainNet": {"clipart": 48129, "infograph": 51605, "painting": 72266, "quickdraw": 172500,
-                  "real": 172947, "sketch": 69128},
-}
-
-
-def folder_of(name: str, data_dir: Path) -> Path:
-    """Where the loaders look for a dataset."""
-    return data_dir / datasets.get_dataset_class(name).FOLDER
+def published() -> list[str]:
+    """The datasets whose numbers of images are published."""
+    return [name for name in datasets.DATASETS if datasets.facts(name).PUBLISHED]
 
 
 def verify(name: str, data_dir: Path) -> bool:
@@ -32,18 +17,19 @@ def verify(name: str, data_dir: Path) -> bool:
     Raises:
         ValueError: if none were published by domain.
     """
-    if name not in PUBLISHED:
+    cls = datasets.get_dataset_class(name)
+    if not cls.PUBLISHED:
         raise ValueError(f"{name} has no published numbers of images by domain to compare with. "
-                         f"There are some for {', '.join(PUBLISHED)}.")
-    folder, classes = folder_of(name, data_dir), datasets.get_dataset_class(name).CLASSES
+                         f"There are some for {', '.join(published())}.")
+    folder, classes = cls.folder(data_dir), cls.CLASSES
     found = {_bare(path.name): path for path in _subfolders(folder)}
     rows = []
-    for domain, published in PUBLISHED[name].items():
+    for domain, numbers in cls.PUBLISHED.items():
         path = found.pop(_bare(domain), folder / domain)
         counts = {c.name: sum(f.suffix.lower() in _IMAGE_SUFFIXES for f in c.rglob("*"))
                   for c in _subfolders(path)}
-        by_class = dict(zip(classes, published)) if isinstance(published, tuple) else {}
-        total = sum(by_class.values()) or published
+        by_class = dict(zip(classes, numbers)) if isinstance(numbers, tuple) else {}
+        total = sum(by_class.values()) or numbers
         rows.append((path.name, sum(counts.values()), total,
                      _difference(counts, total, classes, by_class)))
     rows += [(path.name, "", "", "does not belong here") for path in found.values()]

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from domainbed_kd.datasets.base import MultipleDomainDataset
+from domainbed_kd.datasets.base import MultipleDomainDataset, Source
 from domainbed_kd.datasets.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -119,6 +119,10 @@ class VLCS(ImageFolders):
     FOLDER = "VLCS"
     ENVIRONMENTS = ["C", "L", "S", "V"]
     CLASSES = ("bird", "car", "chair", "dog", "person")
+    PUBLISHED = {"Caltech101": 1415, "LabelMe": 2656, "SUN09": 3282, "VOC2007": 3376}
+    SOURCE = Source("size unknown", "Google Drive (gdown)", "those of its four collections",
+                    "https://github.com/belaalb/G2DM", "1skwblH1_okBwxWxmRsp9_qi15hyPpxg8",
+                    "VLCS.tar.gz", "VLCS")
 
 
 class PACS(ImageFolders):
@@ -128,6 +132,13 @@ class PACS(ImageFolders):
     ENVIRONMENTS = ["A", "C", "P", "S"]
     CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
     DOMAIN_NAMES = ("art painting", "cartoon", "photo", "sketch")
+    PUBLISHED = {"art_painting": (379, 255, 285, 184, 201, 295, 449),
+                 "cartoon": (389, 457, 346, 135, 324, 288, 405),
+                 "photo": (189, 202, 182, 186, 199, 280, 432),
+                 "sketch": (772, 740, 753, 608, 816, 80, 160)}
+    SOURCE = Source("0.2 GB", "Google Drive (gdown)", "none stated",
+                    "https://dali-dl.github.io/project_iccv2017.html",
+                    "1JFr8f805nMUelQWWmfnJR3y4_SYoN5Pd", "PACS.zip", "kfold")
 
 
 class OfficeHome(ImageFolders):
@@ -144,6 +155,11 @@ class OfficeHome(ImageFolders):
         Speaker Spoon TV Table Telephone ToothBrush Toys Trash_Can Webcam""".split())
     WORDS = {"Flipflops": "flip-flops", "Postit_Notes": "post-it notes", "TV": "television"}
     DOMAIN_NAMES = ("art", "clipart", "product", "real world")
+    PUBLISHED = {"Art": 2427, "Clipart": 4365, "Product": 4439, "Real World": 4357}
+    SOURCE = Source("1 GB", "Google Drive (gdown)", "research only",
+                    "https://www.hemanthdv.org/officeHomeDataset.html",
+                    "1uY0pj7oFsjMxRwaD3Sxy0jgel0fsYXLC", "office_home.zip",
+                    "OfficeHomeDataset_10072016")
 
 
 class TerraIncognita(ImageFolders):
@@ -154,6 +170,10 @@ class TerraIncognita(ImageFolders):
     CLASSES = ("bird", "bobcat", "cat", "coyote", "dog", "empty", "opossum", "rabbit", "raccoon",
                "squirrel")
     WORDS = {"empty": "empty scene"}
+    PUBLISHED = {"location_100": 4741, "location_38": 9736, "location_43": 3970,
+                 "location_46": 5883}
+    SOURCE = Source("6 GB", "https", "CDLA-Permissive 1.0",
+                    "https://lila.science/datasets/caltech-camera-traps")
 
 
 class DomainNet(ImageFolders):
@@ -201,6 +221,12 @@ class DomainNet(ImageFolders):
              "The_Great_Wall_of_China": "the Great Wall of China",
              "The_Mona_Lisa": "the Mona Lisa"}
     DOMAIN_NAMES = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+    PUBLISHED = {"clipart": 48129, "infograph": 51605, "painting": 72266, "quickdraw": 172500,
+                 "real": 172947, "sketch": 69128}
+    SOURCE = Source(
+        "18 GB", "by hand", "research only", "https://ai.bu.edu/M3SDA/", layout="<domain>/<class>/",
+        note="Take the cleaned version, and of each domain keep only the images that the page's "
+             "lists train and test name: 586,575 in all. Then run this with --verify.")
 
 
 class SVIRO(ImageFolders):
@@ -213,3 +239,6 @@ class SVIRO(ImageFolders):
     WORDS = {"0": "empty seat", "1": "infant in an infant seat", "2": "child in a child seat",
              "3": "adult passenger", "4": "everyday object", "5": "empty infant seat",
              "6": "empty child seat"}
+    SOURCE = Source("size unknown", "by hand", "CC BY-NC-SA 4.0", "https://sviro.kl.dfki.de",
+                    layout="<car>/<class>/",
+                    note="It is the folder SVIRO_DOMAINBED of the archive for DomainBed.")

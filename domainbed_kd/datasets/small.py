@@ -1,6 +1,6 @@
 """Datasets held in memory: noise to try code on, and the MNIST pair."""
 
-from domainbed_kd.datasets.base import MultipleDomainDataset
+from domainbed_kd.datasets.base import MultipleDomainDataset, Source
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -41,6 +41,8 @@ class _MNIST(MultipleDomainDataset):
     SIDE = 28
     SMALL_IMAGES = True
     NEEDS_FILES = True
+    SOURCE = Source("12 MB", "https (torchvision)", "CC BY-SA 3.0",
+                    "https://yann.lecun.com/exdb/mnist/")
 
     def __init__(self, root, test_envs, hparams):
         import torch

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from domainbed_kd.datasets.base import MultipleDomainDataset
+from domainbed_kd.datasets.base import MultipleDomainDataset, Source
 from domainbed_kd.datasets.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,6 +24,8 @@ class _Spawrious(MultipleDomainDataset):
     CLASSES = ("bulldog", "corgi", "dachshund", "labrador")
     NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
     NEEDS_FILES = True
+    SOURCE = Source("size unknown", "by hand", "see its page",
+                    "https://github.com/aengusl/spawrious", layout="<0 or 1>/<background>/<breed>/")
     #: The order in which backgrounds are listed below.
     BREEDS = ("bulldog", "dachshund", "labrador", "corgi")
     N_IMAGES = 3168
@@ -41,7 +43,7 @@ class _Spawrious(MultipleDomainDataset):
         training_transform = make_transform([resize], augment=hparams["data_augmentation"])
         root = self.folder(root)
         self.datasets = [ImageList(
-            self._test_group(root, 0) + self._test_group(root, 1), self.CLASSES,
+            self._group(root, self.TEST, 0) + self._group(root, self.TEST, 1), self.CLASSES,
             plain_transform, plain_transform)]
         self.datasets += [ImageList(
             self._training_group(root, group), self.CLASSES, training_transform, plain_transform)
@@ -65,14 +67,9 @@ class _Spawrious(MultipleDomainDataset):
         """One background per breed; many-to-many swaps neighbours in the second group."""
         samples = []
         for k, breed in enumerate(self.BREEDS):
-            if self.FILLER:
-                samples += self._samples(root, group, backgrounds[k], breed, limit)
-            else:
-                samples += self._samples(root, 0, backgrounds[k ^ group], breed, limit)
+            folder, place = (group, k) if self.FILLER else (0, k ^ group)
+            samples += self._samples(root, folder, backgrounds[place], breed, limit)
         return samples
-
-    def _test_group(self, root: Path, group: int) -> list:
-        return self._group(root, self.TEST, group)
 
     def _training_group(self, root: Path, group: int) -> list:
         if not self.FILLER:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from domainbed_kd.datasets.base import MultipleDomainDataset
+from domainbed_kd.datasets.base import MultipleDomainDataset, Source
 from domainbed_kd.datasets.images import IMAGENET_MEAN, IMAGENET_STD, image_size, make_transform
 
 
@@ -63,6 +63,8 @@ class WILDSCamelyon(_WILDS):
     ENVIRONMENTS = ["hospital_0", "hospital_1", "hospital_2", "hospital_3", "hospital_4"]
     CLASSES = ("normal_tissue", "tumor_tissue")
     FIELD = "hospital"
+    SOURCE = Source("10 GB", "https (wilds)", "CC0 1.0", "https://wilds.stanford.edu/datasets/",
+                    "camelyon17")
 
     @staticmethod
     def load(root: Path):
@@ -89,6 +91,8 @@ class WILDSFMoW(_WILDS):
         surface_mine swimming_pool toll_booth tower tunnel_opening waste_disposal
         water_treatment_facility wind_farm zoo""".split())
     FIELD = "region"
+    SOURCE = Source("50 GB", "https (wilds)", "FMoW Challenge Public License",
+                    "https://wilds.stanford.edu/datasets/", "fmow")
 
     @staticmethod
     def load(root: Path):

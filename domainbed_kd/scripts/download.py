@@ -9,6 +9,7 @@ archive fetched later must have the same. Put a file there yourself to check the
 import argparse
 from pathlib import Path
 
+from domainbed_kd import datasets
 from domainbed_kd.console import Parser, run_main
 from domainbed_kd.datasets import counts, sources
 
@@ -17,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     """DomainBed's flag, then ours."""
     parser = Parser(prog="python -m domainbed_kd.scripts.download", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                    epilog=sources.listing(sources.SOURCES))
+                    epilog=sources.listing(sources.known()))
     parser.add_argument("--data_dir", type=Path, help="folder that holds the datasets; required")
     parser.add_argument("--datasets", nargs="+", default=[], metavar="NAME",
                         help="what to fetch or, with --verify, to verify (all that are there)")
@@ -34,18 +35,18 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.datasets:
         sources.check_name(name)
     if args.list:
-        print(sources.listing(args.datasets or sources.SOURCES))
+        print(sources.listing(args.datasets or sources.known()))
         return 0
     if args.data_dir is None:
         parser.error("--data_dir is required")
     if args.verify:
-        names = args.datasets or [name for name in counts.PUBLISHED
-                                  if counts.folder_of(name, args.data_dir).is_dir()]
+        names = args.datasets or [name for name in counts.published()
+                                  if datasets.facts(name).folder(args.data_dir).is_dir()]
         if not names:
-            raise ValueError(f"{args.data_dir} holds none of {', '.join(counts.PUBLISHED)}.")
+            raise ValueError(f"{args.data_dir} holds none of {', '.join(counts.published())}.")
         return 0 if all([counts.verify(name, args.data_dir) for name in names]) else 1
     if not args.datasets:
-        print(sources.listing(sources.SOURCES))
+        print(sources.listing(sources.known()))
         raise ValueError("Nothing was fetched. Name what to fetch, for example --datasets PACS.")
     return 0 if all([sources.install(name, args.data_dir) for name in args.datasets]) else 1
 

@@ -130,7 +130,7 @@ def test_a_redirect_away_from_https_is_refused():
 
 def test_everything_is_fetched_by_https():
     assert sources.TERRA_URL.startswith("https://")
-    assert all(source.page.startswith("https://") for source in sources.SOURCES.values())
+    assert all(datasets.facts(name).SOURCE.page.startswith("https://") for name in sources.known())
 
 
 def test_a_file_on_drive_without_gdown_says_what_to_install(tmp_path, monkeypatch):
@@ -258,8 +258,8 @@ def drive_with(monkeypatch, make, members):
 def pacs_archive():
     classes = datasets.get_dataset_class("PACS").CLASSES
     return {f"kfold/{domain}/{label}/{i}.jpg": b""
-            for domain, counts in counts.PUBLISHED["PACS"].items()
-            for label, n in zip(classes, counts) for i in range(n)}
+            for domain, numbers in datasets.facts("PACS").PUBLISHED.items()
+            for label, n in zip(classes, numbers) for i in range(n)}
 
 
 def test_pacs_ends_up_where_the_loaders_look_and_verified(tmp_path, monkeypatch, capsys):
@@ -290,7 +290,8 @@ def test_an_archive_of_something_else_leaves_no_data_set(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["downloads"]
 
 
-@pytest.mark.parametrize("name", [n for n, s in sources.SOURCES.items() if s.fetch is None])
+@pytest.mark.parametrize("name", [
+    name for name in sources.known() if datasets.facts(name).SOURCE.via == "by hand"])
 def test_what_cannot_be_fetched_says_where_to_get_it(name, tmp_path, capsys):
     assert download.main(["--data_dir", str(tmp_path), "--datasets", name]) == 1
     out = capsys.readouterr().out
@@ -396,17 +397,17 @@ def test_terra_without_all_its_images_is_refused_and_leaves_no_data_set(
 
 def test_published_numbers_add_up_to_what_papers_print():
     totals = {name: sum(sum(n) if isinstance(n, tuple) else n for n in domains.values())
-              for name, domains in counts.PUBLISHED.items()}
+              for name in counts.published() for domains in [datasets.facts(name).PUBLISHED]}
     assert totals == {"VLCS": 10729, "PACS": 9991, "OfficeHome": 15588, "TerraIncognita": 24330,
                       "DomainNet": 586575}
 
 
-@pytest.mark.parametrize("name", counts.PUBLISHED)
+@pytest.mark.parametrize("name", counts.published())
 def test_published_domains_are_in_the_loaders_order(name):
-    assert list(counts.PUBLISHED[name]) == sorted(counts.PUBLISHED[name])
+    assert list(datasets.facts(name).PUBLISHED) == sorted(datasets.facts(name).PUBLISHED)
     labels = datasets.environments(name)
-    assert len(labels) == len(counts.PUBLISHED[name])
-    for label, domain in zip(labels, counts.PUBLISHED[name]):
+    assert len(labels) == len(datasets.facts(name).PUBLISHED)
+    for label, domain in zip(labels, datasets.facts(name).PUBLISHED):
         initial, digits = label[0], label[1:] if label[1:].isdigit() else ""
         assert domain[0].lower() == initial.lower() and domain.endswith(digits)
 
@@ -415,7 +416,8 @@ def test_published_domains_are_in_the_loaders_order(name):
 def small(monkeypatch, tmp_path):
     """VLCS as if it had been published small, and complete in tmp_path."""
     classes = datasets.get_dataset_class("VLCS").CLASSES
-    monkeypatch.setitem(counts.PUBLISHED, "VLCS", {"Real World": 10, "sketch": (1, 1, 1, 1, 2)})
+    monkeypatch.setattr(datasets.get_dataset_class("VLCS"), "PUBLISHED",
+                        {"Real World": 10, "sketch": (1, 1, 1, 1, 2)})
     images(tmp_path / "VLCS", "Real_world", dict.fromkeys(classes, 2))
     images(tmp_path / "VLCS", "sketch", dict(zip(classes, (1, 1, 1, 1, 2))))
     return tmp_path
@@ -454,7 +456,7 @@ def test_verify_accepts_the_real_pacs(pacs, capsys):
 def test_list_names_every_source_with_its_licence(capsys):
     assert download.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(sources.SOURCES)
+    assert [line.split()[0] for line in lines[1:]] == sources.known()
     assert "CDLA-Permissive" in next(line for line in lines if line.startswith("Terra"))
 
 
@@ -475,7 +477,7 @@ def test_misuse_is_said_in_one_line(arguments, said, tmp_path):
 
 
 def test_every_data_set_has_a_source_or_needs_none():
-    assert set(datasets.DATASETS) - set(sources.SOURCES) == {"Debug28", "Debug224", "DigitsDG"}
+    assert set(datasets.DATASETS) - set(sources.known()) == {"Debug28", "Debug224", "DigitsDG"}
 
 
 # Servers and archives that nobody planned for.
