@@ -13,6 +13,7 @@ import numpy as np
 from domainbed_kd import algorithms, datasets
 from domainbed_kd.algorithms.base import fixed
 from domainbed_kd.console import did_you_mean, parse_hparams
+from domainbed_kd.folder import composition
 from domainbed_kd.seeds import seed_hash
 
 # Hparams that change behaviour when given with --hparams and are in no draw: {name: meaning}.
@@ -22,6 +23,15 @@ OPTIONAL = {
     "backbone": "any timm model, by name; 'small_vit' for images under 32 pixels",
     "wrn_depth": "depth of the network for 32-pixel images (16)",
     "wrn_widen": "width factor of the network for 32-pixel images (2)",
+    "teachers": "list of teachers on top of an algorithm, such as 'run:SWAD' (docs/composition.md)",
+    "distill": "with teachers: 'logit', 'feature', 'relation', 'text', or a list of them ('logit')",
+    "distill_weight": "likewise: what the teachers' terms weigh (1)",
+    "distill_temperature": "likewise: what softens predictions that are copied (4)",
+    "teacher_mix": "likewise: a term for each ('sum'), or one of their 'mean' or by 'accuracy'",
+    "teacher_template": "likewise: the sentence that a CLIP reads ('a photo of a {}')",
+    "base_weight": "likewise: what the algorithm's own loss weighs (1)",
+    "teacher": "whom a method learns from that takes a run, such as 'run:SWAD' ('run:ERM')",
+    "label_smoothing": "of ERM, SMA and SWAD: the share of a label that all classes get (0)",
     "averaging": "'sma', 'swad' or 'beta': average the weights of any algorithm",
     "sma_start": "with averaging by 'sma': the update from which (100)",
     "swad_interval": "with averaging by 'swad': steps between validations (100)",
@@ -84,12 +94,23 @@ def random_hparams(algorithm: str, dataset: str, seed: int) -> dict:
     if brought := _brought(algorithm):
         return brought(dataset, seed)
 
+    return _drawn(search_space(algorithm, dataset), seed)
+
+
+def of_teachers(text: str | None, seed: int | None) -> dict:
+    """Those that teachers add which --hparams put on top: drawn, or the defaults without a seed."""
+    space = composition.search_space(parse_hparams(text)) if text else {}
+    if seed is None:
+        return {name: default for name, (default, _) in space.items()}
+    return _drawn(space, seed)
+
+
+def _drawn(space: dict, seed: int) -> dict:
     def draw(name, draw_value):
         value = draw_value(np.random.RandomState(seed_hash(seed, name)))
         return value.item() if isinstance(value, np.generic) else value
 
-    return {name: draw(name, draw_value)
-            for name, (_, draw_value) in search_space(algorithm, dataset).items()}
+    return {name: draw(name, draw_value) for name, (_, draw_value) in space.items()}
 
 
 def _brought(algorithm: str):

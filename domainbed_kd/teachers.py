@@ -6,7 +6,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import averaging, checkpoints, console, datasets, networks
-from domainbed_kd.folder import files
+from domainbed_kd.folder import composition, files
 from domainbed_kd.folder.args import are_args
 
 ASSETS = Path(__file__).parent / "assets"
@@ -32,8 +32,64 @@ def given(hparams: dict, num_classes: int,
         return None
     if isinstance(teacher, nn.Module):
         return networks.Frozen(teacher)
+    if wanted := composition.teacher_of_method(hparams):
+        raise ValueError(_NOT_TRAINED.format(wanted.shown))
     return from_run(Path(teacher), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
                     input_shape)
+
+
+_NOT_TRAINED = ("The teacher {} is a run that a sweep trains first. Launch this by `sweep launch`, "
+                "or name its folder: --teacher FOLDER.")
+
+
+def in_two(teacher: composition.Teacher, hparams: dict, num_classes: int,
+           input_shape: Sequence[int], folders: Iterator[str], needs_features: bool
+           ) -> tuple[networks.Frozen, networks.Frozen]:
+    """A teacher as what it sees in images, (B, D), and a head that makes logits (B, C) of it.
+
+    Args:
+        teacher: which.
+        hparams: the student's, and what it knows of its data.
+        num_classes: of the student.
+        input_shape: of its images.
+        folders: those of the runs among the teachers, in order; this one's is taken off.
+        needs_features: of a run, see its features; it may else see logits.
+
+    Raises:
+        ValueError, FileNotFoundError: as `from_run` and `clip`, or if a run has no features.
+    """
+    if teacher.kind == "clip":
+        check_class_names(f"The teacher {teacher.shown}", hparams, num_classes)
+        name = teacher.name or datasets.facts(hparams.get("dataset")).CLIP_BACKBONE or "ViT-B-16"
+        known = hparams if teacher.name is None else hparams | {"clip_model": None}
+        eye = clip(known | {"clip_backbone": name}, input_shape)
+        template = hparams.get("teacher_template", "a photo of a {}")
+        text = eye.sentences([template], hparams["class_names"])[:, 0]
+        return eye, networks.Frozen(networks.CosineClassifier(text, eye.scale))
+    folder = teacher.name if teacher.kind == "folder" else next(folders, None)
+    if folder is None:
+        raise ValueError(_NOT_TRAINED.format(teacher.shown))
+    run = from_run(Path(folder), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
+                   input_shape)
+    if not needs_features:
+        return run, networks.Frozen(nn.Identity())
+    return _features_and_head(run, folder, input_shape)
+
+
+@torch.no_grad()
+def _features_and_head(run: networks.Frozen, folder: str, input_shape: Sequence[int]
+                       ) -> tuple[networks.Frozen, networks.Frozen]:
+    """The two parts of a run's predictor, if it is the last layer of a sequence on all others."""
+    x = torch.rand(2, *input_shape)
+    for owner in (getattr(run.module, "average", None), run.module):
+        network = getattr(owner, "network", None)
+        if isinstance(network, nn.Sequential) and len(network) > 1:
+            eye, head = networks.Frozen(network[:-1]), networks.Frozen(network[-1])
+            if torch.equal(head(eye(x)), run(x)):
+                eye.weights_loaded = 1.0
+                return eye, head
+    raise ValueError(f"The teacher in {folder} has no features of which its predictions are a "
+                     'head. Copy its logits: "distill": "logit".')
 
 
 def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
@@ -79,16 +135,17 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     context = {"total_steps": 0, "class_names": model.get("class_names")}
     if dataset is not None:
         context["normalization"] = datasets.get_dataset_class(dataset).NORMALIZATION
-    if "teacher" in args:
-        context["teacher"] = nn.Identity()  # it is not in the state dict, nor needed to predict
     # The run's weights are all loaded below: none need be fetched first.
     hparams = context | console.renamed(model["model_hparams"]) | {"weights": "none"}
+    if "teacher" in args:
+        hparams["teacher"] = nn.Identity()  # it is not in the state dict, nor needed to predict
     cls = averaging.averaged(
         algorithms.get_algorithm_class(args["algorithm"]), hparams.get("averaging"))
     algorithm = cls(model["model_input_shape"], model["model_num_classes"],
                     model["model_num_domains"], hparams)
     try:
-        algorithm.load_state_dict(model["model_dict"])
+        algorithm.load_state_dict({name: value for name, value in model["model_dict"].items()
+                                   if not name.startswith(composition.STATE)})
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"The teacher in {folder} does not load into {args['algorithm']}: "

@@ -6,6 +6,7 @@ when it is first asked for.
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 from domainbed_kd.console import did_you_mean
@@ -19,7 +20,7 @@ DOMAINBED = (
 # Files not named here follow in alphabetical order.
 _ORDER = (*DOMAINBED, "SMA", "SWAD")
 # Files whose classes other methods build on; they are no methods themselves.
-_ABSTRACT = ("base", "annealed", "taught")
+_ABSTRACT = ("base", "annealed", "composed", "taught")
 
 
 def _discover() -> tuple[dict[str, str], set[str], dict[str, str]]:
@@ -50,6 +51,8 @@ def _discover() -> tuple[dict[str, str], set[str], dict[str, str]]:
 
 
 _MODULES, _TAUGHT, _DISPLAY_NAMES = _discover()
+# A row's name: that of the class, then what is on top of it.
+_BASE = re.compile(r"(?s)([^ (]*)(.*)")
 # Names that a class cannot have, as users type them: "4Ds" is FourDs.
 _ALIASES = {shown: name for name, shown in _DISPLAY_NAMES.items()}
 _REGISTERED: dict[str, type] = {}
@@ -75,12 +78,17 @@ def display_name(name: str) -> str:
 
     What `curves.row` adds to a class's name is kept.
     """
-    name, space, mark = name.partition(" ")
+    name, mark = _BASE.match(name).groups()
     if name in _REGISTERED:
         shown = _REGISTERED[name].display_name or name
     else:
         shown = _DISPLAY_NAMES.get(name, name)
-    return shown + space + mark
+    return shown + mark
+
+
+def base_of(row: str) -> str:
+    """The algorithm's name of a table's row, without what `curves.row` adds to it."""
+    return _BASE.match(row)[1]
 
 
 def learns_from_run(name: str) -> bool:

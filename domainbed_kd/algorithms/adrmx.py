@@ -61,6 +61,7 @@ class ADRMX(Algorithm):
     Of 1 + `d_steps_per_g_step` updates one is the featurizers', the others the discriminator's.
     """
 
+    no_teachers = "its student and its discriminator take turns"
     mends = True
 
     @staticmethod

@@ -30,6 +30,8 @@ def masked_mean(gradients: Tensor, mask: Tensor) -> Tensor:
 class ANDMask(ERM):
     """Mean cross-entropy of the domains, whose gradient is 0 where too few domains agree."""
 
+    no_teachers = "it masks the domains' gradients, and descends no loss"
+
     takes = ERM.takes | {"tau": between(0, 1)}
 
     @staticmethod

@@ -21,6 +21,8 @@ class ARM(ERM):
     should hold images of one domain.
     """
 
+    no_teachers = "its network sees images together with a context"
+
     @staticmethod
     def search_space(dataset):
         """Large images come in batches of 8."""

@@ -95,6 +95,10 @@ class Algorithm(networks.CountsOnCPU):
     learns_from_run = False
     #: Why its teacher must see the student's augmented images, if it must; see canonical_view.
     needs_same_view: str | None = None
+    #: Why no teachers can be put on top of it, if they cannot: a reason that follows a colon.
+    no_teachers: str | None = None
+    #: True if its loss is not on its minibatches' images in their order.
+    rearranges_images = False
     #: What its teacher makes of the student's images: x (B, C, H, W) -> logits (B, num_classes);
     #: None if it has no teacher. The teacher itself is `self.teacher`.
     teacher_logits: Callable[[Tensor], Tensor] | None = None

@@ -31,6 +31,8 @@ class ZeroShot(nn.Module):
 class CLIP(Algorithm):
     """Zero-shot CLIP, as a row of the table."""
 
+    no_teachers = "it does not learn"
+
     @staticmethod
     def search_space(dataset):
         """Which CLIP, and the sentences that it reads; nothing to draw."""

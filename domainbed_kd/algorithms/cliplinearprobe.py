@@ -17,6 +17,8 @@ from domainbed_kd.algorithms.base import Algorithm, fixed, forked_rng
 class CLIPLinearProbe(Algorithm):
     """Cross-entropy on a linear head; CLIP, which `predict` needs as well, never moves."""
 
+    no_teachers = "its features never move"
+
     @staticmethod
     def search_space(dataset):
         """Which CLIP, and a larger lr than that of a whole network."""

@@ -44,6 +44,8 @@ class CLIPood(Algorithm):
             `teachers.ImageTower`.
     """
 
+    no_teachers = "its student is CLIP's own image network"
+
     averages_weights = True
     takes = Algorithm.takes | {
         "batch_size": at_least(1), "clipood_lambda": at_least(0),

@@ -35,6 +35,8 @@ class DANN(Algorithm):
     Of 1 + `d_steps_per_g_step` updates one is the student's, the others are the discriminator's.
     """
 
+    no_teachers = "its student and its discriminator take turns"
+
     @staticmethod
     def search_space(dataset):
         """Weights, turns and shapes of the discriminator, and both players' optimisers."""

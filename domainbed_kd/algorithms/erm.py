@@ -9,11 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm
+from domainbed_kd.algorithms.base import Algorithm, between
 
 
 class ERM(Algorithm):
-    """Cross-entropy on all domains' images, concatenated."""
+    """Cross-entropy on all domains' images, concatenated.
+
+    With the hparam `label_smoothing` that share of each label is spread over all classes: for
+    teachers.
+    """
+
+    takes = Algorithm.takes | {"label_smoothing": between(0, 1)}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
@@ -26,7 +32,8 @@ class ERM(Algorithm):
     def update(self, minibatches, unlabeled=None):
         """One step on the mean cross-entropy."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
-        return self.descend(F.cross_entropy(self.predict(x), y))
+        smoothing = self.hparams.get("label_smoothing", 0.0)
+        return self.descend(F.cross_entropy(self.predict(x), y, label_smoothing=smoothing))
 
     def predict(self, x):
         """Logits (B, C) of images (B, ...)."""

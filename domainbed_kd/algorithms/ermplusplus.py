@@ -21,6 +21,8 @@ AVERAGED_FROM = 599  # the update, from 1, whose weights are the first in the av
 class ERMPlusPlus(ERM):
     """ERM that trains its classifier alone at first, and predicts with its averaged weights."""
 
+    no_teachers = "its classifier is trained alone first"
+
     averages_weights = True
 
     @staticmethod

@@ -21,6 +21,7 @@ class Fish(Algorithm):
     a restarted run goes on with them.
     """
 
+    no_teachers = "it makes a step for each domain"
     mends = True
 
     @staticmethod

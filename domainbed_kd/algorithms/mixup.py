@@ -21,6 +21,8 @@ def cyclic_pairs(minibatches: list) -> list:
 class Mixup(ERM):
     """Cross-entropy of mixed images with both labels, in the images' proportion."""
 
+    rearranges_images = True
+
     @staticmethod
     def search_space(dataset):
         """Alpha of the Beta distribution that proportions are drawn from."""

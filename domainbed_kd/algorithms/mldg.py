@@ -28,6 +28,7 @@ class MLDG(ERM):
     hparam `mended`: true at least one domain is left, and a single one is both.
     """
 
+    no_teachers = "its gradients are those of copies of its network"
     mends = True
 
     @staticmethod

@@ -67,16 +67,23 @@ def anchors(domain_names: Sequence[str] | None) -> list[str]:
     return [f"a {name} of a {{}}" for name in domain_names]
 
 
+def sentences(teacher: teachers.CLIP, templates: Sequence[str], hparams: dict
+              ) -> tuple[Tensor, Tensor]:
+    """The mean of the classes' neutral sentences, of unit length, (C, D), and styled (C, S, D)."""
+    names = hparams["class_names"]
+    neutral = teacher.sentences(templates, names).mean(dim=1)
+    return (F.normalize(neutral, dim=-1),
+            teacher.sentences(anchors(hparams.get("domain_names")), names))
+
+
 class Student(nn.Module):
     """An image network that embeds at CLIP's width and classifies by CLIP's sentences."""
 
     def __init__(self, input_shape, num_classes, hparams, teacher: teachers.CLIP):
         super().__init__()
-        names = hparams["class_names"]
         with forked_rng():
-            neutral = teacher.sentences(hparams["rise_templates"], names).mean(dim=1)  # (C, D)
-            styled = teacher.sentences(anchors(hparams.get("domain_names")), names)
-        self.register_buffer("text", F.normalize(neutral, dim=-1))
+            text, styled = sentences(teacher, hparams["rise_templates"], hparams)
+        self.register_buffer("text", text)
         # Not needed to predict, so a model loads whatever its domains are called.
         self.register_buffer("styled", styled, persistent=False)  # (C, S, D)
 

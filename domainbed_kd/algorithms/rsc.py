@@ -41,6 +41,8 @@ class RSC(ERM):
     `rsc_b_drop_factor` of the batch whose true class loses most probability by it.
     """
 
+    no_teachers = "its classifier looks at each image more than once"
+
     takes = ERM.takes | {"rsc_f_drop_factor": between(0, 1), "rsc_b_drop_factor": between(0, 1)}
 
     @staticmethod

@@ -41,6 +41,8 @@ def _normalize(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class SagNet(Algorithm):
     """Three steps per update: content, style, and the featurizer against style."""
 
+    no_teachers = "it makes steps on content and on style in turn"
+
     @staticmethod
     def search_space(dataset):
         """`sag_w_adv`: weight of the step against style."""

@@ -44,6 +44,8 @@ class SDViT(ERM):
         ValueError: if the student is not a vision transformer, or as `Algorithm`.
     """
 
+    no_teachers = "its classifier looks at each image twice"
+
     takes = ERM.takes | {"sdvit_weight": at_least(0), "sdvit_temperature": above(0)}
 
     @staticmethod

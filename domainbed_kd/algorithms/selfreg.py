@@ -41,6 +41,7 @@ class SelfReg(ERM):
     device sorts equal labels.
     """
 
+    rearranges_images = True
     mends = True
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):

@@ -36,6 +36,7 @@ class Transfer(Algorithm):
     seeks a larger gap.
     """
 
+    no_teachers = "it makes steps against an adversary"
     mends = True
 
     @staticmethod

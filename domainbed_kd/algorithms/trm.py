@@ -48,6 +48,7 @@ class TRM(Algorithm):
     how it does in each of the other domains.
     """
 
+    no_teachers = "it makes steps of several classifiers"
     mends = True
 
     @staticmethod

@@ -54,6 +54,7 @@ class UniStyle(nn.Module):
                 f"XDED: xded_unistyle is {after}, and this {type(featurizer).__name__} has "
                 f"{len(stages)} stages of feature maps. Name some of them, or pass [].")
         self.featurizer, self.after = featurizer, set(after)
+        self.n_outputs = featurizer.n_outputs
 
     def forward(self, x):
         """Features (B, n_outputs) of images (B, C, H, W)."""

@@ -75,8 +75,9 @@ DOMAINBEDS = (
     Flag("save_model_every_checkpoint", "write model_stepN.pkl at each evaluation", bool, False),
 )
 OURS = (
-    Flag("teacher", "finished run whose model teaches, for methods that learn from one",
-         on_record=IF_GIVEN, is_identity=True, options={"metavar": "FOLDER"}),
+    Flag("teacher", "finished run whose model teaches, for methods that learn from one; with the "
+                    "hparam teachers, one for each run among them",
+         on_record=IF_GIVEN, is_identity=True, options={"metavar": "FOLDER", "nargs": "+"}),
     Flag("resume", "auto continues an unfinished run; never starts again and appends",
          default="auto", on_record=NEVER, options={"choices": ["auto", "never"]}),
     Flag("wait", "how long to wait for another process that trains in the folder", float, 2,
@@ -205,6 +206,8 @@ def check_run(args: argparse.Namespace) -> None:
 def on_record(args: argparse.Namespace) -> dict:
     """What a run's records keep of its flags, by name."""
     values = {name: getattr(args, name) for name, flag in FLAGS.items() if flag.on_record != NEVER}
+    if args.teacher and len(args.teacher) == 1:
+        values["teacher"] = args.teacher[0]
     return {name: value for name, value in values.items()
             if FLAGS[name].on_record == ALWAYS or value}
 
@@ -283,9 +286,15 @@ def identity(args: Mapping) -> dict[str, Hashable]:
             is_absent = value is None or (value == 0 and flag.default is None)
             found[name] = flag.default if is_absent else value
     if found["teacher"] is not None:
-        found["teacher"] = Path(str(found["teacher"])).name
+        found["teacher"] = " ".join(Path(folder).name for folder in teachers(args))
     return {name: str(value) if isinstance(value, (list, dict)) else value
             for name, value in found.items()}
+
+
+def teachers(args: Mapping) -> list[str]:
+    """The folders of the runs that teach a run with these args on record; of one it is a string."""
+    found = args.get("teacher") or []
+    return [str(folder) for folder in (found if isinstance(found, list) else [found])]
 
 
 def label(args: Mapping) -> str:

@@ -3,7 +3,6 @@
 Tables are made of columns (`Curve`), at a fraction of the memory that whole records take.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from domainbed_kd.console import parse_hparams
-from domainbed_kd.folder import files
+from domainbed_kd.folder import composition, files
 from domainbed_kd.folder.args import are_args
 from domainbed_kd.folder.foreign import parse_json
 
@@ -149,16 +148,27 @@ def n_envs(names: tuple[str, ...]) -> int:
 
 
 def row(args: dict) -> str:
-    """The table row of a run with these arguments: its algorithm, or "MTL (mended)".
+    """The table row of a run with these arguments: its algorithm, or "CORAL + KD(SWAD) + SMA".
 
-    The latter with the hparam `mended`, by which a method departs from DomainBed's numbers.
+    It has what hparams put on top of the algorithm, see `composition.row`, and " (mended)" if they
+    make it depart from DomainBed's numbers.
     """
-    text = args.get("hparams")
-    if isinstance(text, str) and ("mended" in text or "upstream_exact" in text):
-        with contextlib.suppress(ValueError):
-            if parse_hparams(text).get("mended"):
-                return args["algorithm"] + MENDED
-    return args["algorithm"]
+    name, text = args["algorithm"], args.get("hparams")
+    if not isinstance(text, str):
+        return name
+    return name + _on_top(text)
+
+
+@functools.lru_cache(maxsize=10000)
+def _on_top(text: str) -> str:
+    """What a row has beside the algorithm's name, given the hparams as JSON."""
+    if not any(word in text for word in ("mended", "upstream_exact", "teacher", "averaging")):
+        return ""
+    try:
+        hparams = parse_hparams(text)
+    except ValueError:
+        return ""
+    return composition.row("", hparams) + (MENDED if hparams.get("mended") else "")
 
 
 class Search(list):

@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from domainbed_kd import algorithms, averaging, hparams_registry, networks
+from domainbed_kd import algorithms, hparams_registry, networks
+from domainbed_kd.algorithms import composed
 from domainbed_kd.plugin import sightings
 from domainbed_kd.plugin.dialects import Dialect, dialect_of, scope_of
 
@@ -113,8 +114,7 @@ class Guest:
         self.num_classes = num_classes
         self.num_domains = num_domains
         known = context(self.method, hparams, num_classes, num_domains)
-        cls = averaging.averaged(
-            algorithms.get_algorithm_class(self.method), known.get("averaging"))
+        cls = composed.assembled(algorithms.get_algorithm_class(self.method), known)
         theirs = importlib.import_module(f"{self.package}.networks")
         with borrowed_featurizer(theirs, input_shape, hparams):
             self.core = cls(input_shape, num_classes, num_domains, known)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from domainbed_kd import datasets
 from domainbed_kd.algorithms import display_name
 from domainbed_kd.console import count
+from domainbed_kd.folder import composition
+from domainbed_kd.folder.args import teachers
 from domainbed_kd.results.records import Grid
 
 _UNKNOWN = "not recorded"
@@ -62,11 +64,11 @@ def of_runs(grid: Grid) -> dict[tuple[str, str], set[Protocol]]:
     found = {}
     for run, curve in grid.trained:
         args, hparams = curve.args, curve.hparams
-        teacher = None
-        if args.get("teacher"):
-            name = os.path.basename(str(args["teacher"]))
-            teacher = f"a run of {display_name(names[name])}" if name in names else "another run"
-        elif "clip_backbone" in hparams:
+        runs = map(os.path.basename, teachers(args))
+        taught_by = [f"a run of {display_name(names[name])}" if name in names else "another run"
+                     for name in runs] + composition.others(hparams)
+        teacher = " and ".join(taught_by) or None
+        if not teacher and "clip_backbone" in hparams:
             mix = hparams.get("rise_teachers") or hparams["clip_backbone"]
             teacher = "CLIP " + " + ".join(map(str, mix if isinstance(mix, list) else [mix]))
         if curve.teacher_problem:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from domainbed_kd import console
-from domainbed_kd.folder import curves, files, manifest
+from domainbed_kd.folder import composition, curves, files, manifest
 from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.folder.curves import Curve
 from domainbed_kd.folder.foreign import parse_json
@@ -147,6 +147,14 @@ class Run(NamedTuple):
                    args["trial_seed"], args["hparams_seed"])
 
 
+def _setting(args: dict, name: str):
+    """What runs of one cell must agree in; of hparams not what the row says already."""
+    value = args.get(name)
+    if name != "hparams" or not isinstance(value, str) or curves.row(args) == args["algorithm"]:
+        return value
+    return composition.without_own(value)
+
+
 class Coverage(NamedTuple):
     """How many of a cell's runs have finished, of how many, and with which settings they ran."""
 
@@ -188,7 +196,8 @@ class Grid:
             self.trained.append((run, curve))
             if curve.teacher_problem:
                 self.teacher_problems[run].add(curve.teacher_problem)
-            settings, steps = tuple(map(str, map(args.get, SETTINGS))), args.get("steps")
+            settings = tuple(str(_setting(args, name)) for name in SETTINGS)
+            steps = args.get("steps")
             step = max(curve.columns["step"])
             self.n_steps[run.dataset] = max(self.n_steps[run.dataset], step + 1)
             key = run, settings, steps

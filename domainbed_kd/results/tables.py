@@ -3,7 +3,7 @@
 `formats` writes them as text, LaTeX, Markdown or CSV.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -150,13 +150,19 @@ def row_order(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
     """The distinct algorithms, as the rows of a table: those known in order, then the others.
 
     If `known` is empty, those are DomainBed's, then this package's and its plug-ins'.
+    After each come its rows with something on top, such as teachers, in the order of the names.
     """
     names = dict.fromkeys(names)
     known = dict.fromkeys(known or (
         name + mark for name in (*algorithms.DOMAINBED, *algorithms.ALGORITHMS)
         for mark in ("", curves.MENDED)))
-    return [*(name for name in known if name in names),
-            *(name for name in names if name not in known)]
+    on_top = defaultdict(list)
+    for name in names:
+        if name not in known and (base := algorithms.base_of(name)) in known:
+            on_top[base].append(name)
+    placed = {*known, *(name for some in on_top.values() for name in some)}
+    return [*(name for base in known for name in (base, *on_top[base]) if name in names),
+            *(name for name in names if name not in placed)]
 
 
 def environments(dataset: str, n_envs: int) -> list[str]:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from domainbed_kd import algorithms, averaging, datasets, hparams_registry, machine
+from domainbed_kd import algorithms, datasets, hparams_registry, machine
+from domainbed_kd.algorithms import composed
 from domainbed_kd.run import (
     augmentation,
     canonical_view,
@@ -149,13 +150,14 @@ def choose_hparams(args: dict) -> dict:
     Raises:
         ValueError: if a fork's lack what every run needs.
     """
+    seed = None
     if args["hparams_seed"] == 0:
         hparams = hparams_registry.default_hparams(args["algorithm"], args["dataset"])
     else:
-        hparams = hparams_registry.random_hparams(
-            args["algorithm"], args["dataset"],
-            seed_hash(args["hparams_seed"], args["trial_seed"]))
+        seed = seed_hash(args["hparams_seed"], args["trial_seed"])
+        hparams = hparams_registry.random_hparams(args["algorithm"], args["dataset"], seed)
     takes = algorithms.get_algorithm_class(args["algorithm"]).takes
+    hparams |= hparams_registry.of_teachers(args["hparams"], seed)
     hparams = hparams_registry.override(hparams, args["hparams"], takes)
     if "batch_size" not in hparams:
         raise ValueError(f"{args['algorithm']}: its hparams hold no batch_size, which every run "
@@ -255,10 +257,9 @@ def make_algorithm(args: dict, hparams: dict, dataset):
         "dataset": args["dataset"], "test_envs": args["test_envs"],
         "total_steps": args["steps"] or dataset.N_STEPS,
         "class_names": dataset.class_names, "normalization": dataset.NORMALIZATION}
-    if "teacher" in args:
-        context["teacher"] = args["teacher"]
+    taught_by = {"teacher": args["teacher"]} if "teacher" in args else {}
     if dataset.domain_names is not None:
         context["domain_names"] = [dataset.domain_names[i] for i in training]
-    cls = averaging.averaged(
-        algorithms.get_algorithm_class(args["algorithm"]), hparams.get("averaging"))
-    return cls(dataset.input_shape, dataset.num_classes, len(training), context | hparams)
+    cls = composed.assembled(algorithms.get_algorithm_class(args["algorithm"]), hparams)
+    return cls(dataset.input_shape, dataset.num_classes, len(training),
+               context | hparams | taught_by)

@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from domainbed_kd.console import Parser, one_line, run_main
+from domainbed_kd.console import Parser, one_line, parse_hparams, run_main
 from domainbed_kd.folder import args as flags
-from domainbed_kd.folder import claims, output
+from domainbed_kd.folder import claims, composition, output
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,11 +28,17 @@ def check_names(args: argparse.Namespace) -> None:
     extensions.load(args.plugin, [args.algorithm, args.dataset])
     algorithms.check_name(args.algorithm)
     name = algorithms.canonical_name(args.algorithm)
-    if args.teacher is not None and name in algorithms.SHIPPED and (
-            not algorithms.learns_from_run(name)):
-        taught = ", ".join(filter(algorithms.learns_from_run, algorithms.ALGORITHMS))
-        raise ValueError(f"--teacher {args.teacher}: {args.algorithm} does not learn from a run. "
-                         f"Leave the flag out, or choose one of {taught}.")
+    if args.teacher is not None and name in algorithms.SHIPPED:
+        n_runs = sum(each.kind == "run" for each in composition.teachers(
+            parse_hparams(args.hparams or "{}"))) or int(algorithms.learns_from_run(name))
+        if n_runs == 0:
+            taught = ", ".join(filter(algorithms.learns_from_run, algorithms.ALGORITHMS))
+            raise ValueError(
+                f"--teacher {args.teacher[0]}: {args.algorithm} does not learn from a run. Leave "
+                f"the flag out, or choose one of {taught}, or name runs in the hparam teachers.")
+        if n_runs != len(args.teacher):
+            raise ValueError(f"--teacher names {len(args.teacher)} folders, and {args.algorithm} "
+                             f"learns from {n_runs} here. Name one for each, in their order.")
     cls = datasets.get_dataset_class(args.dataset, args.data_dir)
     folders = cls.domain_folders(args.data_dir)
     if names := cls.ENVIRONMENTS or folders:

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 
 from domainbed_kd import algorithms, datasets
-from domainbed_kd.folder import claims, files
+from domainbed_kd.console import parse_hparams
+from domainbed_kd.folder import claims, composition, files
 from domainbed_kd.folder.args import identity, label, of_sweep, off_record, words
 from domainbed_kd.folder.claims import BUSY, STOPPED
 from domainbed_kd.seeds import seed_hash
@@ -69,10 +70,42 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
         for hparams_seed in range(n_hparams_from, n_hparams)]
 
 
-def teacher_args(train_args: dict) -> dict:
-    """The train arguments of a student's teacher: ERM with default hparams, all else alike."""
-    args = {**train_args, "algorithm": "ERM", "hparams_seed": 0}
-    args["seed"] = seed_hash(args["dataset"], "ERM", args["test_envs"], 0, args["trial_seed"])
+def teachers_args(train_args: dict) -> list[dict]:
+    """The train arguments of each run that teaches a student: by itself default hparams.
+
+    They are the student's but for what its hparams `teachers` or `teacher` say; without these, a
+    method that learns from a run learns from ERM.
+
+    Raises:
+        ValueError, NotImplementedError: if they name no teacher, or no algorithm.
+    """
+    text = train_args.get("hparams")
+    hparams = parse_hparams(text) if text else {}
+    if asked := composition.teacher_of_method(hparams):
+        asked = [asked]
+    else:
+        asked = [each for each in composition.teachers(hparams) if each.kind == "run"]
+    if asked:
+        return [_teacher_args(train_args, each, hparams) for each in asked]
+    if not algorithms.learns_from_run(train_args["algorithm"]):
+        return []
+    return [_teacher_args(train_args, composition.Teacher("run", "ERM"))]
+
+
+def _teacher_args(train_args: dict, teacher: composition.Teacher, hparams: dict | None = None
+                  ) -> dict:
+    """One teacher's, of a student with these hparams; None keeps the student's text."""
+    algorithms.check_name(teacher.name)
+    name = algorithms.canonical_name(teacher.name)
+    args = {**train_args, "algorithm": name, "hparams_seed": 0}
+    args["seed"] = seed_hash(args["dataset"], name, args["test_envs"], 0, args["trial_seed"])
+    if teacher.steps is not None:
+        args["steps"] = teacher.steps
+    if hparams is not None:
+        if of_run := teacher.hparams_of_run(hparams):
+            args["hparams"] = json.dumps(of_run)
+        else:
+            del args["hparams"]
     return args
 
 
@@ -129,17 +162,24 @@ def plan(launches: list[argparse.Namespace]) -> list["Job"]:
     flags = {id(args): off_record(args) for args in launches}
     made = {key: Job(train_args, folder, runs, flags=flags[id(args)])
             for key, (train_args, args) in listed.items()}
+
+    def taught(job: Job, train_args: dict, args: argparse.Namespace) -> None:
+        """Gives a job its teachers, and these theirs; teachers are added before their students."""
+        for of_teacher in teachers_args(train_args):
+            if args.skip_model_save:
+                raise ValueError(f"--skip_model_save: {train_args['algorithm']} learns from the "
+                                 f"model of a run of {of_teacher['algorithm']}. Leave the flag "
+                                 "out.")
+            key = key_of(of_teacher)
+            teacher = made.get(key) or added.get(key)
+            if teacher is None:
+                teacher = Job(of_teacher, folder, runs, flags=flags[id(args)])
+                taught(teacher, of_teacher, args)
+                added[key] = teacher
+            job.teachers.append(teacher)
+
     for key, (train_args, args) in listed.items():
-        if not algorithms.learns_from_run(train_args["algorithm"]):
-            continue
-        if args.skip_model_save:
-            raise ValueError(f"--skip_model_save: {train_args['algorithm']} learns from the model "
-                             "of an ERM run. Leave the flag out.")
-        teacher = teacher_args(train_args)
-        of_teacher = key_of(teacher)
-        if of_teacher not in made and of_teacher not in added:
-            added[of_teacher] = Job(teacher, folder, runs, flags=flags[id(args)])
-        made[key].teacher = made.get(of_teacher) or added[of_teacher]
+        taught(made[key], train_args, args)
     return [*added.values(), *made.values()]
 
 
@@ -162,9 +202,9 @@ class Job:
         train_args: an entry of `make_args_list`.
         sweep_output_dir: the sweep's folder.
         runs: what that folder holds; share one among many jobs.
-        teacher: the job whose model it learns from, which must be done first.
-        flags: words of train that change nothing in its records. Neither these nor the teacher
-            are part of the folder's name.
+        flags: words of train that change nothing in its records. Neither these nor the
+            `teachers`, the jobs whose models it learns from and which must be done first, are part
+            of the folder's name.
     """
 
     NOT_LAUNCHED = "Not launched"  # also of one that waits in a launcher's queue
@@ -175,12 +215,12 @@ class Job:
     STATES = (DONE, RUNNING, INTERRUPTED, FAILED, NOT_LAUNCHED)
 
     def __init__(self, train_args: dict, sweep_output_dir: str, runs: Runs | None = None,
-                 teacher: "Job | None" = None, flags: list[str] | tuple = ()):
+                 flags: list[str] | tuple = ()):
         name = hashlib.md5(_encode(train_args).encode()).hexdigest()
         found = (runs or Runs(sweep_output_dir)).find(name, train_args)
         self.output_dir = os.path.join(sweep_output_dir, found or name)
         self.train_args = {**train_args, "output_dir": self.output_dir}
-        self.teacher = teacher
+        self.teachers: list[Job] = []
         self.flags = flags
         self.exit_status = 0
         self.has_folder = found is not None
@@ -189,7 +229,8 @@ class Job:
     @property
     def command_str(self) -> str:
         """The command line that trains it."""
-        teacher = {"teacher": self.teacher.output_dir} if self.teacher else {}
+        folders = [teacher.output_dir for teacher in self.teachers]
+        teacher = {"teacher": folders} if folders else {}
         return shlex.join([
             "python", "-m", "domainbed_kd.scripts.train", *words(dict(sorted(
                 self.train_args.items())) | teacher), *self.flags])
@@ -202,6 +243,11 @@ class Job:
     def is_done(self) -> bool:
         """Whether it has finished, as of now."""
         return files.is_done(self.output_dir)
+
+    @property
+    def generation(self) -> int:
+        """0 for a job without teachers, else one more than the last of them."""
+        return 1 + max((teacher.generation for teacher in self.teachers), default=-1)
 
     def state_now(self) -> str:
         """Its state, looked up again."""

@@ -99,6 +99,20 @@ def refuse_idle_mending(args: argparse.Namespace) -> None:
                              "them without it.")
 
 
+def refuse_teachers(all_jobs: list[Job]) -> None:
+    """Refuses teachers that have no meaning on one of the algorithms, before any is trained.
+
+    Raises:
+        ValueError: saying why.
+    """
+    asked = {(job.train_args["algorithm"], job.train_args.get("hparams")) for job in all_jobs}
+    for name, text in sorted(asked, key=str):
+        if text and ('"teacher' in text or '"distill' in text):
+            from domainbed_kd.algorithms import composed
+
+            composed.check(algorithms.get_algorithm_class(name), console.parse_hparams(text))
+
+
 def warn_of_unread(args: argparse.Namespace) -> None:
     """Names --hparams that nothing reads; each job knows better, but says so only in its err.txt.
 
@@ -148,6 +162,7 @@ def launch(launches: list[argparse.Namespace], all_jobs: list[Job], launcher: Ca
     for each in launches:
         refuse_idle_mending(each)
         warn_of_unread(each)
+    refuse_teachers(new)
     if launcher.func is workers.dummy:
         launcher([job.command_str for job in new])
         return 0
@@ -204,20 +219,19 @@ def noted(launches: list[argparse.Namespace]) -> Iterator[None]:
 
 def run_all(new: list[Job], launcher: Callable, is_blocking: bool, retry: int) -> bool:
     """Runs jobs, teachers first, and says what became of them; whether any is not done."""
-    taught = [job for job in new if job.teacher and not job.teacher.is_done()]
-    if taught:
-        print(f"{len(taught)} of them wait for their teachers and are counted after these.",
+    ready, waiting = by_teachers(new)
+    if waiting:
+        print(f"{len(waiting)} of them wait for their teachers and are counted after these.",
               file=sys.stderr)
-    waiting = {id(job) for job in taught}
-    # Of another launcher such folders would seem to wait in its queue.
-    later = taught if is_blocking else []
-    failed = run([job for job in new if id(job) not in waiting], launcher, retry, later)
-    ready = [job for job in taught if job.teacher.is_done()]
-    if ready and not any(job.was_stopped for job in failed):
-        failed += run(ready, launcher, retry)
-    if len(ready) < len(taught):
-        print(f"{len(taught) - len(ready)} jobs are not launched, as their teachers have not "
-              "finished. The same command launches them once these have.", file=sys.stderr)
+    failed = []
+    while ready and not any(job.was_stopped for job in failed):
+        # Of another launcher folders of those that wait would seem to wait in its queue.
+        failed += run(ready, launcher, retry, waiting if is_blocking else [])
+        ready, waiting = by_teachers(waiting)
+    waiting = ready + waiting
+    if waiting:
+        print(f"{len(waiting)} jobs are not launched, as their teachers have not finished. The "
+              "same command launches them once these have.", file=sys.stderr)
     stopped = [job for job in failed if job.was_stopped]
     if stopped:
         print(f"{len(stopped)} jobs were stopped. The same command goes on with them.",
@@ -227,7 +241,15 @@ def run_all(new: list[Job], launcher: Callable, is_blocking: bool, retry: int) -
         for job in errors:
             print(f"  {job.output_dir}: {job.why_failed()}", file=sys.stderr)
     others = not_done([job for job in new if job.was_taken and job not in failed])
-    return bool(failed or others or len(ready) < len(taught))
+    return bool(failed or others or waiting)
+
+
+def by_teachers(some: list[Job]) -> tuple[list[Job], list[Job]]:
+    """Jobs whose teachers are all done, and the others."""
+    found = [], []
+    for job in some:
+        found[not all(teacher.is_done() for teacher in job.teachers)].append(job)
+    return found
 
 
 def run(some: list[Job], launcher: Callable, retry: int, later: list[Job] | tuple = ()

@@ -54,15 +54,22 @@ def measure(some: Iterable[Job]) -> list[Timing | None]:
 
 
 def _timing(job: Job, folder: Path) -> Timing:
-    flags = {}
-    if job.teacher:
-        _train(job.teacher, folder / "teacher", {})
-        flags = {"teacher": str(folder / "teacher"), "allow_bad_teacher": True}
+    flags = _taught(job, folder)
     short = _train(job, folder / "short", {**flags, "steps": 1})
     long = _train(job, folder / "long", flags)
     step = files.last_record(folder / "long")["step_time"]  # the mean of all but the first
     evaluation = max(0.0, long - short - N_STEPS * step)
     return Timing(max(0.0, short - evaluation - step), step, evaluation)
+
+
+def _taught(job: Job, folder: Path) -> dict:
+    """Trains a job's teachers, and theirs, in folders below; the flags that name them."""
+    if not job.teachers:
+        return {}
+    folders = [folder / f"teacher{i}" for i in range(len(job.teachers))]
+    for teacher, own in zip(job.teachers, folders):
+        _train(teacher, own, _taught(teacher, own))
+    return {"teacher": list(map(str, folders)), "allow_bad_teacher": True}
 
 
 def _train(job: Job, folder: Path, flags: dict) -> float:

@@ -67,10 +67,10 @@ def wall_seconds(jobs: Iterable, seconds: dict[int, float], slots: int) -> float
         slots: jobs at a time.
     """
     total, jobs = 0.0, list(jobs)
-    for taught in (False, True):
+    for generation in sorted({job.generation for job in jobs}):
         ends = [0.0] * slots
         for job in jobs:
-            if bool(job.teacher) == taught:
+            if job.generation == generation:
                 heapq.heapreplace(ends, ends[0] + seconds[id(job)])
         total += max(ends)
     return total
@@ -122,7 +122,7 @@ def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
     args = launches[-1]
     rates = Rates(all_jobs)
     stated = args.hours_per_run and 3600 * args.hours_per_run
-    teachers = {id(job.teacher) for job in all_jobs if job.teacher}
+    teachers = {id(teacher) for job in all_jobs for teacher in job.teachers}
     kinds = defaultdict(list)
     for job in all_jobs:
         kinds[_kind(job)].append(job)
@@ -150,7 +150,7 @@ def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
         n_done = sum(job.state == Job.DONE for job in some)
         print(f"{algorithm} {dataset}: {len(some)} runs"
               + (f", {n_teachers} of them teachers" if n_teachers else "")
-              + (", after their teachers" if job.teacher else "")
+              + (", after their teachers" if job.teachers else "")
               + f", {n_done} done; {cost}")
     print(f"total: {len(all_jobs)} runs, {len(teachers)} teachers, "
           f"{sum(job.state == Job.DONE for job in all_jobs)} done")

@@ -1,0 +1,151 @@
+"""Who teaches a run, as its hparams `teachers` and `teacher` say it, and what its row is called.
+
+`teachers` puts teachers on top of any algorithm, see `algorithms.composed`; `teacher` is whom a
+method such as KD learns from, in the place of the sweep's ERM run.
+"""
+
+import functools
+import json
+from typing import NamedTuple
+
+from domainbed_kd.console import parse_hparams
+
+#: What can be copied from a teacher: {hparam `distill`: the name that rows show}.
+DISTILL = {"logit": "KD", "feature": "Feature", "relation": "Relation", "text": "Text"}
+#: How several teachers are one.
+MIXES = ("sum", "mean", "accuracy")
+#: How the names of all state begin that teachers on top add and that predictions do not need.
+STATE = "taught."
+#: Hparams of a student's own, which the runs that teach it do not share.
+OWN = ("teacher", "teachers", "distill", "distill_weight", "distill_temperature", "teacher_mix",
+       "teacher_template", "base_weight", "averaging", "sma_start", "beta_average", "beta_start")
+# Hparams that say which network, or its weights.
+_NETWORK = ("backbone", "weights", "resnet18", "resnet50_augmix", "vit", "dinov2")
+_FORMS = ('a teacher is "run:ALGORITHM", {"run": ALGORITHM, "hparams": {...}, "steps": N}, '
+          '"timm:NETWORK", "folder:PATH", "clip" or what clip_backbone takes')
+
+
+class Teacher(NamedTuple):
+    """One teacher."""
+
+    #: "run", which the sweep trains; "folder", of a finished run; or "clip".
+    kind: str
+    #: Of the algorithm, the folder or the CLIP; None for the CLIP that fits the dataset.
+    name: str | None
+    #: Of a run, over those that it shares with its student.
+    hparams: dict = {}
+    #: Of a run, instead of its student's.
+    steps: int | None = None
+    #: What rows call it.
+    shown: str = ""
+
+    def hparams_of_run(self, student: dict) -> dict:
+        """A run's hparams, as --hparams has them, given its student's."""
+        without = OWN + (_NETWORK if "backbone" in self.hparams else ())
+        return {name: value for name, value in student.items() if name not in without
+                } | self.hparams
+
+
+def teachers(hparams: dict) -> list[Teacher]:
+    """The teachers that hparams ask for, in order.
+
+    Raises:
+        ValueError: if one is none of the forms that there are.
+    """
+    asked = hparams.get("teachers") or []
+    if not isinstance(asked, list):
+        raise ValueError(f"teachers is {asked!r}; it takes a list.")
+    return [_teacher(each) for each in asked]
+
+
+def teacher_of_method(hparams: dict) -> Teacher | None:
+    """The run that a method such as KD asks to learn from; None for the sweep's ERM run.
+
+    Raises:
+        ValueError: if a run is not one of the forms that there are.
+    """
+    asked = hparams.get("teacher")
+    if isinstance(asked, dict) or isinstance(asked, str) and asked.startswith(("run:", "timm:")):
+        return _teacher(asked)
+    return None  # a folder, or in Python a module
+
+
+def _teacher(asked) -> Teacher:
+    if isinstance(asked, dict):
+        hparams, steps = asked.get("hparams", {}), asked.get("steps")
+        if (not isinstance(asked.get("run"), str) or not asked.keys() <= {"run", "hparams", "steps"}
+                or not isinstance(hparams, dict) or not isinstance(steps, (int, type(None)))):
+            raise ValueError(f"teachers: {asked!r} is none; {_FORMS}.")
+        changes = {name: value for name, value in hparams.items() if name not in OWN}
+        shown = [_row(asked["run"], hparams), *(f"{name} {value}" for name, value in (
+            changes | ({} if steps is None else {"steps": steps})).items())]
+        return Teacher("run", asked["run"], hparams, steps, ", ".join(shown))
+    if not isinstance(asked, str):
+        raise ValueError(f"teachers: {asked!r} is none; {_FORMS}.")
+    kind, colon, name = asked.partition(":")
+    if colon and not name:
+        raise ValueError(f"teachers: {asked!r} names nothing after the colon; {_FORMS}.")
+    if colon and kind == "run":
+        return Teacher("run", name, shown=name)
+    if colon and kind == "timm":
+        return Teacher("run", "LinearProbe", {"backbone": name}, shown=name)
+    if colon and kind == "folder":
+        return Teacher("folder", name, shown=name.rstrip("/").rpartition("/")[2])
+    if asked == "clip":
+        return Teacher("clip", None, shown="CLIP")
+    return Teacher("clip", asked, shown=f"CLIP {asked}")
+
+
+@functools.lru_cache(maxsize=10000)
+def without_own(text: str) -> str | None:
+    """Hparams as JSON without what a student's row says of them; None if nothing is left."""
+    left = {name: value for name, value in parse_hparams(text).items() if name not in OWN}
+    return json.dumps(left) if left else None
+
+
+def search_space(hparams: dict) -> dict:
+    """{name: (default, draw)} of the hparams that teachers on top add; none without teachers."""
+    if not hparams.get("teachers"):
+        return {}
+    return {
+        "distill_weight": (1.0, lambda r: 10 ** r.uniform(-1, 1)),
+        "distill_temperature": (4.0, lambda r: r.choice([1.0, 2.0, 4.0, 8.0])),
+    }
+
+
+def words(hparams: dict) -> list[str]:
+    """What is distilled, as a list."""
+    asked = hparams.get("distill", "logit")
+    return asked if isinstance(asked, list) else [asked]
+
+
+def others(hparams: dict) -> list[str]:
+    """What rows call the teachers on top that are not runs of a sweep, if it can be told."""
+    try:
+        return [each.shown for each in teachers(hparams) if each.kind != "run"]
+    except ValueError:
+        return []
+
+
+def row(algorithm: str, hparams: dict) -> str:
+    """What a table calls an algorithm with these hparams, such as "CORAL + KD(SWAD) + SMA".
+
+    What is no form of teachers is left out: tables are made of what anybody recorded.
+    """
+    try:
+        return _row(algorithm, hparams)
+    except (ValueError, TypeError, AttributeError):
+        return algorithm
+
+
+def _row(algorithm: str, hparams: dict) -> str:
+    if teacher := teacher_of_method(hparams):
+        algorithm += f"({teacher.shown})"
+    if found := teachers(hparams):
+        mix = hparams.get("teacher_mix", "sum")
+        how = "" if mix == "sum" else f"{mix} of "
+        algorithm += (f" + {'+'.join(DISTILL.get(word, str(word)) for word in words(hparams))}"
+                      f"({how}{', '.join(each.shown for each in found)})")
+    if averaging := hparams.get("averaging"):
+        algorithm += f" + {averaging.upper() if averaging != 'beta' else 'Beta'}"
+    return algorithm

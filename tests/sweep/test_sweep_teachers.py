@@ -1,0 +1,186 @@
+"""Sweeps whose students have teachers on top: who is trained, when, and how often."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from domainbed_kd import command_launchers
+from domainbed_kd.scripts import collect_results, sweep, train
+from domainbed_kd.sweep import flags, jobs
+from domainbed_kd.sweep.plan import wall_seconds
+
+
+def args_of(folder, algorithms, hparams=None, *more):
+    """The flags of a sweep on Debug28."""
+    return ["--output_dir", str(folder), "--datasets", "Debug28", "--single_test_envs",
+            "--n_trials", "1", "--n_hparams", "1", "--skip_confirmation", "--algorithms",
+            *algorithms, *(["--hparams", json.dumps(hparams)] if hparams else []), *more]
+
+
+def planned(folder, *launches):
+    """The jobs of launches, the last of which is the newest."""
+    parsed = []
+    for words in launches:
+        args, _ = flags.parse(sweep.build_parser(), ["plan", *words])
+        sweep.load_names([args])
+        parsed.append(args)
+    return jobs.plan(parsed)
+
+
+def told(some):
+    """(algorithm, hparams, generation) of the jobs that hold out the first domain."""
+    return [(job.train_args["algorithm"], json.loads(job.train_args.get("hparams", "{}")),
+             job.generation) for job in some if job.train_args["test_envs"] == [0]]
+
+
+def test_teachers_come_first_and_share_what_is_not_their_students_own(tmp_path):
+    found = planned(tmp_path, args_of(tmp_path, ["CORAL"], {
+        "lr": 0.1, "teachers": ["run:SWAD", "clip", "run:4Ds"], "averaging": "sma"}))
+    student = {"lr": 0.1, "teachers": ["run:SWAD", "clip", "run:4Ds"], "averaging": "sma"}
+    assert told(found) == [("SWAD", {"lr": 0.1}, 0), ("ERM", {"lr": 0.1}, 0),
+                           ("FourDs", {"lr": 0.1}, 1), ("CORAL", student, 2)]
+    [*_, last] = found
+    command = last.command_str
+    names = [teacher.train_args["algorithm"] for teacher in last.teachers]
+    assert names == ["SWAD", "FourDs"]
+    assert f"--teacher {last.teachers[0].output_dir} {last.teachers[1].output_dir}" in command
+
+
+def test_a_teacher_is_trained_once_for_all_and_is_the_plain_row_if_there_is_one(tmp_path):
+    on_top = {"batch_size": 4, "teachers": ["run:ERM"]}
+    found = planned(
+        tmp_path, args_of(tmp_path, ["ERM", "CORAL", "KD"], {"batch_size": 4}),
+        args_of(tmp_path, ["ERM", "CORAL"], on_top),
+        args_of(tmp_path, ["CORAL"], on_top | {"averaging": "sma"}))
+    assert len(told(found)) == 6
+    taught = [job for job in found if job.teachers]
+    assert len({id(teacher) for job in taught for teacher in job.teachers}) == 3  # a test env each
+    assert {job.teachers[0].train_args["hparams"] for job in taught} == {'{"batch_size": 4}'}
+
+
+def test_without_hparams_of_its_own_a_teacher_has_the_folder_of_a_plain_run(tmp_path):
+    [plain, *_] = planned(tmp_path, args_of(tmp_path, ["SWAD"]))
+    [teacher, *_] = planned(tmp_path, args_of(tmp_path, ["ERM"], {"teachers": ["run:SWAD"]}))
+    assert teacher.output_dir == plain.output_dir
+
+
+def test_chains_are_planned_from_their_first_link(tmp_path):
+    chain = {"run": "CORAL", "hparams": {"teachers": [{"run": "ERM", "steps": 7}]}}
+    found = planned(tmp_path, args_of(tmp_path, ["KD"], {"lr": 0.1, "teacher": chain}))
+    assert told(found) == [
+        ("ERM", {"lr": 0.1}, 0), ("CORAL", {"lr": 0.1} | chain["hparams"], 1),
+        ("KD", {"lr": 0.1, "teacher": chain}, 2)]
+    assert found[0].train_args["steps"] == 7 and "steps" not in found[-1].train_args
+    seconds = {id(job): 10.0 for job in found}
+    assert wall_seconds(found, seconds, slots=100) == 30
+
+
+def test_a_timm_network_is_taught_by_its_linear_probe(tmp_path):
+    hparams = {"resnet18": True, "weights": "none", "lr": 0.1, "teachers": ["timm:test_vit"]}
+    found = planned(tmp_path, args_of(tmp_path, ["ERM"], hparams))
+    assert told(found)[0] == ("LinearProbe", {"lr": 0.1, "backbone": "test_vit"}, 0)
+
+
+@pytest.mark.parametrize("algorithms, hparams, words", [
+    (["ERM", "Fish"], {"teachers": ["run:ERM"]}, "Fish: teachers do not go with this"),
+    (["ERM"], {"teachers": ["run:ERN"]}, "Did you mean ERM?"),
+    (["ERM"], {"distill": "logit"}, "distill needs teachers"),
+    (["ERM"], {"teachers": [{"run": "Fish", "hparams": {"teachers": ["clip"]}}]}, "Fish: teachers"),
+    (["SCMD"], {"teachers": ["run:ERM"]}, "brings its own teacher"),
+    (["CORAL"], {"teacher": "run:ERM"}, "CORAL does not learn from a run"),
+])
+def test_what_has_no_meaning_is_refused_before_any_teacher_is_trained(
+        algorithms, hparams, words, tmp_path):
+    with pytest.raises((ValueError, NotImplementedError)) as error:
+        sweep.main(["launch", *args_of(tmp_path / "new", algorithms, hparams)])
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_waves_are_launched_until_all_teachers_are_done(tmp_path, monkeypatch):
+    waves = []
+
+    def finish(commands):
+        waves.append([word for command in commands for word in command.split() if word in (
+            "ERM", "CORAL", "KD")])
+        for command in commands:
+            folder = train.build_parser().parse_args(sys_words(command)).output_dir
+            Path(folder, "done").write_text("done")
+
+    monkeypatch.setitem(command_launchers.REGISTRY, "finish", finish)
+    chain = {"run": "CORAL", "hparams": {"teachers": ["run:ERM"]}}
+    assert sweep.main(["launch", *args_of(
+        tmp_path, ["KD"], {"teacher": chain}, "--command_launcher", "finish")]) == 0
+    assert waves == [["ERM"] * 3, ["CORAL"] * 3, ["KD"] * 3]
+
+
+def sys_words(command):
+    return shlex.split(command)[3:]
+
+
+def run_sweep(folder, hparams):
+    """The command of a sweep of CORAL."""
+    return [sys.executable, "-m", "domainbed_kd.scripts.sweep", "launch", *args_of(
+        folder, ["CORAL"], hparams, "--steps", "40", "--checkpoint_freq", "10")]
+
+
+def results(folder):
+    """{algorithm, test env: its records, without times, memory and folders}."""
+    found = {}
+    for path in Path(folder).glob("*/results.jsonl"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            for name in ("step_time", "mem_gb"):
+                record.pop(name)
+            record["args"] = {name: value for name, value in record["args"].items()
+                              if name not in ("output_dir", "teacher")}
+        args = records[0]["args"]
+        found[args["algorithm"], args.get("hparams"), tuple(args["test_envs"])] = records
+    return found
+
+
+@pytest.mark.slow
+def test_a_sweep_with_teachers_that_is_killed_goes_on_to_the_same_bits(tmp_path, capsys):
+    hparams = {"teachers": ["run:SWAD"], "distill": ["logit", "feature"], "averaging": "sma",
+               "sma_start": 5, "batch_size": 4, "swad_interval": 5}
+    flags = ["--allow_bad_teacher"]  # Debug28's labels are noise
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(run_sweep(whole, hparams) + flags, check=True, capture_output=True)
+    n_kills = 0
+    while n_kills < 3:
+        process = subprocess.Popen(run_sweep(killed, hparams) + flags, start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = {path: path.stat().st_size for path in killed.glob("*/results.jsonl")}
+        while process.poll() is None and before == {
+                path: path.stat().st_size for path in killed.glob("*/results.jsonl")}:
+            time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        n_kills += 1
+    time.sleep(3)  # a claim of a killed process is stale at once; its workers end
+    subprocess.run(run_sweep(killed, hparams) + flags, check=True, capture_output=True)
+    assert results(killed) == results(whole) and len(results(whole)) == 6
+    assert collect_results.main(["--input_dir", str(killed)]) == 0
+    out = capsys.readouterr().out
+    assert "CORAL + KD+Feature(SWAD) + SMA" in out and "another protocol" not in out
+
+
+def test_without_teachers_in_the_list_the_losses_are_the_algorithms_own(tmp_path):
+    for name, hparams in (("plain", {"batch_size": 4}),
+                          ("none", {"batch_size": 4, "teachers": []})):
+        assert train.main(["--dataset", "Debug28", "--algorithm", "CORAL", "--steps", "3",
+                           "--output_dir", str(tmp_path / name), "--hparams",
+                           json.dumps(hparams)]) == 0
+    losses = [[json.loads(line)["loss"] for line in
+               (tmp_path / name / "results.jsonl").read_text().splitlines()]
+              for name in ("plain", "none")]
+    assert losses[0] == losses[1]
