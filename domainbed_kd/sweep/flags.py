@@ -2,6 +2,8 @@
 
 import argparse
 import glob
+import itertools
+import json
 import math
 import os
 import shlex
@@ -17,7 +19,8 @@ DEFAULT_DATASETS = [name for name in datasets.DOMAINBED if datasets.facts(name).
 # The most runs that a sweep may list; all of DomainBed's with all algorithms are 361,200.
 _MOST_RUNS = 10**6
 # What says, beside the flags of each run, which runs a sweep has.
-_OWN = ("datasets", "algorithms", "n_trials", "n_hparams_from", "n_hparams", "single_test_envs")
+_OWN = ("datasets", "algorithms", "n_trials", "n_hparams_from", "n_hparams", "single_test_envs",
+        "grid")
 _SHARED = tuple(flag.name for flag in runs.FLAGS.values()
                 if flag.in_sweep and flag.name != "fork")
 # Flags that make a sweep another one; the rest only says how it is run and what else is kept.
@@ -79,6 +82,10 @@ def build_parser(description: str = "", epilog: str = "") -> SweepParser:
         help="trials, that is splits and random hparams, of each; default: 3")
     add("--single_test_envs", action="store_true",
         help="hold out single domains only; leave-one-out model selection needs the pairs too")
+    add("--grid", metavar="FILE",
+        help="JSON, or a file of it: lists of values of hparams, as {\"lr\": [0.1, 0.01], ...} for "
+             "all combinations, or a list of objects. Every run is made with each, over --hparams; "
+             "null leaves an hparam out")
     add("--command_launcher", default="local", metavar="NAME", help="default: local")
     add("--seed", type=int, default=0, help="has no effect, as in DomainBed")
     add("--skip_confirmation", action="store_true", help="ask nothing")
@@ -240,9 +247,34 @@ def check(args: argparse.Namespace) -> None:
     if args.task == "domain_adaptation" and not args.uda_holdout_fraction:
         raise ValueError("--task domain_adaptation needs unlabeled images of the test domains. "
                          "Pass --uda_holdout_fraction, for example 0.5.")
+    args.grid = args.grid and grid_text(args.grid)
     clusters.parse_extra(args.slurm_extra)
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; it takes a folder.")
+
+
+def grid_text(grid: str) -> str:
+    """A grid as a JSON list of objects, of JSON or of a file that holds it.
+
+    Raises:
+        ValueError, FileNotFoundError: if it is not what --grid takes.
+    """
+    if not grid.lstrip().startswith(("{", "[")):
+        if not os.path.isfile(grid):
+            raise FileNotFoundError(f"--grid {grid}: there is no such file, and it is not JSON.")
+        with open(grid, encoding="utf-8") as file:
+            grid = file.read()
+    try:
+        found = json.loads(grid)
+    except ValueError as error:
+        raise ValueError(f"--grid is not JSON ({error}): {grid[:200]}") from None
+    if isinstance(found, dict):
+        if not all(isinstance(values, list) for values in found.values()):
+            raise ValueError("--grid takes an object whose values are lists, or a list of objects.")
+        found = [dict(zip(found, point)) for point in itertools.product(*found.values())]
+    if not found or not all(isinstance(point, dict) for point in found):
+        raise ValueError(f"--grid lists no combination of hparams: {grid[:200]}")
+    return json.dumps(found)
 
 
 def resolve_names(args: argparse.Namespace) -> None:

@@ -184,11 +184,19 @@ def plan(launches: list[argparse.Namespace]) -> list["Job"]:
 
 
 def list_args(args: argparse.Namespace) -> list[dict]:
-    """The train arguments of the jobs that a launch's flags ask for."""
-    return make_args_list(
-        n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
-        n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams,
-        single_test_envs=args.single_test_envs, **of_sweep(args))
+    """The train arguments of the jobs that a launch's flags ask for, point by point of a grid."""
+    found = []
+    for point in json.loads(args.grid or "[{}]"):
+        shared = of_sweep(args)
+        if point:
+            hparams = parse_hparams(args.hparams or "{}") | point
+            left = {name: value for name, value in hparams.items() if value is not None}
+            shared["hparams"] = json.dumps(left) if left else None
+        found += make_args_list(
+            n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
+            n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams,
+            single_test_envs=args.single_test_envs, **shared)
+    return found
 
 
 class Job:

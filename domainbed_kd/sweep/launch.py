@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import inspect
+import json
 import os
 import sys
 import tempfile
@@ -85,13 +86,18 @@ def confirmed(args: argparse.Namespace) -> bool:
     return False
 
 
+def asked_for(args: argparse.Namespace) -> list[dict]:
+    """The hparams of --hparams and those of each point of --grid."""
+    return [console.parse_hparams(args.hparams or "{}"), *json.loads(args.grid or "[]")]
+
+
 def refuse_idle_mending(args: argparse.Namespace) -> None:
     """Refuses the hparam `mended` for methods of this package in which it would mend nothing.
 
     Raises:
         ValueError: naming them; their rows are DomainBed's without it.
     """
-    if args.hparams and console.parse_hparams(args.hparams).get("mended"):
+    if any(hparams.get("mended") for hparams in asked_for(args)):
         idle = [name for name in args.algorithms if name in algorithms.SHIPPED
                 and not algorithms.get_algorithm_class(name).mends]
         if idle:
@@ -118,10 +124,11 @@ def warn_of_unread(args: argparse.Namespace) -> None:
 
     What comes from elsewhere may read any.
     """
-    if args.hparams is None or args.plugin or not set(args.algorithms) <= set(algorithms.SHIPPED):
+    names = dict.fromkeys(name for hparams in asked_for(args) for name in hparams)
+    if not names or args.plugin or not set(args.algorithms) <= set(algorithms.SHIPPED):
         return
     known = algorithms.hparam_names()
-    for name in console.parse_hparams(args.hparams):
+    for name in names:
         if name not in known:
             print(f"--hparams: nothing here reads {name!r}.{console.did_you_mean(name, known)}",
                   file=sys.stderr)

@@ -7,12 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
 from domainbed_kd import datasets, machine
+from domainbed_kd.folder import curves
 from domainbed_kd.sweep import measure
 from domainbed_kd.sweep.jobs import Job
 
 
 class Rates:
-    """Seconds per update, evaluations included, by algorithm and dataset.
+    """Seconds per update, evaluations included, by row of tables and dataset.
 
     Args:
         jobs: those that have begun count; a job is a `jobs.Job`.
@@ -55,7 +56,7 @@ class Rates:
 
 
 def _kind(job) -> tuple[str, str]:
-    return job.train_args["algorithm"], job.train_args["dataset"]
+    return curves.row(job.train_args), job.train_args["dataset"]
 
 
 def wall_seconds(jobs: Iterable, seconds: dict[int, float], slots: int) -> float:
