@@ -90,6 +90,9 @@ OURS = (
     Flag("save_logits", "keep the predictions that model selection looks at, at each evaluation, "
                         "in logits/stepN.npz (float16); see docs/analysis.md",
          bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
+    Flag("seal", "keep accuracies on test domains in sealed.jsonl, out of all that is printed, "
+                 "logged and tabulated; `collect_results --unseal` reads them and writes down that "
+                 "it did; see docs/protocol.md", bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
     Flag("log_test_domains", "show accuracies on the test domains in TensorBoard too",
          bool, False, NEVER, in_sweep=IF_GIVEN),
     Flag("wandb", "log to Weights & Biases too, offline unless WANDB_MODE=online",
@@ -179,6 +182,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--uda_holdout_fraction is {args.uda_holdout_fraction}; it takes a "
                          "share from 0 up to, but not including, 1.")
     hparams = {} if args.hparams is None else parse_hparams(args.hparams)
+    if args.seal and args.log_test_domains:
+        raise ValueError("--seal hides what --log_test_domains shows. Leave one out.")
     if args.compile and not args.fast:
         raise ValueError("--compile needs --fast: compiled networks round otherwise than exact "
                          "mode must. Pass both, or neither.")

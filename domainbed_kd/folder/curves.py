@@ -20,6 +20,8 @@ from domainbed_kd.folder.foreign import parse_json
 
 #: What marks the rows of runs in which a defect of DomainBed's is mended.
 MENDED = " (mended)"
+#: The problem of a record whose test accuracies `train --seal` put elsewhere.
+SEALED = "its test accuracies are sealed"
 # Beyond this step a record is damaged.
 MOST_STEPS = 2 ** 53
 
@@ -97,10 +99,14 @@ def describe_broken(path: str | Path, broken: list[tuple[int, str]]) -> str:
     return f"{path}: line {number}{more}: {what}"
 
 
-def problem(record) -> str:
+def problem(record, may_be_sealed: bool = False) -> str:
     """Why model selection cannot read a record; empty if it can.
 
     Accuracies must be finite numbers in [0, 1]. ERM++'s second stage has only `fd_` accuracies.
+
+    Args:
+        record: whatever a line says.
+        may_be_sealed: take one of `train --seal`, which has none of its test domains.
     """
     unlike = "not a record like DomainBed's"
     try:
@@ -108,7 +114,12 @@ def problem(record) -> str:
         if not are_args(args):
             return unlike
         splits = ("out",) if args.get("fast") else ("in", "out")
-        accuracies = _accuracies(tuple(record), tuple(args["test_envs"]), splits)
+        names, test_envs = tuple(record), tuple(args["test_envs"])
+        if args.get("seal") and not any(f"env{i}_out_acc" in names for i in test_envs):
+            if not may_be_sealed:
+                return SEALED
+            names += tuple(f"env{i}_{split}_acc" for i in test_envs for split in ("in", "out"))
+        accuracies = _accuracies(names, test_envs, splits)
         step = record["step"]
         if not (accuracies and type(step) is int and 0 <= step < MOST_STEPS
                 and isinstance(record["hparams"], dict)
@@ -116,7 +127,7 @@ def problem(record) -> str:
             return unlike
     except (TypeError, KeyError):
         return unlike
-    for name in accuracies:
+    for name in filter(record.__contains__, accuracies):
         value = record[name]
         if type(value) not in (float, int) or not 0 <= value <= 1:
             return f"{name[:40]} is {str(value)[:20]}; an accuracy is a number in [0, 1]"
@@ -200,14 +211,17 @@ def searches(curves: Iterable[Curve]) -> dict[tuple[int, str, str, int], Search]
 
 
 def read_records(run: str | Path, skipped: list[str] | None = None) -> list[dict]:
-    """A run's records with every value; `skipped` is as for `results.to_frame`."""
+    """A run's records with every value; `skipped` is as for `results.to_frame`.
+
+    Sealed ones lack the accuracies on their test domains.
+    """
     path, found, broken = Path(run, files.RESULTS), [], []
     for number, line in enumerate(files.read_bytes(path).splitlines(), 1):
         try:
             record = parse_json(line)
         except ValueError:
             record = None
-        if what := problem(record):
+        if what := problem(record, may_be_sealed=True):
             broken.append((number, what))
         else:
             found.append(record)
@@ -247,8 +261,9 @@ def choose(candidates: Iterable[tuple[int, float, object]], only_last: bool):
 @functools.cache
 def validation_columns(names: tuple[str, ...], test_envs: tuple[int, ...]) -> dict[int, str]:
     """{training domain: name of its out-split's accuracy}, of a record with these names."""
-    every = itertools.takewhile(names.__contains__, map("env{}_out_acc".format, itertools.count()))
-    return {i: name for i, name in enumerate(every) if i not in test_envs}
+    every = itertools.takewhile(  # a sealed record has none of its test domains
+        lambda i: f"env{i}_out_acc" in names or i in test_envs, itertools.count())
+    return {i: f"env{i}_out_acc" for i in every if i not in test_envs}
 
 
 def mean(values: Sequence[float]) -> float:

@@ -19,6 +19,8 @@ from domainbed_kd.folder.foreign import parse_json
 
 #: A line of JSON for each evaluation; records of an attempt that cannot be continued.
 RESULTS, OLD_RESULTS = "results.jsonl", "results.jsonl.old"
+#: What `train --seal` keeps out of RESULTS, by step.
+SEALED = "sealed.jsonl"
 #: What a run prints. Who trains in the folder locks OUT.
 OUT, ERR = "out.txt", "err.txt"
 #: Why a run failed, in a line, until it is started again; there once it has finished.
@@ -94,7 +96,7 @@ def refuse_irregular(folder: Path) -> None:
     Raises:
         ValueError: naming it.
     """
-    for name in (RESULTS, OUT, ERR, FAILED, DONE, ARGS, MEMORY, STATE, MODEL, SAFETENSORS,
+    for name in (RESULTS, SEALED, OUT, ERR, FAILED, DONE, ARGS, MEMORY, STATE, MODEL, SAFETENSORS,
                  HEARTBEAT):
         if (folder / name).exists() and not (folder / name).is_file():
             raise ValueError(f"{folder / name} is not a regular file. Delete it, or choose "
@@ -145,8 +147,8 @@ def remove_half_written(folder: Path) -> None:
 # Records.
 
 
-def append_record(folder: Path, record: dict) -> None:
-    """Adds a whole line to results.jsonl, on disk before this returns.
+def append_record(folder: Path, record: dict, name: str = RESULTS) -> None:
+    """Adds a whole line to results.jsonl or its like, on disk before this returns.
 
     A torn last line, which a machine that broke down may have left, is cut off first; so is
     what could be written of a line if the disk is full.
@@ -154,7 +156,7 @@ def append_record(folder: Path, record: dict) -> None:
     Raises:
         OSError: if it cannot be written; the lines before it stay.
     """
-    path = folder / RESULTS
+    path = folder / name
     line = (json.dumps(record, sort_keys=True) + "\n").encode()
     with path.open("a+b", buffering=0) as file:
         size = _whole_lines(file)

@@ -1,10 +1,12 @@
 """A sweep's folder read back: the records of its runs, and which runs are missing."""
 
 import contextlib
+import datetime
 import functools
 import itertools
 import operator
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,9 +20,11 @@ from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.folder.curves import Curve
 from domainbed_kd.folder.foreign import parse_json
 
+#: When sealed test accuracies were looked at, and of which runs.
+LOOKS = "looks.jsonl"
 # What collect_results and report leave beside the runs.
 _OURS = (manifest.NAME, "results.txt", "results.tex", "results.csv", "results.md", "report.html",
-         "report")
+         "report", LOOKS)
 _MOST_WARNINGS = 10
 # A line with more brackets than this may nest deeper than `parse_json` allows.
 _MOST_BRACKETS = 50
@@ -43,26 +47,51 @@ class Folder:
         #: Names of the folders in which `curves` found no record.
         self.without_results: list[str] = []
 
-    def curves(self, as_listed: bool = False) -> list[Curve]:
+    def curves(self, as_listed: bool = False, unseal: bool = False) -> list[Curve]:
         """The contents of `<input_dir>/*/results.jsonl`, by folder name, then line.
 
         What cannot be read is named on stderr and skipped.
 
         Args:
             as_listed: in the order of `listing` instead.
+            unseal: read sealed test accuracies too, and write down in looks.jsonl that this
+                was done.
+
+        Raises:
+            ValueError: if runs are sealed and `unseal` is false.
+            OSError: if the look cannot be written down.
         """
-        runs, skipped = {}, []
+        runs, skipped, sealed = {}, [], []
         for name in console.bar(sorted(self.listing), unit="run", leave=False):
-            runs[name], problem = _read(f"{self.path}/{name}")
+            runs[name], problem = _read(f"{self.path}/{name}", unseal)
+            if not unseal and problem.endswith(curves.SEALED):
+                sealed.append(name)
             skipped += [problem] if problem else []
+        if sealed:
+            raise ValueError(
+                f"{self.path}: the test accuracies of {len(sealed)} of its runs are sealed, as of "
+                f"{sealed[0]}. When all choices are made, `collect_results --unseal` reads them, "
+                f"and writes down in {LOOKS} that it did.")
+        if unseal:
+            self._note_look([name for name in runs
+                             if os.path.exists(f"{self.path}/{name}/{files.SEALED}")])
         self.without_results = [name for name, found in runs.items() if not found]
         curves.say_skipped(skipped[:_MOST_WARNINGS])
         if len(skipped) > _MOST_WARNINGS:
             curves.say_skipped([f"{len(skipped) - _MOST_WARNINGS} more in {self.path}"])
         return [curve for name in (self.listing if as_listed else runs) for curve in runs[name]]
 
+    def _note_look(self, names: list[str]) -> None:
+        """Writes down, and says, that the test accuracies of these runs are looked at."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        if names:
+            files.append_record(self.path, {"time": now, "runs": names}, LOOKS)
+            n = files.read_bytes(self.path / LOOKS).count(b"\n")
+            print(f"Unsealed {len(names)} runs. This is look {n} at test accuracies of this "
+                  f"sweep; {self.path / LOOKS} has them all.", file=sys.stderr)
 
-def _read(folder: str) -> tuple[list[Curve], str]:
+
+def _read(folder: str, unseal: bool) -> tuple[list[Curve], str]:
     """The curves of a run, and what is wrong with its results.jsonl, or ""."""
     path = f"{folder}/{files.RESULTS}"
     try:
@@ -77,10 +106,28 @@ def _read(folder: str) -> tuple[list[Curve], str]:
     if lines and (curve := _one_curve(lines, content)):
         return [curve], ""
     broken = []
-    found = curves.of_records(map(_decode, lines), broken)
+    records = map(_decode, lines)
+    if unseal and (sealed := _sealed(folder)):
+        records = (record | sealed.get(str(record.get("step")), {})
+                   if isinstance(record, dict) else record for record in records)
+    found = curves.of_records(records, broken)
     if not broken:
         return found, "" if found else f"{path}: empty"
     return found, curves.describe_broken(path, broken)
+
+
+def _sealed(folder: str) -> dict:
+    """{step, as text: the sealed accuracies of a run's record}."""
+    try:
+        lines = files.read_bytes(f"{folder}/{files.SEALED}").splitlines()
+    except OSError:
+        return {}
+    found = {}
+    for record in map(_decode, lines):
+        if isinstance(record, dict):
+            found[str(record.get("step"))] = {
+                name: value for name, value in record.items() if name.endswith("_acc")}
+    return found
 
 
 def _decode(line: bytes):

@@ -46,6 +46,19 @@ def print_record(record: dict, header: list[str] | None) -> list[str]:
     return names
 
 
+def sealed(record: dict, remarks: dict, test_envs: list[int]) -> dict:
+    """Takes what is measured on test domains out of a record and of its diagnostics."""
+    prefixes = tuple(f"{stage}env{i}_" for i in test_envs for stage in ("", "fd_"))
+
+    def taken(values):
+        return {name: values.pop(name) for name in list(values) if name.startswith(prefixes)}
+
+    found = taken(record)
+    if "diagnostics" in remarks:
+        found["diagnostics"] = taken(remarks["diagnostics"])
+    return found
+
+
 class Pending:
     """What updates returned since the last record.
 

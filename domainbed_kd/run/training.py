@@ -114,10 +114,14 @@ class Recorder:
         record = {
             "step": step, "epoch": step / self._steps_per_epoch, **self.pending.means(),
             **accuracies, "mem_gb": records.peak_memory_gb(run.device)}
+        remarks = self.evaluator.remarks()
+        if run.args.get("seal"):
+            sealed = records.sealed(record, remarks, run.args["test_envs"])
+            files.append_record(run.folder, {"step": step, **sealed}, files.SEALED)
         with console.lifted():
             self._header = records.print_record(record, self._header)
             self.pending.tell()
-        record |= {**self.evaluator.remarks(), "hparams": run.hparams, "args": run.args}
+        record |= {**remarks, "hparams": run.hparams, "args": run.args}
         files.append_record(run.folder, record)
         records.save_cost(run.folder, run.device, time.monotonic() - self.began, step + 1,
                           self.pending.diverged)

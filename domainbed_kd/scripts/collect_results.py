@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
                       help="also compare every other algorithm with this one: paired differences "
                            "in points with 95 percent intervals and corrected tests, mean ranks "
                            "(docs/report.md)")
+    ours.add_argument("--unseal", action="store_true",
+                      help="read the test accuracies of runs that were trained with --seal too, "
+                           "and write down in INPUT_DIR/looks.jsonl that this was done")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file whose algorithms and datasets the tables name and "
                            "order as they say; may be given again")
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     _check(args, style)
     extensions.load(args.plugin)
     folder = records.Folder(args.input_dir)
-    found = folder.curves(as_listed=args.upstream)
+    found = folder.curves(as_listed=args.upstream, unseal=args.unseal)
     if args.upstream:
         # DomainBed does not know that a weight average ends a run, nor of rows that are mended.
         found = [curve._replace(selection=None, args={**curve.args, "hparams": None}

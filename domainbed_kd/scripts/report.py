@@ -22,6 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--published", action="store_true",
                         help="also show published results in the tables, marked where their "
                              "protocol differs or is not stated")
+    parser.add_argument("--unseal", action="store_true",
+                        help="as of collect_results: read sealed test accuracies, and note that")
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                         help="module or .py file whose algorithms and datasets the tables name "
                              "and order as they say; may be given again")
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     images = page.with_suffix("")
     if images.resolve() == Path(args.input_dir).resolve():
         raise ValueError(f"--output {page}: its plots would lie among the runs; name another.")
-    found = folder.curves()
+    found = folder.curves(unseal=args.unseal)
     grid = records.whole_grid(folder, found)
     if not found:
         raise ValueError(f"--input_dir {args.input_dir}: it holds no results yet; collect_results "
