@@ -5,7 +5,6 @@ the right kind, some of them absurd. Every hostile file stands where a command r
 this process, in which an unexpected error is not caught. DOMAINBED_KD_FUZZ sets how many of each.
 """
 
-import importlib
 import json
 import math
 import os
