@@ -74,7 +74,7 @@ def _shared(dataset: str) -> dict:
         "lr": (lr, lr_draw),
         "weight_decay": (0.0, lambda r: 0.0 if small else 10 ** r.uniform(-6, -2)),
         "batch_size": (batch_size, batch_draw),
-    }
+    } | facts.HPARAMS
 
 
 def search_space(algorithm: str, dataset: str) -> dict:

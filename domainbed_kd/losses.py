@@ -4,14 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from domainbed_kd.tasks import IGNORED
+
 BANDWIDTHS = (0.001, 0.01, 0.1, 1, 10, 100, 1000)  # of Gaussian kernels, DomainBed's
 
 
 def kd_per_sample(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each row, in nats; (B,), >= 0.
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of each row, in nats; (B, ...), >= 0.
 
-    Both are logits (B, C). The factor T^2 keeps the gradient's scale when T grows (Hinton et al.,
-    "Distilling the Knowledge in a Neural Network", 2015, section 2).
+    Both are logits (B, C, ...). The factor T^2 keeps the gradient's scale when T grows (Hinton et
+    al., "Distilling the Knowledge in a Neural Network", 2015, section 2).
     """
     divergence = F.kl_div(
         F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1),
@@ -19,9 +21,27 @@ def kd_per_sample(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     return temperature**2 * divergence.sum(dim=1)
 
 
-def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean of `kd_per_sample` over the batch."""
-    return kd_per_sample(student, teacher, temperature).mean()
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float, y: Tensor | None = None
+            ) -> Tensor:
+    """Mean of `kd_per_sample` over the batch and, of maps, over the pixels that y does not ignore.
+
+    Without labels y (B, ...) all pixels count.
+    """
+    divergence = kd_per_sample(student, teacher, temperature)
+    return divergence.mean() if y is None else mean_of_labelled(divergence, y)
+
+
+def mean_of_labelled(values: Tensor, y: Tensor) -> Tensor:
+    """Mean of values (B,), or of maps (B, H, W) or (B, C, H, W) where labels y are not ignored.
+
+    0 if all are.
+    """
+    if y.dim() == 1:
+        return values.mean()
+    counts = y != IGNORED
+    if values.dim() > y.dim():
+        counts = counts.unsqueeze(1).expand_as(values)
+    return torch.where(counts, values, 0).sum() / counts.sum().clamp(min=1)
 
 
 def moment_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import averaging, checkpoints, console, datasets, networks
+from domainbed_kd import averaging, checkpoints, console, datasets, networks, tasks
 from domainbed_kd.folder import composition, files
 from domainbed_kd.folder.args import are_args
 
@@ -132,7 +132,8 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
         raise ValueError(
             f"The teacher in {folder} takes images of shape {tuple(model['model_input_shape'])}, "
             f"the student's are {tuple(input_shape)}. Train both at the same size.")
-    context = {"total_steps": 0, "class_names": model.get("class_names")}
+    task = datasets.facts(args["dataset"]).TASK
+    context = {"total_steps": 0, "class_names": model.get("class_names"), "task": task.name}
     if dataset is not None:
         context["normalization"] = datasets.get_dataset_class(dataset).NORMALIZATION
     # The run's weights are all loaded below: none need be fetched first.
@@ -184,24 +185,28 @@ def audit(algorithm: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
         allow_bad: report a bad teacher's problem instead of raising it.
 
     Returns:
-        `accuracy` and `chance`, in [0, 1]; `n_images`; `weights_loaded`, a share, None for an
-        object that was passed in; `preprocessing` and `problem`, in words, the latter None where
-        there is none. None altogether without a teacher, or while it warms up.
+        `accuracy` and `chance`, in [0, 1], of maps the mean over classes; `n_images`;
+        `weights_loaded`, a share, None for an object that was passed in; `preprocessing` and
+        `problem`, in words, the latter None where there is none. None altogether without a
+        teacher, or while it warms up.
 
     Raises:
         ValueError: if the teacher is near chance, or its classes are in another order.
     """
     if not algorithm.teacher_is_ready():
         return None
-    confusion = 0
+    confusion, n_images = 0, 0
     for x, y in batches:
         logits = algorithm.teacher_logits(x)
-        n = logits.shape[1]
-        confusion += (y * n + logits.argmax(dim=1)).bincount(minlength=n * n).view(n, n).cpu()
+        n_images += len(y)
+        confusion += tasks.confusion(tasks.at_size_of(logits, y), y).cpu()
+    if y.dim() > 1:  # pixels: as many as there are images, and of each class that occurs the same
+        of_label = confusion.sum(dim=1, keepdim=True)
+        confusion = n_images / (of_label > 0).sum() * confusion / of_label.clamp(min=1)
     problem = audit_confusion(confusion)
     if problem and not allow_bad:
         raise ValueError(f"The teacher {problem} Choose another, or pass --allow_bad_teacher.")
-    teacher, n_images = algorithm.teacher, confusion.sum().item()
+    teacher = algorithm.teacher
     return {
         "accuracy": confusion.trace().item() / n_images, "chance": 1 / len(confusion),
         "n_images": n_images, "weights_loaded": getattr(teacher, "weights_loaded", None),

@@ -13,7 +13,7 @@ PACKAGE = Path(domainbed_kd.__file__).parent
 # Each floor imports from itself and from those below it, but the rooms of MIDDLE never from each
 # other: what passes between them is the folder of a run.
 GROUND = {"seeds", "console", "machine", "networks", "losses", "averaging", "checkpoints",
-          "datasets", "folder"}
+          "datasets", "folder", "tasks"}
 METHODS = {"teachers", "algorithms", "hparams_registry"}
 MIDDLE = ("run", "sweep", "results")
 BRIDGES = {"plugin", "extensions"}

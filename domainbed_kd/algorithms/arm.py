@@ -22,6 +22,7 @@ class ARM(ERM):
     """
 
     no_teachers = "its network sees images together with a context"
+    needs_image_labels = "its support sets are batches of images"
 
     @staticmethod
     def search_space(dataset):

@@ -99,6 +99,8 @@ class Algorithm(networks.CountsOnCPU):
     no_teachers: str | None = None
     #: True if its loss is not on its minibatches' images in their order.
     rearranges_images = False
+    #: Why it cannot learn from a label per pixel; None if it can.
+    needs_image_labels: str | None = "its networks end in one vector per image"
     #: What its teacher makes of the student's images: x (B, C, H, W) -> logits (B, num_classes);
     #: None if it has no teacher. The teacher itself is `self.teacher`.
     teacher_logits: Callable[[Tensor], Tensor] | None = None

@@ -25,6 +25,7 @@ def mean_over_pairs(distance: Callable[[Tensor, Tensor], Tensor], features: list
 class CORAL(ERM):
     """Mean cross-entropy of the domains, and the distance of their features' moments."""
 
+    needs_image_labels = "it compares the moments of one vector per image"
     distance = staticmethod(moment_distance)
 
     @staticmethod

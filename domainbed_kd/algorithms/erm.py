@@ -21,11 +21,12 @@ class ERM(Algorithm):
 
     takes = Algorithm.takes | {"label_smoothing": between(0, 1)}
 
+    needs_image_labels = None
+
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.featurizer = networks.Featurizer(input_shape, hparams)
-        self.classifier = networks.Classifier(
-            self.featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
+        self.featurizer, self.classifier = networks.featurizer_and_classifier(
+            input_shape, num_classes, hparams)
         self.network = nn.Sequential(self.featurizer, self.classifier)
         self.optimizer = self.adam(self.network)
 

@@ -41,6 +41,8 @@ def per_sample_gradient_variance(classifier: nn.Module, features: Tensor, y: Ten
 class Fishr(Annealed):
     """Cross-entropy, and how far the domains' gradient variances are from their mean."""
 
+    needs_image_labels = "it takes the classifier's gradient for each image"
+
     @staticmethod
     def search_space(dataset):
         """The penalty's weight, when it sets in, and how slowly the variances' means move."""

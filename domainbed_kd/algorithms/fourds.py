@@ -251,6 +251,7 @@ class FourDs(Taught):
             `Taught`.
     """
 
+    needs_image_labels = "its adapters end in one vector per image"
     display_name = "4Ds"
     needs_same_view = "its teacher's adapters learn with every batch"
     takes = Taught.takes | {

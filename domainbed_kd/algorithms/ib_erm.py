@@ -21,6 +21,7 @@ def feature_variance(features: Tensor) -> Tensor:
 class IB_ERM(Annealed):
     """Mean cross-entropy of the domains, and the mean variance of their features."""
 
+    needs_image_labels = "it takes the variance of one vector per image"
     mends = True
 
     @staticmethod

@@ -18,6 +18,7 @@ from domainbed_kd.losses import invariance_penalty
 class IB_IRM(Annealed):
     """Cross-entropy, invariance penalty and feature variance, each the mean over the domains."""
 
+    needs_image_labels = "it takes the variance of one vector per image"
     mends = True
 
     @staticmethod

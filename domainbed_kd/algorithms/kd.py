@@ -32,6 +32,6 @@ class KD(Taught):
         alpha = self.hparams["kd_alpha"]
         if alpha == 0:
             return self.descend(classify, classify=classify)
-        distill = kd_loss(logits, self.teacher_logits(x), self.hparams["kd_temperature"])
+        distill = kd_loss(logits, self.teacher_logits(x), self.hparams["kd_temperature"], y)
         return self.descend(
             (1 - alpha) * classify + alpha * distill, classify=classify, distill=distill)

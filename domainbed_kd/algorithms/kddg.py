@@ -23,25 +23,29 @@ from torch import Tensor
 
 from domainbed_kd.algorithms.base import above, at_least, between, fixed, one_of
 from domainbed_kd.algorithms.taught import Taught
-from domainbed_kd.losses import kd_per_sample
+from domainbed_kd.losses import kd_per_sample, mean_of_labelled
+from domainbed_kd.tasks import IGNORED, n_labels
 
 FILTERS = ("none", "correct", "confident", "both")
 
 
 def keep_mask(student: Tensor, teacher: Tensor, y: Tensor, rule: str,
               margin: float = 0.0) -> Tensor:
-    """1 where a sample still teaches, 0 where it is filtered; (B,), without gradient.
+    """1 where a sample still teaches, 0 where it is filtered; (B, ...), without gradient.
 
-    From logits (B, C), at temperature 1: a sample is `correct` if the student's largest logit is
-    the label's, `confident` if the student gives the label at least the teacher's probability
-    plus `margin`. The rule names the condition to filter by: one of FILTERS.
+    From logits (B, C, ...), at temperature 1; a sample is an image or, of maps, a pixel. It is
+    `correct` if the student's largest logit is the label's, `confident` if the student gives the
+    label at least the teacher's probability plus `margin`. The rule names the condition to filter
+    by: one of FILTERS. Every rule filters pixels that y (B, ...) ignores.
     """
-    row = torch.arange(len(y), device=y.device)
+    def of_label(logits):
+        return logits.softmax(dim=1).gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1)
+
     correct = student.argmax(dim=1) == y
-    sure = student.softmax(dim=1)[row, y] >= teacher.softmax(dim=1)[row, y] + margin
+    sure = of_label(student) >= of_label(teacher) + margin
     filtered = {"none": torch.zeros_like(correct), "correct": correct, "confident": sure,
                 "both": correct & sure}[rule]
-    return (~filtered).float()
+    return (~filtered & (y != IGNORED)).float()
 
 
 def distance(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
@@ -119,13 +123,13 @@ class KDDG(Taught):
         on, alpha = self.hparams["kddg_filter_on"], self.hparams["kddg_alpha"]
         loss = (1 - alpha) * classify * (keep if on in ("all", "ce") else 1)
         if alpha:
-            loss = loss + alpha * distill * (keep if on in ("all", "kd") else 1)
+            loss = loss + alpha * distill * (keep if on in ("all", "kd") else y != IGNORED)
         # By the whole batch: filtering a sample must not change the gradient of another.
-        divisor = len(y) if self.hparams["kddg_norm"] == "batch" else keep.sum().clamp(min=1)
+        divisor = n_labels(y) if self.hparams["kddg_norm"] == "batch" else keep.sum().clamp(min=1)
         return self._descend(
-            loss.sum() / divisor, classify=classify.mean(), distill=distill.mean(),
-            filtered=1 - keep.mean(),
-            teacher_correct=(teacher.argmax(dim=1) == y).float().mean())
+            loss.sum() / divisor, classify=mean_of_labelled(classify, y),
+            distill=mean_of_labelled(distill, y), filtered=1 - mean_of_labelled(keep, y),
+            teacher_correct=mean_of_labelled((teacher.argmax(dim=1) == y).float(), y))
 
     def _descend(self, loss, **terms):
         if not self.hparams["kddg_weight_distance"]:

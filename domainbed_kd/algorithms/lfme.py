@@ -24,6 +24,7 @@ class LFME(ERM):
     Without `lfme_experts` the labels, one-hot, take the probabilities' place.
     """
 
+    needs_image_labels = "it takes labels as one-hot rows, one per image"
     takes = ERM.takes | {"lfme_weight": at_least(0)}
 
     @staticmethod

@@ -16,6 +16,10 @@ draws six; one normalization, the data set's, for real and synthetic images; the
 its mean times 64, so that it weighs the same at every image size, where theirs sums over patches
 (64 of them at 32 pixels); the student is in eval mode while the generator learns, so that
 synthetic batches do not move its BatchNorm. `mosaic_published` restores the last two.
+
+Segmentation: the paper reports NYUv2, but its code has no script for it. This is our reading:
+entropies and divergences are means over pixels, and the balance is that of the mean softmax over
+batch and pixels. Where a few classes rule a scene, a `mosaic_balance` of 0 leaves that term out.
 """
 
 import math
@@ -40,14 +44,18 @@ from domainbed_kd.losses import kd_loss
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats, in [0, ln C], of each row's softmax; (B,). Finite for any finite logits."""
+    """Entropy in nats, in [0, ln C], of each row's softmax; (B,). Finite for any finite logits.
+
+    Of maps (B, C, H, W) the mean over an image's pixels.
+    """
     log_p = logits.log_softmax(dim=1)
-    return -(log_p.exp() * log_p).sum(dim=1)
+    found = -(log_p.exp() * log_p).sum(dim=1)
+    return found if logits.dim() == 2 else found.mean(dim=(1, 2))
 
 
 def negative_balance(logits: Tensor) -> Tensor:
-    """Minus the entropy in bits, in [-log2 C, 0], of the mean softmax over a batch (B, C)."""
-    p = logits.softmax(dim=1).mean(dim=0)
+    """Minus the entropy in bits, in [-log2 C, 0], of the mean softmax over a batch (B, C, ...)."""
+    p = logits.softmax(dim=1).mean(dim=(0, *range(2, logits.dim())))
     return (p * p.clamp(min=1e-12).log2()).sum()
 
 

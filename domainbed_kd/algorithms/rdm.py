@@ -26,6 +26,8 @@ def matching_penalty(some: Tensor, others: Tensor) -> Tensor:
 class RDM(Annealed):
     """Mean cross-entropy of the domains; later also discrepancy and variances of the risks."""
 
+    needs_image_labels = "it compares domains by a loss for each image"
+
     @staticmethod
     def search_space(dataset):
         """Both penalties' weights, when they set in, Adam's learning rate then, and batches."""

@@ -42,7 +42,7 @@ class RSC(ERM):
     """
 
     no_teachers = "its classifier looks at each image more than once"
-
+    needs_image_labels = "it mutes features by the score of an image's class"
     takes = ERM.takes | {"rsc_f_drop_factor": between(0, 1), "rsc_b_drop_factor": between(0, 1)}
 
     @staticmethod

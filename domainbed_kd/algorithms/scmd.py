@@ -46,6 +46,7 @@ class SCMD(ERM):
         ValueError: if classes have no names, or as `Algorithm` and `teachers.clip`.
     """
 
+    needs_image_labels = "its sentences describe one class per image"
     averages_weights = True
     takes = ERM.takes | {
         "scmd_lambda1": at_least(0), "scmd_lambda2": at_least(0), "scmd_last_k": between(0, 1),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from domainbed_kd.algorithms.base import detached
 from domainbed_kd.algorithms.erm import ERM
+from domainbed_kd.losses import mean_of_labelled
 
 
 class SD(ERM):
@@ -24,6 +25,6 @@ class SD(ERM):
         x, y = (torch.cat(part) for part in zip(*minibatches))
         logits = self.predict(x)
         loss = F.cross_entropy(logits, y)
-        penalty = logits.square().mean()
+        penalty = mean_of_labelled(logits.square(), y)
         self.descend(loss + self.hparams["sd_reg"] * penalty)
         return detached(loss=loss, penalty=penalty)

@@ -45,7 +45,7 @@ class SDViT(ERM):
     """
 
     no_teachers = "its classifier looks at each image twice"
-
+    needs_image_labels = "its transformer has one class token per image"
     takes = ERM.takes | {"sdvit_weight": at_least(0), "sdvit_temperature": above(0)}
 
     @staticmethod

@@ -42,6 +42,7 @@ class SelfReg(ERM):
     """
 
     rearranges_images = True
+    needs_image_labels = "it pairs images of one class"
     mends = True
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):

@@ -38,9 +38,8 @@ class Taught(ERM):
             self.teacher = teachers.given(hparams, num_classes, input_shape)
             if self.teacher is not None:
                 return
-            featurizer = networks.Featurizer(input_shape, hparams)
-            self.teacher = nn.Sequential(featurizer, networks.Classifier(
-                featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"]))
+            self.teacher = nn.Sequential(
+                *networks.featurizer_and_classifier(input_shape, num_classes, hparams))
         self.teacher_optimizer = self.adam(self.teacher)
         steps = hparams["teacher_steps"]
         if steps is None:

@@ -38,6 +38,7 @@ class URM(ERM):
     The featurizer's output is bounded by an activation, `urm_generator_output`, in `predict` too.
     """
 
+    needs_image_labels = "its discriminator takes one vector per image"
     takes = Algorithm.takes | {
         "urm": one_of("adversarial"), "urm_generator_output": one_of(*ACTIVATIONS),
         "urm_discriminator_optimizer": one_of("adam", "sgd"),

@@ -38,5 +38,5 @@ class WAKD(WithMovingAverage, Taught):
 
     def distill(self, x, y):
         """One step on KD alone."""
-        loss = kd_loss(self.network(x), self.teacher_logits(x), self.hparams["wakd_temperature"])
+        loss = kd_loss(self.network(x), self.teacher_logits(x), self.hparams["wakd_temperature"], y)
         return self.descend(loss, distill=loss)

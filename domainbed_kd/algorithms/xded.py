@@ -72,6 +72,7 @@ class XDED(ERM):
         ValueError: as `Algorithm` and `UniStyle`.
     """
 
+    needs_image_labels = "it averages predictions of images of one class"
     takes = ERM.takes | {
         "xded_weight": at_least(0), "xded_temperature": above(0), "xded_min_domains": at_least(1)}
 

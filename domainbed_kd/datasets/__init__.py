@@ -12,7 +12,7 @@ from pathlib import Path
 
 from domainbed_kd.console import did_you_mean
 from domainbed_kd.datasets.base import MultipleDomainDataset, plain
-from domainbed_kd.datasets.digits import DigitsDG
+from domainbed_kd.datasets.digits import DigitsDG, DigitsSeg
 from domainbed_kd.datasets.image_folders import (
     PACS,
     SVIRO,
@@ -44,7 +44,7 @@ _DOMAINBED = (
     DomainNet, SVIRO, WILDSCamelyon, WILDSFMoW, SpawriousO2O_easy, SpawriousO2O_medium,
     SpawriousO2O_hard, SpawriousM2M_easy, SpawriousM2M_medium, SpawriousM2M_hard)
 DOMAINBED = tuple(cls.__name__ for cls in _DOMAINBED)
-_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (*_DOMAINBED, DigitsDG)}
+_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (*_DOMAINBED, DigitsDG, DigitsSeg)}
 DATASETS: list[str] = list(_CLASSES)
 
 

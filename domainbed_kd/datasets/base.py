@@ -4,6 +4,8 @@ import copy
 from pathlib import Path
 from typing import NamedTuple
 
+from domainbed_kd.tasks import CLASSIFICATION, Task
+
 
 def plain(dataset):
     """The same images without augmentation, of a domain or of a split of one.
@@ -49,9 +51,13 @@ class MultipleDomainDataset:
     package reads them and asks for no dataset by name, so a user's own class may set them too.
     """
 
+    #: What its labels are, and what is measured.
+    TASK: Task = CLASSIFICATION
     #: Steps of a run, and between two evaluations.
     N_STEPS = 5001
     CHECKPOINT_FREQ = 100
+    #: Images at a time in an evaluation; 1 where sizes differ.
+    EVALUATION_BATCH = 64
     #: Streams of random numbers that a loader simulates: DomainBed's eight workers.
     N_WORKERS = 8
     #: Whether the images are small: DomainBed's hparams then have a larger lr and batch.
@@ -60,6 +66,8 @@ class MultipleDomainDataset:
     SIDE: int | None = None
     #: Random batch sizes are at most 2 ** this; 2 ** 9 for small images.
     MAX_LOG2_BATCH = 5.5
+    #: Hparams that differ from DomainBed's for images of its size: {name: (default, draw)}.
+    HPARAMS: dict = {}
     #: Whether it is read from files, and the folder below the data directory that holds them.
     NEEDS_FILES = False
     FOLDER = ""

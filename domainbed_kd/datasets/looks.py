@@ -1,4 +1,4 @@
-"""Draws DigitsDG: the UCI optical digits in four looks, each from digits of its own.
+"""Draws DigitsDG and DigitsSeg: the UCI optical digits in four looks, of digits of their own.
 
 The 8x8 images are enlarged, slanted, turned and shifted a little, so that strokes are about five
 pixels wide at 32x32; then each domain paints them its way. Everything is drawn from a
@@ -6,12 +6,17 @@ fixed private stream: the images are the same on every machine, and global rando
 left alone.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 ASSET = Path(__file__).parents[1] / "assets" / "digits.npz"
 SIZE = 32
+#: Of canvases: how far they are rolled, in pixels; by which steps masks are grown, a pixel each:
+#: to neighbours on the diagonal too, or not.
+MOST_ROLL = 6
+GROWN = (False, True, False)
 
 
 def domains() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -20,19 +25,57 @@ def domains() -> list[tuple[np.ndarray, np.ndarray]]:
     Images are uint8 (N, 32, 32, 3) and labels int64 (N,), in random order. Classes are dealt out
     evenly: their counts in two domains differ by one at most.
     """
+    return [(_as_bytes(look(ink, random)), labels) for look, ink, labels, random in _dealt()]
+
+
+def canvases() -> list[tuple[np.ndarray, np.ndarray]]:
+    """(images, masks) of the same domains: each digit once, four to a canvas.
+
+    Images are uint8 (112, 64, 64, 3). Masks are int64 (112, 64, 64): 0 is background, and a
+    digit's strokes, grown by `GROWN` pixels, are the digit plus 1. Canvases are rolled by up to
+    `MOST_ROLL` pixels in both directions, round their edges.
+    """
+    result = []
+    for look, ink, labels, random in _dealt():
+        n = len(ink) // 4
+        tiles = ink[:4 * n].reshape(n, 2, 2, SIZE, SIZE).transpose(0, 1, 3, 2, 4)
+        names = labels[:4 * n].reshape(n, 2, 1, 2, 1) + 1
+        masks = (tiles > 0.5) * names
+        shape = n, 2 * SIZE, 2 * SIZE
+        ink, masks = tiles.reshape(shape), masks.reshape(shape)
+        for i, shift in enumerate(random.randint(-MOST_ROLL, MOST_ROLL + 1, (n, 2))):
+            ink[i] = np.roll(ink[i], shift, (0, 1))
+            masks[i] = np.roll(masks[i], shift, (0, 1))
+        for diagonal in GROWN:
+            masks = _grown(masks, diagonal)
+        result.append((_as_bytes(look(ink, random)), masks))
+    return result
+
+
+def _dealt() -> Iterator[tuple]:
+    """Each domain's look, its digits' ink (N, 32, 32) and labels (N,), and the stream to go on."""
     with np.load(ASSET) as file:
         images, labels = file["images"] / 16.0, file["labels"].astype(np.int64)
     random = np.random.RandomState(0)
     order = random.permutation(len(images))
     order = order[np.argsort(labels[order], kind="stable")]
-    result = []
     for i, look in enumerate((plain, colour, texture, sketch)):
         chosen = random.permutation(order[i::4])
-        painted = look(strokes(images[chosen], random), random)
-        # Not 0.5: values half-way between two integers must not hang on the last bit.
-        result.append((np.floor(255 * painted.clip(0, 1) + 0.4987).astype(np.uint8),
-                       labels[chosen]))
-    return result
+        yield look, strokes(images[chosen], random), labels[chosen], random
+
+
+def _as_bytes(painted: np.ndarray) -> np.ndarray:
+    # Not 0.5: values half-way between two integers must not hang on the last bit.
+    return np.floor(255 * painted.clip(0, 1) + 0.4987).astype(np.uint8)
+
+
+def _grown(masks: np.ndarray, diagonal: bool) -> np.ndarray:
+    """Masks (N, H, W) whose background next to a class is that class; of several the largest."""
+    padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
+    height, width = masks.shape[1:]
+    near = [padded[:, 1 + y:1 + y + height, 1 + x:1 + x + width]
+            for y in (-1, 0, 1) for x in (-1, 0, 1) if diagonal or not (x and y)]
+    return np.where(masks > 0, masks, np.max(near, axis=0))
 
 
 def strokes(images: np.ndarray, random: np.random.RandomState) -> np.ndarray:
@@ -70,7 +113,7 @@ def _spline(t: np.ndarray) -> tuple:
 
 
 def plain(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """White on black: images (N, 32, 32, 3) in [0, 1]."""
+    """White on black: images (N, H, W, 3) in [0, 1] of ink (N, H, W); likewise the others."""
     return np.repeat(ink[..., None], 3, axis=-1)
 
 
@@ -87,7 +130,7 @@ def texture(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
     other = random.uniform(0.45, 1, background.shape)
     direction, phase = random.uniform(0, 2 * np.pi, (2, n, 1, 1))
     length = random.uniform(4, 9, (n, 1, 1))  # pixels
-    y, x = np.mgrid[:SIZE, :SIZE]
+    y, x = np.mgrid[:ink.shape[1], :ink.shape[2]]
     wave = np.sin(2 * np.pi / length * (np.cos(direction) * x + np.sin(direction) * y) + phase)
     cross = np.sin(2 * np.pi / length * (np.cos(direction) * y - np.sin(direction) * x))
     chequered = random.uniform(size=(n, 1, 1)) < 0.5
@@ -98,7 +141,7 @@ def texture(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
 def sketch(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
     """The strokes' outline in pencil, hatched inside, on grainy white paper."""
     outline = (4 * ink * (1 - ink)) ** 0.7
-    y, x = np.mgrid[:SIZE, :SIZE]
+    y, x = np.mgrid[:ink.shape[1], :ink.shape[2]]
     hatching = 0.8 * ink * ((x + y) % 4 > 0)
     pressure = random.uniform(0.7, 1, (len(ink), 1, 1))
     grain = random.uniform(-0.06, 0.06, ink.shape)
@@ -116,5 +159,5 @@ def _two_colours(n: int, random: np.random.RandomState,
 
 
 def _mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """From the first to the second colour, as `share` (N, 32, 32) in [0, 1] says."""
+    """From the first to the second colour, as `share` (N, H, W) in [0, 1] says."""
     return first + (second - first) * share[..., None]

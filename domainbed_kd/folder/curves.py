@@ -37,12 +37,16 @@ class Curve(NamedTuple):
     columns: dict[str, tuple]
     #: What was wrong with the teacher that the run learnt from anyway; None if nothing was.
     teacher_problem: str | None = None
+    #: What records say was measured, see `tasks.Task.on_record`; None for accuracy.
+    metric: str | None = None
 
     def records(self) -> Iterator[dict]:
         """The records, without losses, times and teachers, which are not kept."""
         same = {"args": self.args, "hparams": self.hparams}
         if self.selection is not None:
             same["selection"] = self.selection
+        if self.metric is not None:
+            same["metric"] = self.metric
         for row in zip(*self.columns.values()):
             yield {**same, **dict(zip(self.columns, row))}
 
@@ -68,13 +72,14 @@ def of_records(records: Iterable[dict], broken: list[tuple[int, str]] | None = N
             broken.append((number, what))
             continue
         names = columns(tuple(record))
-        of_curve = record["args"], record["hparams"], record.get("selection"), names
+        of_curve = (record["args"], record["hparams"], record.get("selection"), names,
+                    record.get("metric"))
         if of_curve != last:
             last, rows = of_curve, []
-            found.append((*of_curve, rows, teacher_problem(record)))
+            found.append((of_curve, rows, teacher_problem(record)))
         rows.append([record[name] for name in names])
-    return [Curve(*settings, dict(zip(names, zip(*rows))), teacher)
-            for *settings, names, rows, teacher in found]
+    return [Curve(*settings, dict(zip(names, zip(*rows))), teacher, metric)
+            for (*settings, names, metric), rows, teacher in found]
 
 
 def teacher_problem(record: dict) -> str | None:
@@ -123,7 +128,8 @@ def problem(record, may_be_sealed: bool = False) -> str:
         step = record["step"]
         if not (accuracies and type(step) is int and 0 <= step < MOST_STEPS
                 and isinstance(record["hparams"], dict)
-                and isinstance(record.get("selection"), (str, type(None)))):
+                and isinstance(record.get("selection"), (str, type(None)))
+                and isinstance(record.get("metric"), (str, type(None)))):
             return unlike
     except (TypeError, KeyError):
         return unlike

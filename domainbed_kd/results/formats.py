@@ -15,6 +15,7 @@ from domainbed_kd.algorithms import display_name
 from domainbed_kd.results import tables
 from domainbed_kd.results.records import Grid
 from domainbed_kd.results.tables import Cell, Table
+from domainbed_kd.tasks import CLASSIFICATION
 
 #: The file name extension of each format.
 EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
@@ -79,7 +80,12 @@ def _rows(table: Table, name: Callable[[str], str], label: Callable[[str], str],
 
 def _title(table: Table) -> str:
     what = "Averages" if table.dataset is None else f"Dataset: {table.dataset}"
-    return f"-------- {what}, model selection method: {table.method}"
+    return f"-------- {what}, model selection method: {table.method}{_metric(table)}"
+
+
+def _metric(table: Table) -> str:
+    """What a title says of the metric: nothing of accuracy, as DomainBed's."""
+    return "" if table.metric == CLASSIFICATION.metric else f", {table.metric} in %"
 
 
 def _width(table: Table) -> int:
@@ -187,7 +193,7 @@ def latex(table: Table) -> str:
         after.append(escape_latex(table.protocol))
     if after:
         after = ["", r"\smallskip\footnotesize " + " ".join(after)]
-    return _latex(rows, escape_latex(table.dataset or "Averages"), after)
+    return _latex(rows, escape_latex((table.dataset or "Averages") + _metric(table)), after)
 
 
 def _is_lone(cell: Cell) -> bool:
@@ -207,7 +213,7 @@ def markdown(table: Table) -> str:
     rows = _rows(table, lambda name: _escape_markdown(display_name(name)), _escape_markdown,
                  cell_markdown)
     below = f"\n{_escape_markdown(table.protocol)}\n" if table.protocol else ""
-    title = f"{_escape_markdown(table.dataset or 'Averages')}, {table.method}"
+    title = f"{_escape_markdown(table.dataset or 'Averages')}, {table.method}{_metric(table)}"
     return _markdown(rows, title) + below
 
 
@@ -248,7 +254,7 @@ def strings(style: str, of: Strings) -> str:
 
 
 def as_csv(made: Iterable[Table]) -> str:
-    """One line per cell that has a number or should; accuracies in percent, unrounded.
+    """One line per cell that has a number or should; numbers in percent, unrounded.
 
     Text that a spreadsheet would take for a formula, as it begins with = + - or @, has an
     apostrophe before it.
@@ -261,7 +267,7 @@ def as_csv(made: Iterable[Table]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["selection", "dataset", "algorithm", "environment", "mean", "stderr",
                      "n_trials", "runs_finished", "runs_expected", "other_protocol",
-                     "teacher_problem"])
+                     "teacher_problem", "metric"])
     for table in made:
         for algorithm, row in table.rows.items():
             for column, cell in zip(table.columns, row):
@@ -272,5 +278,5 @@ def as_csv(made: Iterable[Table]) -> str:
                     table.method, *map(quoted, (on, display_name(algorithm), env)),
                     *("" if value is None else value for value in (cell.mean, cell.stderr)),
                     cell.n_trials, cell.n_finished, cell.n_expected, int(cell.differs),
-                    quoted("; ".join(sorted(cell.teacher_problems)))])
+                    quoted("; ".join(sorted(cell.teacher_problems))), table.metric])
     return out.getvalue()

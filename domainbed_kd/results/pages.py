@@ -83,7 +83,8 @@ def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) 
     best = next((name for name in ranked if name in fair), ranked[0])
     where = " and ".join(t.dataset for t in with_data) if len(with_data) < 3 else (
         f"{len(with_data)} datasets")
-    said = (f"{display_name(best)} has the best average accuracy on held-out domains of {where}: "
+    said = (f"{display_name(best)} has the best average {table.metric} on held-out domains of "
+            f"{where}: "
             f"{cells[best].mean:.1f} %")
     by_name = {d.algorithm: d for d in comparison.differences} if comparison else {}
     if len(cells) == 1 or not by_name:
@@ -168,7 +169,13 @@ def marks(made: dict) -> dict[str, bool | str]:
     return {"incomplete": any(cell.incomplete for cell in cells),
             "differs": any(cell.differs for cell in cells),
             "teachers": tables.teacher_problems(cells),
-            "absent": any(cell.number("") == "X" for cell in cells)}
+            "absent": any(cell.number("") == "X" for cell in cells),
+            "metric": _capital(next(iter(made.values()))[-1].metric)}
+
+
+def _capital(metric: str) -> str:
+    """As a sentence begins with it: "Accuracy", "mIoU"."""
+    return metric.capitalize() if metric.islower() else metric
 
 
 def sections(input_dir: str, found: list[Curve], made: list[tables.Table],
@@ -203,12 +210,13 @@ def _with_plots(frame, found: list[Curve], made: list[tables.Table], looks: plot
                  if (data[column] == name).any())
         return [plot for plot in drawn if plot]
 
-    yield Section("domains", "Accuracy by domain",
+    metric = made[-1].metric
+    yield Section("domains", f"{_capital(metric)} by domain",
                   f"Selected by the {SELECTION.name}; error bars are standard errors over trials.",
                   [plots.domains(table, looks) for table in of.values()])
     yield Section("curves", "Training curves", f"{chose}; means over domains and trials.",
                   each(summaries.curves(chosen), "args.dataset",
-                       lambda name, points: plots.curves(name, points, looks)))
+                       lambda name, points: plots.curves(name, points, metric, looks)))
 
     def draw_costs(name, data):
         seconds = data.set_index("args.algorithm")["seconds"].dropna().to_dict()
@@ -216,7 +224,7 @@ def _with_plots(frame, found: list[Curve], made: list[tables.Table], looks: plot
 
     if "step_time" in chosen and (drawn := each(
             summaries.costs(chosen), "args.dataset", draw_costs)):
-        yield Section("cost", "Accuracy against training cost",
+        yield Section("cost", f"{_capital(metric)} against training cost",
                       f"{chose}. The time is that of a run's updates, without evaluations and "
                       "without the training of a teacher that is a run itself.", drawn)
     effects = summaries.hparam_effects(frame)
@@ -224,11 +232,12 @@ def _with_plots(frame, found: list[Curve], made: list[tables.Table], looks: plot
         n_draws = effects["n_draws"].min()
         yield Section(
             "hparams", "What hparams mattered",
-            "Spearman's rank correlation of each drawn hparam with the accuracy on the training "
+            f"Spearman's rank correlation of each drawn hparam with the {metric} on the training "
             f"domains' validation images, over {n_draws} draws or more: +1 if more is always "
             "better, -1 if less is. Of hparams without effect, one in twenty exceeds "
             f"±{summaries.chance_correlation(n_draws):.2f} by chance.",
-            each(effects, "dataset", lambda name, data: plots.hparams(name, data, looks)))
+            each(effects, "dataset",
+                 lambda name, data: plots.hparams(name, data, metric, looks)))
     pairs = summaries.teachers(chosen, frame)
     if len(pairs):
         yield Section(
@@ -236,7 +245,7 @@ def _with_plots(frame, found: list[Curve], made: list[tables.Table], looks: plot
             f"{chose}; means over trials. On the images of --diagnostics or, without it and with "
             "a teacher that is a run of this sweep, on the in-split.",
             each(pairs, "dataset", lambda name, data: plots.teachers(
-                name, data, of[name].columns, looks)))
+                name, data, of[name], looks)))
     measured = summaries.diagnostics(chosen)
     if measured.shape[1] > 3:
         yield Section("diagnostics", "Diagnostics",

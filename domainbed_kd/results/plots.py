@@ -144,12 +144,12 @@ def domains(table: tables.Table, looks: Looks) -> Plot:
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(names)), map(label_of, names))
     axes[0].invert_yaxis()
-    figure.supxlabel("accuracy, %", fontsize=9)
+    figure.supxlabel(f"{table.metric}, %", fontsize=9)
     means = {label_of(name): row[-1].mean for name, row in table.rows.items()
              if row[-1].mean is not None}
     return _plot(f"{_slug(table.dataset)}_domains", table.dataset,
-                 f"Bars of accuracy on each held-out domain of {table.dataset}, with standard "
-                 f"errors. Averages: {_spoken(means) or 'none yet'}.", figure)
+                 f"Bars of {table.metric} on each held-out domain of {table.dataset}, with "
+                 f"standard errors. Averages: {_spoken(means) or 'none yet'}.", figure)
 
 
 @rc_context(STYLE | {"axes.grid": False})
@@ -196,8 +196,8 @@ def critical_difference(ranking: significance.Ranking, looks: Looks) -> Plot:
 
 
 @rc_context(STYLE)
-def curves(dataset: str, points, looks: Looks) -> Plot:
-    """Validation and test accuracy over training; `points` are of `summaries.curves`."""
+def curves(dataset: str, points, metric: str, looks: Looks) -> Plot:
+    """Validation and test metric over training; `points` are of `summaries.curves`."""
     figure = Figure(figsize=(WIDTH, 4.6))
     axes = figure.subplots(2, 1, sharex=True)
     titles = ("on the training domains' validation images", "on the held-out domain")
@@ -206,20 +206,20 @@ def curves(dataset: str, points, looks: Looks) -> Plot:
             of = points[points["args.algorithm"] == algorithm]
             axis.plot(of["step"], 100 * of[name], **looks.line(algorithm))
         axis.set_title(title, loc="left")
-        axis.set_ylabel("accuracy, %")
+        axis.set_ylabel(f"{metric}, %")
     axes[1].set_xlabel("step")
     _legend(figure)
     last = points.sort_values("step").groupby("args.algorithm")["test_acc"].last()
     ends = {label_of(name): 100 * last[name] for name in looks.ordered(last.index)}
     return _plot(f"{_slug(dataset)}_curves", dataset,
-                 f"Curves of accuracy over steps on {dataset}. At the end, on the held-out domain: "
+                 f"Curves of {metric} over steps on {dataset}. At the end, on the held-out domain: "
                  f"{_spoken(ends)}.", figure)
 
 
 @rc_context(STYLE)
 def costs(dataset: str, seconds: dict[str, float], table: tables.Table, looks: Looks
           ) -> Plot | None:
-    """A dot for each algorithm: seconds of training against average accuracy; None if no dots."""
+    """A dot for each algorithm: seconds of training against average result; None if no dots."""
     known = [name for name in looks.ordered(seconds) if table.rows[name][-1].mean is not None]
     if not known:
         return None
@@ -236,11 +236,11 @@ def costs(dataset: str, seconds: dict[str, float], table: tables.Table, looks: L
     else:
         axis.set_xlim(0, 1.08 * longest / per or 1)
     axis.set_xlabel(f"updates of one run, {unit}")
-    axis.set_ylabel("average accuracy, %")
+    axis.set_ylabel(f"average {table.metric}, %")
     _legend(figure)
     spoken = _spoken({label_of(name): seconds[name] / per for name in known}, f" {unit}")
     return _plot(f"{_slug(dataset)}_cost", dataset,
-                 f"Average accuracy on {dataset} against the time that a run's updates take: "
+                 f"Average {table.metric} on {dataset} against the time that a run's updates take: "
                  f"{spoken}.", figure)
 
 
@@ -258,7 +258,7 @@ def _log_axis(axis: Axes, low: float, high: float) -> None:
 
 
 @rc_context(STYLE | {"axes.grid": False})
-def hparams(dataset: str, effects, looks: Looks) -> Plot:
+def hparams(dataset: str, effects, metric: str, looks: Looks) -> Plot:
     """Rank correlations, a row for each hparam; `effects` are of `summaries.hparam_effects`."""
     grid = effects.pivot(index="hparam", columns="algorithm", values="rho")
     grid = grid[looks.ordered(grid.columns)]
@@ -278,13 +278,13 @@ def hparams(dataset: str, effects, looks: Looks) -> Plot:
                       color="white" if abs(rho) > 0.7 else "black")
     first = effects.loc[effects["rho"].abs().idxmax()]
     return _plot(f"{_slug(dataset)}_hparams", dataset,
-                 f"Rank correlations of hparams with validation accuracy on {dataset}. The "
+                 f"Rank correlations of hparams with validation {metric} on {dataset}. The "
                  f"strongest: {first['hparam']} of {label_of(first['algorithm'])}, "
                  f"{first['rho']:+.2f}.", figure)
 
 
 @rc_context(STYLE)
-def teachers(dataset: str, pairs, columns: list[str], looks: Looks) -> Plot:
+def teachers(dataset: str, pairs, table: tables.Table, looks: Looks) -> Plot:
     """A student's dot and its teacher's ring for each domain; `pairs` of `summaries.teachers`."""
     names = looks.ordered(pairs["algorithm"])
     figure, (axis,) = _panels(1, 0.19 * (len(pairs) + 1.3 * len(names)) + 0.9)
@@ -294,7 +294,7 @@ def teachers(dataset: str, pairs, columns: list[str], looks: Looks) -> Plot:
                   transform=axis.get_yaxis_transform())
         for _, pair in pairs[pairs["algorithm"] == name].sort_values("test_env").iterrows():
             y += 1
-            ticks[y] = printable(columns[pair["test_env"]])
+            ticks[y] = printable(table.columns[pair["test_env"]])
             student, teacher = 100 * pair["student"], 100 * pair["teacher"]
             axis.plot([student, teacher], [y, y], color="#999999", linewidth=1.2)
             axis.plot(teacher, y, "o", markersize=7, markerfacecolor="white",
@@ -307,7 +307,7 @@ def teachers(dataset: str, pairs, columns: list[str], looks: Looks) -> Plot:
     axis.set_yticks(list(ticks), ticks.values())
     axis.set_ylim(y - 0.6, -0.8)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel("accuracy on the held-out domain, %")
+    axis.set_xlabel(f"{table.metric} on the held-out domain, %")
     _legend(figure)
     gains = (pairs["student"] - pairs["teacher"]).groupby(pairs["algorithm"]).mean()
     spoken = _spoken({label_of(name): 100 * gains[name] for name in names}, " points")

@@ -31,10 +31,13 @@ def student(dataset: str, hparams: dict) -> tuple[str, str]:
     Records of old versions of DomainBed lack hparams of newer ones; they mean a torchvision
     ResNet whose BatchNorm is frozen.
     """
-    side = datasets.facts(dataset).SIDE or hparams.get("image_size", 224)
+    facts = datasets.facts(dataset)
+    side = facts.SIDE or hparams.get("image_size", 224)
     if type(side) is not int:
         return _UNKNOWN, _UNKNOWN
-    if backbone := hparams.get("backbone"):
+    if facts.TASK.per_pixel and side <= 64 and not hparams.get("backbone"):
+        name, weights = "U-Net", "random"
+    elif backbone := hparams.get("backbone"):
         name, weights = str(backbone), "random" if backbone == "small_vit" else "timm"
     elif side < 32:
         name, weights = "small CNN", "random"

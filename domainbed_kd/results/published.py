@@ -6,6 +6,7 @@ not state them. `verified` is false of numbers read in a later paper only, not i
 """
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,7 @@ def merge(table: Table, known: dict[tuple[str, str], set[Protocol]], searched: s
     if table.dataset is None:
         for label in rows.keys() - table.rows.keys():
             rows[label][-1] = average(rows[label][:-1], blank="-")
-    return Table(table.method, table.dataset, table.columns, rows, table.protocol)
+    return dataclasses.replace(table, rows=rows)
 
 
 def differences(row: Row, selection: str, known: dict[tuple[str, str], set[Protocol]],

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from domainbed_kd import console
+from domainbed_kd import console, tasks
 from domainbed_kd.folder import composition, curves, files, manifest
 from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.folder.curves import Curve
@@ -158,7 +158,7 @@ def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
             min(column) < 0 or max(column) > 1 for column in accuracies):
         return None  # `curves.problem` says which
     return Curve(first["args"], first["hparams"], first.get("selection"),
-                 dict(zip(names, columns)), curves.teacher_problem(first))
+                 dict(zip(names, columns)), curves.teacher_problem(first), first.get("metric"))
 
 
 @functools.cache
@@ -173,7 +173,7 @@ def _decoder(keys: tuple[str, ...]) -> tuple[tuple, msgspec.json.Decoder, Callab
     record = msgspec.defstruct(
         "Record", [(field, types.get(key, msgspec.Raw)) for key, field in fields.items()],
         rename={field: key for key, field in fields.items()}, forbid_unknown_fields=True, gc=False)
-    settings = (fields[key] for key in ("args", "hparams", "selection") if key in fields)
+    settings = (fields[key] for key in ("args", "hparams", "selection", "metric") if key in fields)
     return (names, msgspec.json.Decoder(record),
             operator.attrgetter(*map(fields.get, names)), operator.attrgetter(*settings))
 
@@ -227,6 +227,9 @@ class Grid:
     Args:
         found: the curves of all runs.
         planned: the args of runs without records; they count like the others.
+
+    Raises:
+        ValueError: if runs were measured by different metrics.
     """
 
     def __init__(self, found: Iterable[Curve], planned: Iterable[dict] = ()):
@@ -265,7 +268,19 @@ class Grid:
                 self.finished.add(run)
         self.datasets, self.algorithms, _, self.trial_seeds, self.hparams_seeds = (
             sorted(set(values)) for values in zip(*self.begun)) if self.begun else ([],) * 5
+        self.metric = self._one_metric()
         self.has_pairs = any(len(run.test_envs) == 2 for run in self.begun)
+
+    def _one_metric(self) -> str:
+        """What all runs were measured by, in words."""
+        found = {}
+        for run, curve in self.trained:
+            found.setdefault(tasks.metric_name(curve.metric), run.dataset)
+        if len(found) > 1:
+            (one, here), (other, there), *_ = found.items()
+            raise ValueError(f"Some runs on {here} were measured by {one}, some on {there} by "
+                             f"{other}: these cannot share a table. Keep them in two folders.")
+        return next(iter(found), tasks.CLASSIFICATION.metric)
 
     @functools.cached_property
     def env_sets(self) -> dict[str, list[tuple[int, ...]]]:

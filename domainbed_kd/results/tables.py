@@ -15,6 +15,7 @@ from domainbed_kd.folder.curves import Curve
 from domainbed_kd.results import protocols, selection
 from domainbed_kd.results.records import Grid
 from domainbed_kd.results.selection import Outcome, SelectionMethod
+from domainbed_kd.tasks import CLASSIFICATION
 
 #: The datasets of which DomainBed has tables, in its order.
 DOMAINBED_DATASETS = (
@@ -88,6 +89,8 @@ class Table:
     rows: dict[str, list[Cell]]
     #: A line below it on how its runs were trained; DomainBed's own output has none.
     protocol: str = ""
+    #: What its numbers are, in percent.
+    metric: str = CLASSIFICATION.metric
 
     def __post_init__(self):
         for column in zip(*self.rows.values()):
@@ -192,7 +195,7 @@ def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMet
                    *(name for name in grid.datasets if name not in datasets.DATASETS)]
     searches = curves.searches(found)
     made = {method: build(method, selection.outcomes(searches, grid, method), rows, columns,
-                          grid.n_envs) for method in methods}
+                          grid.n_envs, grid.metric) for method in methods}
     known = protocols.of_runs(grid)
     for table in (table for group in made.values() for table in group if table.has_data):
         table.protocol = protocols.line(known, grid, table.dataset, table.method, rows)
@@ -200,10 +203,12 @@ def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMet
 
 
 def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[str],
-          dataset_names: list[str], n_envs: dict[str, int]) -> list[Table]:
+          dataset_names: list[str], n_envs: dict[str, int],
+          metric: str = CLASSIFICATION.metric) -> list[Table]:
     """A method's tables of `selection.outcomes`: one per dataset, then that of averages.
 
-    Rows and datasets come in the order of their names; `n_envs` has each dataset's environments.
+    Rows and datasets come in the order of their names; `n_envs` has each dataset's environments,
+    and `metric` is what the outcomes are.
     """
     tables = []
     for dataset in dataset_names:
@@ -213,13 +218,13 @@ def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[s
             found = [outcomes.get((dataset, algorithm, env)) for env in range(len(labels))]
             row = [_measured(o.accs.values(), [(dataset, o)]) if o else Cell() for o in found]
             rows[algorithm] = [*row, average(row)]
-        tables.append(Table(method.name, dataset, [*labels, "Avg"], rows))
+        tables.append(Table(method.name, dataset, [*labels, "Avg"], rows, metric=metric))
     rows = {}
     for algorithm in algorithm_names:
         row = [_over_environments(dataset, algorithm, outcomes, n_envs[dataset])
                for dataset in dataset_names]
         rows[algorithm] = [*row, average(row)]
-    tables.append(Table(method.name, None, [*dataset_names, "Avg"], rows))
+    tables.append(Table(method.name, None, [*dataset_names, "Avg"], rows, metric=metric))
     return tables
 
 

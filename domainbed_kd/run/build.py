@@ -124,6 +124,8 @@ def build(args: dict, loader_processes: int | None = None, cache_folder: str | N
     seed_everything(args["seed"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = make_dataset(args, hparams, cache_folder)
+    if dataset.TASK.per_pixel:
+        _check_fits_pixels(args, hparams)
     finish = resident.Finish(device, args.get("fast", False))
     if resident.pays_on(device):
         resident.settle(dataset, finish, int(gpu_image_gb * 1e9))
@@ -234,9 +236,11 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
             split, weights, hparams["batch_size"], dataset.N_WORKERS, readers))
 
     def one_pass(split):
+        if dataset.TASK.per_pixel:  # whole images: DomainBed measures training domains on crops
+            split = datasets.plain(split)
         is_resident = args.get("fast") and isinstance(split.underlying_dataset, resident.Domain)
         return loaders.FastDataLoader(
-            split, 512 if is_resident else 64, dataset.N_WORKERS, readers)
+            split, 512 if is_resident else dataset.EVALUATION_BATCH, dataset.N_WORKERS, readers)
 
     train = [infinite(parts.in_[i], in_weights[i]) for i in training_envs(dataset, args)]
     unlabeled = [infinite(split, weights) for split, weights in zip(uda, uda_weights)]
@@ -254,7 +258,7 @@ def make_algorithm(args: dict, hparams: dict, dataset):
     """
     training = training_envs(dataset, args)
     context = {
-        "dataset": args["dataset"], "test_envs": args["test_envs"],
+        "dataset": args["dataset"], "test_envs": args["test_envs"], "task": dataset.TASK.name,
         "total_steps": args["steps"] or dataset.N_STEPS,
         "class_names": dataset.class_names, "normalization": dataset.NORMALIZATION}
     taught_by = {"teacher": args["teacher"]} if "teacher" in args else {}
@@ -263,3 +267,26 @@ def make_algorithm(args: dict, hparams: dict, dataset):
     cls = composed.assembled(algorithms.get_algorithm_class(args["algorithm"]), hparams)
     return cls(dataset.input_shape, dataset.num_classes, len(training),
                context | hparams | taught_by)
+
+
+def _check_fits_pixels(args: dict, hparams: dict) -> None:
+    """Refuses what has no meaning, or is not built, where each pixel has a label.
+
+    Raises:
+        ValueError: in one line that says why.
+    """
+    cls = algorithms.get_algorithm_class(args["algorithm"])
+    why = {cls.display_name or cls.__name__: cls.needs_image_labels} | {
+        name: reason for name, reason in (
+            ("class_balanced", "an image has no class to balance by"),
+            ("canonical_view", "it would keep a prediction for every pixel"),
+            ("teachers", "what it distills is of images"))
+        if hparams.get(name)} | {
+        f"--{name}": reason for name, reason in (
+            ("save_logits", "it would keep a prediction for every pixel"),
+            ("diagnostics", "what it measures is of images"))
+        if args.get(name)}
+    for name, reason in why.items():
+        if reason:
+            raise ValueError(f"{name}: needs one label per image, and {args['dataset']} has one "
+                             f"per pixel: {reason}.")

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from domainbed_kd import datasets, teachers
+from domainbed_kd import datasets, tasks, teachers
 from domainbed_kd.algorithms.base import forked_rng
 from domainbed_kd.folder import files
 from domainbed_kd.run import diagnostics, records
 from domainbed_kd.run.build import Run
+from domainbed_kd.run.streams import read
 from domainbed_kd.seeds import seed_hash
 
 # float16 after each image's largest logit is subtracted: no softmax and no order of classes changes
@@ -37,6 +38,7 @@ class Evaluator:
             self.diagnostics = diagnostics.Diagnostics(
                 run.algorithm, out, run.training, self.in_order)
         self._teacher: dict | None = None
+        self._by_class: dict = {}
 
     def in_order(self, split) -> Iterator[tuple[Tensor, Tensor]]:
         """`in_order` on the run's device."""
@@ -63,18 +65,24 @@ class Evaluator:
             self.diagnostics.after_step()
 
     def accuracies(self, step: int) -> dict[str, float]:
-        """{env0_in_acc, ...: accuracies in [0, 1]}; keeps logits if the run is asked to."""
+        """{env0_in_acc, ...: what the task measures, in [0, 1]}; keeps logits if asked to."""
         run, logits = self.run, {name: [] for name in self.kept}
         with run.autocast():
-            found = {f"{name}_acc": accuracy(run, loader, logits.get(name))
-                     for name, loader in run.loaders.evaluation.items() if name in self.evaluated}
+            counters = {name: measure(run, loader, logits.get(name))
+                        for name, loader in run.loaders.evaluation.items()
+                        if name in self.evaluated}
         if self.kept:
             save_logits(run.folder / files.LOGITS / f"step{step}.npz", logits, self.kept)
-        return found
+        self._by_class = {} if step < run.n_steps - 1 else {
+            f"{name}_iou": ious for name, counter in counters.items()
+            if (ious := counter.by_class())}
+        return {f"{name}_acc": counter.score() for name, counter in counters.items()}
 
     def remarks(self) -> dict:
         """What a record says beside numbers: its rule of selection, the teacher, diagnostics."""
         found = {"selection": "last"} if self.run.algorithm.selects_last else {}
+        if metric := self.run.dataset.TASK.on_record:
+            found |= {"metric": metric, **self._by_class}
         if self._teacher:
             found["teacher"], self._teacher = self._teacher, None  # once a run
         if self.diagnostics:
@@ -88,9 +96,12 @@ class Evaluator:
         with torch.no_grad():
             for i in run.training:
                 split = run.splits.out[i]
-                total = sum(F.cross_entropy(predict(x), y, reduction="sum").item()
-                            for x, y in self.in_order(split))
-                losses.append(total / len(split))
+                total, n = 0, 0
+                for x, y in self.in_order(split):
+                    logits = tasks.at_size_of(predict(x), y)
+                    total += F.cross_entropy(logits, y, reduction="sum").item()
+                    n = n + tasks.n_labels(y)
+                losses.append(total / float(n))
         run.algorithm.train()
         return sum(losses) / len(losses)
 
@@ -107,31 +118,28 @@ class Evaluator:
         for k in range(n):
             with forked_rng():
                 torch.manual_seed(seed_hash(seed, "extra augmentation", k))
-                minibatches = []
-                for i, sampler in samplers.items():
-                    x, y = zip(*(run.splits.in_[i][next(sampler)] for _ in range(batch_size)))
-                    minibatches.append(run.to_device((torch.stack(x), torch.tensor(y))))
+                minibatches = [
+                    run.to_device(read(run.splits.in_[i], [next(s) for _ in range(batch_size)]))
+                    for i, s in samplers.items()]
             yield minibatches
 
 
-def accuracy(run: Run, loader, kept: list | None = None) -> float:
-    """Share of the loader's images, in [0, 1], whose class `predict` finds.
+def measure(run: Run, loader, kept: list | None = None):
+    """What the run's task measures of `predict` on the loader's images.
 
     A list that is given gathers each batch's (indices, labels, logits), on the CPU.
     """
-    correct, total = 0, 0
+    counter = run.dataset.TASK.counter()
     run.algorithm.eval()
     with torch.no_grad():
         for batch in loader:
             x, y = run.to_device(batch)
             logits = run.algorithm.predict(x)
-            guess = logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0
-            correct = correct + (guess == y).sum()
-            total += len(y)
+            counter.add(logits, y)
             if kept is not None:
                 kept.append((loader.indices, batch[1], logits.float().cpu()))
     run.algorithm.train()
-    return correct.item() / total
+    return counter
 
 
 def in_order(split, to_device: Callable) -> Iterator[tuple[Tensor, Tensor]]:

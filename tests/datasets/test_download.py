@@ -477,7 +477,8 @@ def test_misuse_is_said_in_one_line(arguments, said, tmp_path):
 
 
 def test_every_data_set_has_a_source_or_needs_none():
-    assert set(datasets.DATASETS) - set(sources.known()) == {"Debug28", "Debug224", "DigitsDG"}
+    assert set(datasets.DATASETS) - set(sources.known()) == {
+        "Debug28", "Debug224", "DigitsDG", "DigitsSeg"}
 
 
 # Servers and archives that nobody planned for.

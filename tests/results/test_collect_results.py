@@ -289,7 +289,8 @@ def second_method(sweep_dir, reason=""):
 @pytest.mark.parametrize("flags, row", [
     ([], r"KDDG( +X){5} +\n"), (["--latex"], r"KDDG & X & X & X & X & X \\\\\n"),
     (["--format", "markdown"], r"\| KDDG( \| X){5} \|\n"),
-    (["--format", "csv"], r"(training-domain validation set,VLCS,KDDG,[CLSV],,,0,0,4,0,\n){4}")])
+    (["--format", "csv"],
+     r"(training-domain validation set,VLCS,KDDG,[CLSV],,,0,0,4,0,,accuracy\n){4}")])
 @pytest.mark.parametrize("reason, state", [
     ("", "40 unfinished:"), ("error: No\nmemory.\n", "0 unfinished and 40 failed:")])
 def test_a_method_of_which_no_run_has_results_is_not_left_out(
@@ -536,7 +537,7 @@ def test_a_teacher_that_failed_its_audit_is_marked_and_explained(
 def test_csv_names_what_was_wrong_with_a_teacher(badly_taught, capsys):
     out, err = run(capsys, badly_taught, "--format", "csv")
     rows = [line.split(",") for line in out.splitlines() if "training-domain" in line]
-    assert [(row[2], row[3]) for row in rows if row[-1] == "near chance"] == [
+    assert [(row[2], row[3]) for row in rows if row[-2] == "near chance"] == [
         ("KDDG", "C"), ("KDDG", "Avg"), ("KDDG", "all"), ("KDDG", "all")]
     assert {row[-1] for row in rows} == {"", "near chance"} and f"? {AUDIT}" in err
 
@@ -550,7 +551,7 @@ def test_upstream_knows_no_audit(badly_taught, capsys):
 def test_csv_stays_clean_and_its_notes_go_to_stderr(vlcs, capsys):
     shutil.rmtree(next(folders(vlcs)))
     out, err = run(capsys, vlcs, "--format", "csv")
-    assert {line.count(",") for line in out.splitlines()} == {10}
+    assert {line.count(",") for line in out.splitlines()} == {11}
     assert "Of 40 runs, 1 are absent" in err
 
 

@@ -222,7 +222,7 @@ def test_a_sweep_is_the_same_to_the_bit_with_1_2_or_8_jobs_at_once_and_with_a_ca
 
 
 def test_an_evaluation_reads_every_image_once_whatever_its_split(root, tmp_path, monkeypatch):
-    load, accuracy = datasets.load_image, evaluation.accuracy
+    load, measure = datasets.load_image, evaluation.measure
     read, evaluations, at_it = Counter(), [], []
 
     def counted(path):
@@ -232,12 +232,12 @@ def test_an_evaluation_reads_every_image_once_whatever_its_split(root, tmp_path,
     def noted(*args):
         at_it.append(True)
         try:
-            return accuracy(*args)
+            return measure(*args)
         finally:
             at_it.clear()
 
     monkeypatch.setattr(datasets.image_folders, "load_image", counted)
-    monkeypatch.setattr(evaluation, "accuracy", noted)
+    monkeypatch.setattr(evaluation, "measure", noted)
     monkeypatch.setattr(files, "append_record", lambda *args: (
         evaluations.append(dict(read)), read.clear()))
     train.main([*FLAGS, "--data_dir", str(root), "--output_dir", str(tmp_path / "run")])
