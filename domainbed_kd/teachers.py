@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import averaging, checkpoints, console, datasets, networks, tasks
+from domainbed_kd.datasets import images
 from domainbed_kd.folder import composition, files
 from domainbed_kd.folder.args import are_args
 
@@ -34,8 +35,20 @@ def given(hparams: dict, num_classes: int,
         return networks.Frozen(teacher)
     if wanted := composition.teacher_of_method(hparams):
         raise ValueError(_NOT_TRAINED.format(wanted.shown))
-    return from_run(Path(teacher), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
-                    input_shape)
+    return _of_same_view(teacher, hparams, num_classes, input_shape)
+
+
+def _of_same_view(folder: str | Path, hparams: dict, num_classes: int,
+                  input_shape: Sequence[int] | None) -> networks.Frozen:
+    """As `from_run`, for a student with these hparams, whose images must be normalized alike."""
+    teacher = from_run(Path(folder), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
+                       input_shape)
+    own = hparams.get("view_statistics", "imagenet")
+    if teacher.statistics != own:
+        raise ValueError(f"The teacher in {folder} takes images with view_statistics "
+                         f"{teacher.statistics!r}, and the student's have {own!r}. Train both with "
+                         "the same.")
+    return teacher
 
 
 _NOT_TRAINED = ("The teacher {} is a run that a sweep trains first. Launch this by `sweep launch`, "
@@ -69,8 +82,7 @@ def in_two(teacher: composition.Teacher, hparams: dict, num_classes: int,
     folder = teacher.name if teacher.kind == "folder" else next(folders, None)
     if folder is None:
         raise ValueError(_NOT_TRAINED.format(teacher.shown))
-    run = from_run(Path(folder), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
-                   input_shape)
+    run = _of_same_view(folder, hparams, num_classes, input_shape)
     if not needs_features:
         return run, networks.Frozen(nn.Identity())
     return _features_and_head(run, folder, input_shape)
@@ -135,7 +147,8 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     task = datasets.facts(args["dataset"]).TASK
     context = {"total_steps": 0, "class_names": model.get("class_names"), "task": task.name}
     if dataset is not None:
-        context["normalization"] = datasets.get_dataset_class(dataset).NORMALIZATION
+        context["normalization"] = datasets.get_dataset_class(dataset).NORMALIZATION and (
+            images.statistics(model["model_hparams"]))
     # The run's weights are all loaded below: none need be fetched first.
     hparams = context | console.renamed(model["model_hparams"]) | {"weights": "none"}
     if "teacher" in args:
@@ -154,6 +167,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     teacher = networks.Frozen(algorithm)
     teacher.weights_loaded = 1.0
     teacher.held_out = args["test_envs"]
+    teacher.statistics = hparams.get("view_statistics", "imagenet")
     return teacher
 
 

@@ -20,7 +20,7 @@ DOMAINBED = (
 # Files not named here follow in alphabetical order.
 _ORDER = (*DOMAINBED, "SMA", "SWAD")
 # Files whose classes other methods build on; they are no methods themselves.
-_ABSTRACT = ("base", "annealed", "composed", "taught")
+_ABSTRACT = ("base", "annealed", "composed", "scheduled", "taught")
 
 
 def _discover() -> tuple[dict[str, str], set[str], dict[str, str]]:

@@ -109,7 +109,8 @@ class Algorithm(networks.CountsOnCPU):
     #: What hparams take that do not take every value of their default's kind.
     takes: dict[str, Takes] = {
         "lr": at_least(0), "weight_decay": at_least(0), "resnet_dropout": between(0, 1),
-        "vit_dropout": between(0, 1)}
+        "vit_dropout": between(0, 1), "optimizer": one_of("adam", "sgd", "adamw"),
+        "schedule": one_of("none", "step", "cosine")}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__()
@@ -182,20 +183,28 @@ class Algorithm(networks.CountsOnCPU):
         """
 
     def adam(self, *modules: nn.Module, lr: float | None = None,
-             weight_decay: float | None = None, **options) -> torch.optim.Adam:
-        """DomainBed's optimiser: Adam over the modules' parameters at the run's lr and decay."""
-        parameters: Iterable = [p for module in modules for p in module.parameters()]
-        return torch.optim.Adam(
-            parameters,
-            lr=self.hparams["lr"] if lr is None else lr,
-            weight_decay=self.hparams["weight_decay"] if weight_decay is None else weight_decay,
-            **options)
+             weight_decay: float | None = None, **options) -> torch.optim.Optimizer:
+        """DomainBed's optimiser: Adam over the modules' parameters at the run's lr and decay.
 
-    def sgd(self, *modules: nn.Module) -> torch.optim.SGD:
-        """SGD with momentum 0.9 over the modules' parameters at the run's lr and decay."""
+        The hparam `optimizer` makes it AdamW, or SGD with momentum 0.9, unless the method has
+        options for Adam.
+        """
+        lr = self.hparams["lr"] if lr is None else lr
+        decay = self.hparams["weight_decay"] if weight_decay is None else weight_decay
+        kind = "adam" if options else self.hparams.get("optimizer", "adam")
+        if kind == "sgd":
+            return self.sgd(*modules, lr=lr, weight_decay=decay)
+        parameters: Iterable = [p for module in modules for p in module.parameters()]
+        optimizer = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
+        return optimizer(parameters, lr=lr, weight_decay=decay, **options)
+
+    def sgd(self, *modules: nn.Module, lr: float | None = None,
+            weight_decay: float | None = None) -> torch.optim.SGD:
+        """SGD with momentum 0.9 over the modules' parameters, by default at the run's settings."""
         parameters = [p for module in modules for p in module.parameters()]
-        return torch.optim.SGD(parameters, self.hparams["lr"], momentum=0.9,
-                               weight_decay=self.hparams["weight_decay"])
+        return torch.optim.SGD(
+            parameters, self.hparams["lr"] if lr is None else lr, momentum=0.9,
+            weight_decay=self.hparams["weight_decay"] if weight_decay is None else weight_decay)
 
     def descend(self, loss: Tensor, **terms: Tensor | float) -> dict[str, Tensor | float]:
         """One step of `self.optimizer` on the loss; returns the loss and its terms."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import averaging, networks, teachers
-from domainbed_kd.algorithms import rise
+from domainbed_kd.algorithms import rise, scheduled
 from domainbed_kd.algorithms.base import above, at_least, forked_rng, one_of
 from domainbed_kd.folder import composition
 from domainbed_kd.losses import kd_loss
@@ -32,7 +32,7 @@ ERROR = 1000.0
 
 
 def assembled(algorithm_class: type, hparams: dict) -> type:
-    """The algorithm with the teachers and the average of weights that hparams put on top of it.
+    """The algorithm with the teachers, schedule and average that hparams put on top of it.
 
     Raises:
         ValueError: as `check` and `averaging.averaged`.
@@ -40,6 +40,9 @@ def assembled(algorithm_class: type, hparams: dict) -> type:
     check(algorithm_class, hparams)
     if hparams.get("teachers"):
         algorithm_class = type(algorithm_class.__name__, (Composed, algorithm_class), {})
+    if hparams.get("schedule", "none") != "none":
+        algorithm_class = type(
+            algorithm_class.__name__, (scheduled.Scheduled, algorithm_class), {})
     return averaging.averaged(algorithm_class, hparams.get("averaging"))
 
 

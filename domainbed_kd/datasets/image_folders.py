@@ -5,11 +5,12 @@ from pathlib import Path
 
 from domainbed_kd.datasets.base import MultipleDomainDataset, Source
 from domainbed_kd.datasets.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
+    STATISTICS,
     image_size,
     load_image,
     make_transform,
+    statistics,
+    view,
 )
 
 
@@ -31,7 +32,7 @@ class ImageFolders(MultipleDomainDataset):
     """
 
     CHECKPOINT_FREQ = 300
-    NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
+    NORMALIZATION = STATISTICS["imagenet"]
     NEEDS_FILES = True
 
     def __init__(self, root, test_envs, hparams):
@@ -39,8 +40,10 @@ class ImageFolders(MultipleDomainDataset):
         from torchvision.datasets import ImageFolder
 
         size = image_size(hparams)
-        plain_transform = make_transform([T.Resize((size, size))], augment=False)
-        augmented = make_transform([T.RandomResizedCrop(size, scale=(0.7, 1.0))], augment=True)
+        self.NORMALIZATION = statistics(hparams)
+        plain_transform = make_transform([T.Resize((size, size))], augment=False, hparams=hparams)
+        crop = T.RandomResizedCrop(size, scale=(view(hparams, "view_crop"), 1.0))
+        augmented = make_transform([crop], augment=True, hparams=hparams)
         self.input_shape = (3, size, size)
         self.datasets = []
         folders = self.domain_folders(root)

@@ -1,9 +1,19 @@
 """How an image becomes a tensor: reading, DomainBed's transforms, and images listed by path."""
 
 import io
+from types import MappingProxyType
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+#: What the hparam `view_statistics` takes: {name: (mean, std) per channel}.
+STATISTICS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # OpenAI's
+    "half": ((0.5,) * 3, (0.5,) * 3),
+}
+# DomainBed's view of training images: the least share of the area, of colours, and that is gray.
+_VIEW = {"view_crop": 0.7, "view_jitter": 0.3, "view_gray": 0.1}
+_LIMITS = {"view_crop": 1, "view_jitter": 0.5, "view_gray": 1}
 
 
 def load_image(path: str, whole: bool = False):
@@ -68,14 +78,45 @@ def image_size(hparams) -> int:
     return size
 
 
-def make_transform(first: list, augment: bool):
-    """Resizing or cropping, DomainBed's augmentation if asked for, ImageNet's normalization."""
+def view(hparams, name: str) -> float:
+    """What hparams say of the view of training images, by one of the names that begin with view_.
+
+    Raises:
+        ValueError: if it is not a number in its range.
+    """
+    value, most = hparams.get(name, _VIEW[name]), _LIMITS[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise ValueError(f"hparams[{name!r}] is {value!r}; it takes a number from 0 to {most}.")
+    return value
+
+
+def statistics(hparams) -> tuple:
+    """(mean, std), per channel, with which hparams have images normalized.
+
+    Raises:
+        ValueError: if they name none.
+    """
+    name = hparams.get("view_statistics", "imagenet")
+    if name not in STATISTICS:
+        raise ValueError(f"hparams['view_statistics'] is {name!r}; it takes "
+                         f"{', '.join(STATISTICS)}.")
+    return STATISTICS[name]
+
+
+def differs_in_colour(hparams) -> bool:
+    """Whether colours are not distorted and normalized as DomainBed's, as fast mode does it."""
+    return (any(view(hparams, name) != _VIEW[name] for name in ("view_jitter", "view_gray"))
+            or statistics(hparams) != STATISTICS["imagenet"])
+
+
+def make_transform(first: list, augment: bool, hparams=MappingProxyType({})):
+    """Resizing or cropping, augmentation if asked for, normalization: DomainBed's by default."""
     from torchvision import transforms as T
 
-    distortions = [T.RandomHorizontalFlip(), T.ColorJitter(0.3, 0.3, 0.3, 0.3),
-                   T.RandomGrayscale()] if augment else []
+    distortions = [T.RandomHorizontalFlip(), T.ColorJitter(*4 * [view(hparams, "view_jitter")]),
+                   T.RandomGrayscale(view(hparams, "view_gray"))] if augment else []
     transform = T.Compose(
-        [*first, *distortions, T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        [*first, *distortions, T.ToTensor(), T.Normalize(*statistics(hparams))])
     # What a GPU may do otherwise: it finishes images, and in fast mode distorts and resizes them.
     transform.geometry, transform.is_augmented = first, augment
     return transform

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from domainbed_kd.datasets.base import MultipleDomainDataset, Source
 from domainbed_kd.datasets.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
+    STATISTICS,
     ImageList,
     image_size,
     make_transform,
+    statistics,
 )
 
 
@@ -22,7 +22,7 @@ class _Spawrious(MultipleDomainDataset):
 
     ENVIRONMENTS = ["Test", "SC_group_1", "SC_group_2"]
     CLASSES = ("bulldog", "corgi", "dachshund", "labrador")
-    NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
+    NORMALIZATION = STATISTICS["imagenet"]
     NEEDS_FILES = True
     SOURCE = Source("size unknown", "by hand", "see its page",
                     "https://github.com/aengusl/spawrious", layout="<0 or 1>/<background>/<breed>/")
@@ -38,9 +38,11 @@ class _Spawrious(MultipleDomainDataset):
         from torchvision import transforms as T
 
         size = image_size(hparams)
+        self.NORMALIZATION = statistics(hparams)
         resize = T.Resize((size, size))
-        plain_transform = make_transform([resize], augment=False)
-        training_transform = make_transform([resize], augment=hparams["data_augmentation"])
+        plain_transform = make_transform([resize], augment=False, hparams=hparams)
+        training_transform = make_transform(
+            [resize], augment=hparams["data_augmentation"], hparams=hparams)
         root = self.folder(root)
         self.datasets = [ImageList(
             self._group(root, self.TEST, 0) + self._group(root, self.TEST, 1), self.CLASSES,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from domainbed_kd.datasets.base import MultipleDomainDataset, Source
-from domainbed_kd.datasets.images import IMAGENET_MEAN, IMAGENET_STD, image_size, make_transform
+from domainbed_kd.datasets.images import STATISTICS, image_size, make_transform, statistics, view
 
 
 class _WILDSDomain:
@@ -28,7 +28,7 @@ class _WILDS(MultipleDomainDataset):
     """A dataset of the package wilds, one domain per value of a metadata field."""
 
     INPUT_SHAPE = (3, 224, 224)
-    NORMALIZATION = (IMAGENET_MEAN, IMAGENET_STD)
+    NORMALIZATION = STATISTICS["imagenet"]
     NEEDS_FILES = True
     FIELD = ""
 
@@ -36,10 +36,11 @@ class _WILDS(MultipleDomainDataset):
         from torchvision import transforms as T
 
         size = image_size(hparams)
+        self.NORMALIZATION = statistics(hparams)
         resize = T.Resize((size, size))
-        plain_transform = make_transform([resize], augment=False)
-        augmented = make_transform(
-            [resize, T.RandomResizedCrop(size, scale=(0.7, 1.0))], augment=True)
+        plain_transform = make_transform([resize], augment=False, hparams=hparams)
+        crop = T.RandomResizedCrop(size, scale=(view(hparams, "view_crop"), 1.0))
+        augmented = make_transform([resize, crop], augment=True, hparams=hparams)
         root = self.folder(root)
         try:
             dataset = self.load(root)

@@ -14,8 +14,8 @@ from domainbed_kd.console import parse_hparams
 DISTILL = {"logit": "KD", "feature": "Feature", "relation": "Relation", "text": "Text"}
 #: How several teachers are one.
 MIXES = ("sum", "mean", "accuracy")
-#: How the names of all state begin that teachers on top add and that predictions do not need.
-STATE = "taught."
+#: How all state is named that teachers and schedules add and that predictions do not need.
+STATE = ("taught.", "schedule.")
 #: Hparams of a student's own, which the runs that teach it do not share.
 OWN = ("teacher", "teachers", "distill", "distill_weight", "distill_temperature", "teacher_mix",
        "teacher_template", "base_weight", "averaging", "sma_start", "beta_average", "beta_start")

@@ -15,6 +15,7 @@ from torch import nn
 
 from domainbed_kd import algorithms, datasets, hparams_registry, machine
 from domainbed_kd.algorithms import composed
+from domainbed_kd.datasets import images
 from domainbed_kd.run import (
     augmentation,
     canonical_view,
@@ -191,11 +192,27 @@ def seed_everything(seed: int) -> None:
 
 def make_dataset(args: dict, hparams: dict, cache_folder: str | None = None):
     """The dataset, read through a cache of decoded images if a folder for it is given."""
-    dataset = datasets.get_dataset_class(args["dataset"])(
-        args["data_dir"], args["test_envs"], hparams)
+    cls = datasets.get_dataset_class(args["dataset"])
+    check_view(cls, hparams, args.get("fast", False))
+    dataset = cls(args["data_dir"], args["test_envs"], hparams)
     if cache_folder:
         image_cache.attach(dataset, Path(cache_folder))
     return dataset
+
+
+def check_view(dataset: type, hparams: dict, is_fast: bool) -> None:
+    """Refuses hparams of a view that a dataset's images, or fast mode, do not have.
+
+    Raises:
+        ValueError: naming the hparam.
+    """
+    asked = [name for name in hparams if name.startswith("view_")]
+    if asked and dataset.NORMALIZATION is None:
+        raise ValueError(f"{dataset.__name__}: {asked[0]} has no meaning, as its images are not "
+                         "augmented. Leave it out.")
+    if asked and is_fast and images.differs_in_colour(hparams):
+        raise ValueError(f"{', '.join(asked)}: --fast distorts and normalizes colours as DomainBed "
+                         "does. Leave that flag out, or these hparams but for view_crop.")
 
 
 def training_envs(dataset, args: dict) -> list[int]:

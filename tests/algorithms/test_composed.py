@@ -61,8 +61,8 @@ def finished(tmp_path_factory):
 def frozen(monkeypatch):
     """Runs among the teachers, by number, are these modules."""
     modules = [Teacher(seed=seed) for seed in (1, 2, 3)]
-    monkeypatch.setattr(teachers, "from_run", lambda folder, *_: networks.Frozen(
-        modules[int(str(folder))]))
+    monkeypatch.setattr(teachers, "_of_same_view", lambda folder, *_: networks.Frozen(
+        modules[int(folder)]))
     return modules
 
 
@@ -182,11 +182,8 @@ def test_erm_with_a_teacher_is_kd():
     batches = minibatches(4)
     kd = make("KD", teacher=Teacher(seed=1), kd_alpha=0.3, kd_temperature=2.0)
 
-    class Frozen(networks.Frozen):
-        pass
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "from_run", lambda *_: Frozen(Teacher(seed=1)))
+        patch.setattr(teachers, "_of_same_view", lambda *_: networks.Frozen(Teacher(seed=1)))
         ours = build("ERM", teachers=["run:ERM"], teacher="folder", base_weight=0.7,
                      distill_weight=0.3, distill_temperature=2.0)
     for one, other in zip(trained(ours, batches), trained(kd, batches), strict=True):
@@ -357,7 +354,7 @@ def two_classes(batches):
 
 def test_a_run_that_is_no_head_on_features_teaches_logits_alone(finished, monkeypatch):
     other = networks.Frozen(Teacher(n_classes=2))
-    monkeypatch.setattr(teachers, "from_run", lambda *_: other)
+    monkeypatch.setattr(teachers, "_of_same_view", lambda *_: other)
     build_for_debug28("x", distill="logit")
     with pytest.raises(ValueError, match="has no features"):
         build_for_debug28("x", distill="feature")
