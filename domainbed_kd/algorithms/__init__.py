@@ -7,6 +7,7 @@ when it is first asked for.
 import ast
 import importlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from domainbed_kd.console import did_you_mean
@@ -108,6 +109,18 @@ def check_name(name: str) -> None:
         raise NotImplementedError(
             f"Algorithm not found: {name}.{did_you_mean(name, [*ALGORITHMS, *_ALIASES])} Known: "
             f"{', '.join(ALGORITHMS)}.")
+
+
+def check_auto_lr(names: Iterable[str]) -> None:
+    """Refuses names of algorithms whose learning rate --auto_lr cannot choose.
+
+    Raises:
+        ValueError: naming one, and those that can be had.
+    """
+    for name in names:
+        if not get_algorithm_class(name).takes_auto_lr:
+            raise ValueError(f"--auto_lr: {name} does not take it. Leave the flag out, or choose "
+                             "ERMPlusPlus.")
 
 
 def hparam_names() -> set[str]:

@@ -93,6 +93,10 @@ class Algorithm(networks.CountsOnCPU):
     mends = False
     #: True if the sweep trains a teacher for it first: ERM with default hparams.
     learns_from_run = False
+    #: True if `train --auto_lr` may choose the learning rate of its `optimizer`.
+    takes_auto_lr = False
+    #: True while another optimiser than `optimizer` trains it.
+    in_warm_up = False
     #: Why its teacher must see the student's augmented images, if it must; see canonical_view.
     needs_same_view: str | None = None
     #: Why no teachers can be put on top of it, if they cannot: a reason that follows a colon.

@@ -2,8 +2,8 @@
 
 Teterwak et al., "ERM++: An Improved Baseline for Domain Generalization", WACV 2025,
 https://arxiv.org/abs/2304.01973. Constants from DomainBed.
-Departures, as in DomainBed: the number of steps and the learning rate are given, not searched for
-on a validation set within the run; all of a run's updates after 599 are averaged.
+Departures, as in DomainBed: all of a run's updates after 599 are averaged; the number of steps and
+the learning rate are given, unless `train --auto_lr` chooses them on held-out images.
 """
 
 import copy
@@ -24,6 +24,7 @@ class ERMPlusPlus(ERM):
     no_teachers = "its classifier is trained alone first"
 
     averages_weights = True
+    takes_auto_lr = True
 
     @staticmethod
     def search_space(dataset):
@@ -40,10 +41,15 @@ class ERMPlusPlus(ERM):
         self.network_sma = copy.deepcopy(self.network).requires_grad_(False)
         self.register_buffer("global_iter", torch.tensor(0))
 
+    @property
+    def in_warm_up(self) -> bool:
+        """Whether the next update trains the classifier alone."""
+        return self.global_iter.item() <= self.hparams["linear_steps"]
+
     def update(self, minibatches, unlabeled=None):
         """One step: of the classifier in the first `linear_steps` + 1 updates, then of all."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
-        all_parts = self.global_iter.item() > self.hparams["linear_steps"]
+        all_parts = not self.in_warm_up
         with torch.set_grad_enabled(all_parts):
             features = self.featurizer(x)
         loss = F.cross_entropy(self.classifier(features), y)

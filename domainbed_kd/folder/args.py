@@ -100,6 +100,9 @@ OURS = (
     Flag("fast", "train in bfloat16, channels last, with augmentation as tensor operations, and "
                  "evaluate only what model selection reads; see docs/speed.md",
          bool, False, IF_GIVEN, is_identity=True, is_setting=True, in_sweep=IF_GIVEN),
+    Flag("auto_lr", "choose ERMPlusPlus's learning rates on held-out images, then train anew on "
+                    "all images, as DomainBed's train_autolr does; see docs/methods/ermplusplus.md",
+         bool, False, IF_GIVEN, is_identity=True, is_setting=True, in_sweep=IF_GIVEN),
     Flag("compile", "with --fast: compile each run's featurizer, for a minute or two; needs a C++ "
                     "compiler", bool, False, IF_GIVEN, is_identity=True, in_sweep=IF_GIVEN),
     Flag("image_cache", "folder where decoded images are kept for all runs, 3 bytes a pixel; "
@@ -184,6 +187,9 @@ def check(args: argparse.Namespace) -> None:
     hparams = {} if args.hparams is None else parse_hparams(args.hparams)
     if args.seal and args.log_test_domains:
         raise ValueError("--seal hides what --log_test_domains shows. Leave one out.")
+    if args.seal and args.auto_lr:
+        raise ValueError("--seal keeps accuracies by step, and --auto_lr counts steps twice. Leave "
+                         "one out.")
     if args.compile and not args.fast:
         raise ValueError("--compile needs --fast: compiled networks round otherwise than exact "
                          "mode must. Pass both, or neither.")

@@ -39,10 +39,12 @@ class Loaders(NamedTuple):
     train: list
     uda: list
     evaluation: dict
+    #: With --auto_lr, one-pass loaders of the training domains' out-splits.
+    validation: list
 
     def all(self) -> list:
         """Every loader, in the order in which they were made."""
-        return [*self.train, *self.uda, *self.evaluation.values()]
+        return [*self.train, *self.uda, *self.evaluation.values(), *self.validation]
 
 
 @dataclass
@@ -58,11 +60,33 @@ class Run:
     loaders: Loaders
     finish: resident.Finish
     algorithm: nn.Module
+    #: With --auto_lr, the stage it is in: an `auto_lr.Search` or `auto_lr.Replay`.
+    stage: object = None
 
     @property
     def folder(self) -> Path:
         """Where it leaves its files."""
         return Path(self.args["output_dir"])
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether images are held out for validation; not in the last stage of --auto_lr."""
+        return any(map(len, self.splits.out))
+
+    @property
+    def args_on_record(self) -> dict:
+        """What its records keep of its flags."""
+        return self.args if self.holds_out else self.args | {"holdout_fraction": 0.0}
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether it is finished after its last update."""
+        return self.stage is None or self.stage.is_last
+
+    @property
+    def updates_before(self) -> int:
+        """How many updates an earlier stage has made."""
+        return self.stage.updates_before if self.stage else 0
 
     @property
     def is_fast(self) -> bool:
@@ -138,12 +162,7 @@ def build(args: dict, loader_processes: int | None = None, cache_folder: str | N
         loader_processes = min(threads(), n_streams) if device.type == "cuda" else 0
     readers = Readers(loader_processes, pinned if device.type == "cuda" else None)
     load = make_loaders(dataset, parts, args, hparams, readers)
-    algorithm = make_algorithm(args, hparams, dataset).to(device)
-    if hparams.get("canonical_view"):
-        canonical_view.check(algorithm)
-    algorithm = precision.laid_out(algorithm, args.get("fast", False))
-    if args.get("compile"):
-        precision.compile_featurizer(algorithm)
+    algorithm = make_algorithm(args, hparams, dataset, device)
     return Run(args, hparams, device, dataset, parts, readers, load, finish, algorithm)
 
 
@@ -250,7 +269,8 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
 
     def infinite(split, weights):
         return iter(loaders.InfiniteDataLoader(
-            split, weights, hparams["batch_size"], dataset.N_WORKERS, readers))
+            split, weights, hparams["batch_size"], dataset.N_WORKERS, readers,
+            replacement=not args.get("auto_lr")))
 
     def one_pass(split):
         if dataset.TASK.per_pixel:  # whole images: DomainBed measures training domains on crops
@@ -261,13 +281,19 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
 
     train = [infinite(parts.in_[i], in_weights[i]) for i in training_envs(dataset, args)]
     unlabeled = [infinite(split, weights) for split, weights in zip(uda, uda_weights)]
-    evaluation = {f"env{i}_{name}": one_pass(split)
-                  for name, group in (("in", parts.in_), ("out", parts.out), ("uda", uda))
+    groups = {"env{}_in": parts.in_, "env{}_out": parts.out, "env{}_uda": uda}
+    if not any(map(len, parts.out)):
+        groups = {"fd_env{}_in": [*parts.in_, *uda]}
+    evaluation = {name.format(i): one_pass(split) for name, group in groups.items()
                   for i, split in enumerate(group)}
-    return Loaders(train, unlabeled, evaluation)
+    validation = []
+    if args.get("auto_lr"):
+        validation = [one_pass(split) for i in training_envs(dataset, args)
+                      if len(split := parts.out[i])]
+    return Loaders(train, unlabeled, evaluation, validation)
 
 
-def make_algorithm(args: dict, hparams: dict, dataset):
+def make_algorithm(args: dict, hparams: dict, dataset, device: torch.device) -> nn.Module:
     """The algorithm, which also learns through its hparams what it cannot know otherwise.
 
     Class names, the training domains' names (never the test domain's), the number of steps and
@@ -282,8 +308,14 @@ def make_algorithm(args: dict, hparams: dict, dataset):
     if dataset.domain_names is not None:
         context["domain_names"] = [dataset.domain_names[i] for i in training]
     cls = composed.assembled(algorithms.get_algorithm_class(args["algorithm"]), hparams)
-    return cls(dataset.input_shape, dataset.num_classes, len(training),
-               context | hparams | taught_by)
+    algorithm = cls(dataset.input_shape, dataset.num_classes, len(training),
+                    context | hparams | taught_by).to(device)
+    if hparams.get("canonical_view"):
+        canonical_view.check(algorithm)
+    algorithm = precision.laid_out(algorithm, args.get("fast", False))
+    if args.get("compile"):
+        precision.compile_featurizer(algorithm)
+    return algorithm
 
 
 def _check_fits_pixels(args: dict, hparams: dict) -> None:
@@ -301,7 +333,8 @@ def _check_fits_pixels(args: dict, hparams: dict) -> None:
         if hparams.get(name)} | {
         f"--{name}": reason for name, reason in (
             ("save_logits", "it would keep a prediction for every pixel"),
-            ("diagnostics", "what it measures is of images"))
+            ("diagnostics", "what it measures is of images"),
+            ("auto_lr", "the loss that it follows is of images"))
         if args.get(name)}
     for name, reason in why.items():
         if reason:

@@ -29,12 +29,13 @@ class Evaluator:
         self.run = run
         in_, out = run.splits.in_, run.splits.out
         #: {name of a split that model selection reads: its items' numbers in their domain}.
-        selected = ({f"env{i}_out": split.keys for i, split in enumerate(out)}
-                    | {f"env{i}_in": in_[i].keys for i in run.args["test_envs"]})
+        selected = {f"env{i}_out": split.keys for i, split in enumerate(out) if run.holds_out}
+        selected |= {f"{'' if run.holds_out else 'fd_'}env{i}_in": in_[i].keys
+                     for i in run.args["test_envs"]}
         self.evaluated = selected if run.is_fast else run.loaders.evaluation
-        self.kept = selected if run.args.get("save_logits") else {}
+        self.kept = selected if run.args.get("save_logits") and run.holds_out else {}
         self.diagnostics = None
-        if run.args.get("diagnostics"):
+        if run.args.get("diagnostics") and run.holds_out:
             self.diagnostics = diagnostics.Diagnostics(
                 run.algorithm, out, run.training, self.in_order)
         self._teacher: dict | None = None

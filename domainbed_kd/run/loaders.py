@@ -29,7 +29,8 @@ class InfiniteDataLoader:
         num_workers: the number of DomainBed's workers to simulate.
         readers: real processes that read images ahead; None reads them here. Results do not
             depend on it.
-        replacement: False visits all items before one returns (DomainBed's auto-lr loader).
+        replacement: False, for --auto_lr, visits all items before one returns; with weights, no
+            item stands twice in a batch.
 
     Raises:
         ValueError: if there are fewer items than a batch needs.
@@ -38,7 +39,7 @@ class InfiniteDataLoader:
     def __init__(self, dataset, weights, batch_size: int, num_workers: int,
                  readers: Readers | None = None, replacement: bool = True):
         if weights is not None:
-            sampler = _WeightedBatches(weights, batch_size)
+            sampler = _WeightedBatches(weights, batch_size, replacement)
         elif len(dataset) < batch_size:
             raise ValueError(
                 f"{getattr(dataset, 'name', '') or 'The dataset'} holds {len(dataset)} images, "
@@ -147,14 +148,15 @@ class _Passes:
 
 
 class _WeightedBatches:
-    """Batches drawn with replacement by weight, each from the global stream."""
+    """Batches drawn by weight, each from the global stream."""
 
-    def __init__(self, weights, batch_size: int):
+    def __init__(self, weights, batch_size: int, replacement: bool):
         self._weights = torch.as_tensor(weights, dtype=torch.double)
         self._batch_size = batch_size
+        self._replacement = replacement  # of items within a batch
 
     def __next__(self) -> list[int]:
-        return torch.multinomial(self._weights, self._batch_size, replacement=True).tolist()
+        return torch.multinomial(self._weights, self._batch_size, self._replacement).tolist()
 
     def state_dict(self) -> dict:
         return {}

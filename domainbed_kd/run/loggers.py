@@ -7,6 +7,7 @@ who looks at it while choosing is no longer testing.
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,12 +91,12 @@ class Logger:
     def __init__(self, backends: list, records: list[dict], test_domains: bool):
         self.backends, self.records, self.test_domains = backends, records, test_domains
 
-    def log(self, record: dict) -> None:
-        """A checkpoint's record, as it stands in results.jsonl."""
+    def log(self, record: dict, updates_before: int = 0) -> None:
+        """A checkpoint's record, as it stands in results.jsonl; its step counts from there."""
         self.records.append(record)
         values = scalars(record, self.test_domains) | self._selected()
         for backend in self.backends:
-            backend.log(values, record["step"])
+            backend.log(values, updates_before + record["step"])
 
     def finish(self) -> None:
         """To be called once, when the run has trained to its end."""
@@ -120,11 +121,14 @@ def scalars(record: dict, test_domains: bool) -> dict[str, float]:
     other value that `update` returned; time/step_s, memory/gb, epoch; diagnostics/. Without
     `test_domains`, none of test domains.
     """
-    hidden = () if test_domains else tuple(f"env{i}_" for i in record["args"]["test_envs"])
+    hidden = () if test_domains else tuple(
+        f"{stage}env{i}_" for i in record["args"]["test_envs"] for stage in ("", "fd_"))
     known = {"step_time": "time/step_s", "mem_gb": "memory/gb", "epoch": "epoch"}
-    values = {"acc/validation": curves.validation_accuracy(record)}
+    values = {}
+    if not math.isnan(validation := curves.validation_accuracy(record)):
+        values["acc/validation"] = validation
     for name, value in record.items():
-        if name.startswith("env") and name.endswith("_acc"):
+        if name.startswith(("env", "fd_env")) and name.endswith("_acc"):
             if not name.startswith(hidden):
                 values["acc/" + name.removesuffix("_acc").replace("_", "/")] = value
         elif isinstance(value, float):
@@ -150,7 +154,7 @@ def watching(folder: Path, args: dict, hparams: dict, first_step: int, test_doma
         folder: of the run.
         args: the run's.
         hparams: the run's.
-        first_step: above 0 where a run goes on; its earlier records are read from its folder.
+        first_step: updates made before; above 0, earlier records are read from its folder.
         test_domains: whether to show accuracies on test domains.
         wandb: whether to log to Weights & Biases too.
     """

@@ -96,6 +96,24 @@ def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction
     return splits
 
 
+def hold_nothing_out(dataset, test_envs: list[int], trial_seed: int,
+                     uda_holdout_fraction: float = 0) -> Splits:
+    """The splits of the last stage of --auto_lr: all images in the in-splits, in their order.
+
+    Of a test environment, `uda_holdout_fraction` is set apart; even a fraction of 0 reorders it.
+    """
+    splits = Splits([], [], [])
+    for i, env in enumerate(dataset):
+        in_, uda = SplitDataset(env, range(len(env)), ""), None
+        if i in test_envs:
+            uda, in_ = split_dataset(
+                env, int(len(env) * uda_holdout_fraction), seed_hash(trial_seed, i))
+        splits.in_.append(in_)
+        splits.out.append(SplitDataset(env, [], ""))
+        splits.uda.append(uda or None)
+    return splits
+
+
 def class_weights(split) -> Tensor:
     """A weight per item, float32 (N,), sum 1: classes weigh the same, and so do a class's items.
 

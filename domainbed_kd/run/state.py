@@ -48,12 +48,19 @@ def save(run: Run, pending: Pending, diagnostics: Diagnostics | None, next_step:
     checkpoints.save(run.folder / files.STATE, {
         "args": run.args,
         "next_step": next_step,
+        "stage": run.stage.state_dict() if run.stage else None,
         "algorithm": checkpoints.algorithm_state(run.algorithm),
         "loaders": [loader.state_dict() for loader in run.loaders.all()],
         "random": checkpoints.random_state(),
         "pending": dict(pending.values),
         "diagnostics": diagnostics.state_dict() if diagnostics else None,
         "results_bytes": results.stat().st_size if results.exists() else 0})
+
+
+def of_stage(folder: Path) -> dict | None:
+    """What `save` kept of a run's stage; None if nothing was saved."""
+    path = folder / files.STATE
+    return checkpoints.load(path).get("stage") if path.exists() else None
 
 
 def restore(run: Run, pending: Pending, diagnostics: Diagnostics | None) -> int:
@@ -96,6 +103,8 @@ def restore(run: Run, pending: Pending, diagnostics: Diagnostics | None) -> int:
 
 
 def _put_back(state: dict, run: Run, pending: Pending, diagnostics: Diagnostics | None) -> None:
+    if run.stage:
+        run.stage.load_state_dict(state["stage"])
     checkpoints.load_algorithm_state(run.algorithm, state["algorithm"])
     for loader, loader_state in zip(run.loaders.all(), state["loaders"]):
         loader.load_state_dict(loader_state)

@@ -12,7 +12,7 @@ from pathlib import Path
 from domainbed_kd import console
 from domainbed_kd.folder import files
 from domainbed_kd.folder.claims import STOPPED
-from domainbed_kd.run import canonical_view, loggers, records, state
+from domainbed_kd.run import auto_lr, canonical_view, loggers, records, state
 from domainbed_kd.run.build import GPU_IMAGE_GB, Run, build
 from domainbed_kd.run.evaluation import Evaluator
 
@@ -47,17 +47,44 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
         return 0
 
     run = build(args, loader_processes, cache_folder, gpu_image_gb)
-    evaluator, pending = Evaluator(run), records.Pending(args["algorithm"])
+    saves = restores = resume == "auto"
+    if args.get("auto_lr"):
+        run = auto_lr.staged(run, state.of_stage(folder) if restores else None)
+    while run is not None:
+        if not train_stage(run, began, restores, saves, log_test_domains, wandb, teacher_cache):
+            return STOPPED
+        began, restores, run = time.monotonic(), False, auto_lr.next_stage(run)
+    return 0
+
+
+def train_stage(run: Run, began: float, restores: bool, saves: bool, log_test_domains: bool,
+                wandb: bool, teacher_cache: str | None) -> bool:
+    """Trains and evaluates, to the run's end or, with --auto_lr, that of the stage it is in.
+
+    Args:
+        run: the run.
+        began: when it or its stage began, on time.monotonic's clock.
+        restores: whether to go on where the state in its folder was saved.
+        saves: whether to save its state.
+        log_test_domains: as `train` takes it.
+        wandb: likewise.
+        teacher_cache: likewise.
+
+    Returns:
+        False if a signal stopped it.
+    """
+    evaluator, pending = Evaluator(run), records.Pending(run.args["algorithm"])
     first_step = 0
-    if resume == "auto":
+    if restores:
         first_step = state.restore(run, pending, evaluator.diagnostics)
-    began -= records.seconds_before(folder, first_step)
-    if first_step == 0:
+    updates_before = run.updates_before + first_step
+    began -= records.seconds_before(run.folder, updates_before)
+    if updates_before == 0:
         evaluator.audit_teacher()
     views = canonical_view.of_run(run, evaluator.in_order, teacher_cache)
     recorder = Recorder(run, evaluator, pending, began)
     with state.stop_signals() as stopped, run.readers, loggers.watching(
-            folder, args, run.hparams, first_step, log_test_domains, wandb) as logger:
+            run.folder, run.args, run.hparams, updates_before, log_test_domains, wandb) as logger:
         for step in console.bar(
                 range(first_step, run.n_steps), initial=first_step, total=run.n_steps, unit="step"):
             last = step == run.n_steps - 1
@@ -66,16 +93,20 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
                 step, last, evaluator.validation_loss, evaluator.extra_minibatches)
             evaluator.after_step()
             at_checkpoint = step % run.checkpoint_freq == 0 or last
+            if at_checkpoint and run.stage and run.stage.ends(step):
+                break
             if at_checkpoint:
-                logger.log(recorder.record(step))
-            if resume == "auto" and not last and (at_checkpoint or stopped()):
+                logger.log(recorder.record(step), run.updates_before)
+            if saves and not last and (at_checkpoint or stopped()):
                 state.save(run, pending, evaluator.diagnostics, step + 1)
             if stopped() and not last:
                 print(f"Stopped after step {step}. The same command continues.", file=sys.stderr)
-                return STOPPED
-        logger.finish()
-    recorder.finish()
-    return 0
+                return False
+        if run.is_last_stage:
+            logger.finish()
+    if run.is_last_stage:
+        recorder.finish()
+    return True
 
 
 def update(run: Run, views: canonical_view.CanonicalViews | None) -> dict:
@@ -114,6 +145,8 @@ class Recorder:
         record = {
             "step": step, "epoch": step / self._steps_per_epoch, **self.pending.means(),
             **accuracies, "mem_gb": records.peak_memory_gb(run.device)}
+        if run.stage:
+            record["lr"] = run.stage.recorded_lr
         remarks = self.evaluator.remarks()
         if run.args.get("seal"):
             sealed = records.sealed(record, remarks, run.args["test_envs"])
@@ -121,10 +154,10 @@ class Recorder:
         with console.lifted():
             self._header = records.print_record(record, self._header)
             self.pending.tell()
-        record |= {**remarks, "hparams": run.hparams, "args": run.args}
+        record |= {**remarks, "hparams": run.hparams, "args": run.args_on_record}
         files.append_record(run.folder, record)
-        records.save_cost(run.folder, run.device, time.monotonic() - self.began, step + 1,
-                          self.pending.diverged)
+        records.save_cost(run.folder, run.device, time.monotonic() - self.began,
+                          run.updates_before + step + 1, self.pending.diverged)
         if run.args["save_model_every_checkpoint"]:
             self._save_model(f"model_step{step}.pkl")
         return record
@@ -139,4 +172,4 @@ class Recorder:
     def _save_model(self, name: str) -> None:
         run = self.run
         records.save_model(
-            run.folder / name, run.args, run.hparams, run.dataset, run.algorithm)
+            run.folder / name, run.args_on_record, run.hparams, run.dataset, run.algorithm)

@@ -40,6 +40,8 @@ def load_names(launches: list[argparse.Namespace]) -> None:
         if not flags.trains(args):
             flags.stand_in(getattr(args, "of_plugins", {}))
         flags.resolve_names(args)
+        if args.auto_lr:
+            algorithms.check_auto_lr(args.algorithms)
 
 
 def main(argv: list[str] | None = None) -> int:

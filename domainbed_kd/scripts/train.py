@@ -39,6 +39,8 @@ def check_names(args: argparse.Namespace) -> None:
         if n_runs != len(args.teacher):
             raise ValueError(f"--teacher names {len(args.teacher)} folders, and {args.algorithm} "
                              f"learns from {n_runs} here. Name one for each, in their order.")
+    if args.auto_lr:
+        algorithms.check_auto_lr([args.algorithm])
     cls = datasets.get_dataset_class(args.dataset, args.data_dir)
     folders = cls.domain_folders(args.data_dir)
     if names := cls.ENVIRONMENTS or folders:

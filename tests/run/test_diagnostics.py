@@ -240,7 +240,7 @@ def test_the_distance_is_that_of_the_student_alone(name):
     dataset = datasets.get_dataset_class("Debug28")(None, [0], {})
     args = {"dataset": "Debug28", "algorithm": name, "test_envs": [0], "hparams_seed": 0,
             "hparams": None, "steps": 5}
-    algorithm = build.make_algorithm(args, build.choose_hparams(args), dataset)
+    algorithm = build.make_algorithm(args, build.choose_hparams(args), dataset, torch.device("cpu"))
     distance = diagnostics.WeightDistance(algorithm)
     with torch.no_grad():
         for p in algorithm.parameters():

@@ -1,0 +1,131 @@
+"""ERM++'s learning rates, chosen on held-out images: what DomainBed's train_autolr does.
+
+A run then has two stages. The first divides the learning rate by 10 whenever two evaluations in a
+row bring no lower validation loss, and ends the third time. The second trains anew on all images,
+those that were held out included, at the rates that the first had at the same steps; its
+accuracies are called fd_env0_in_acc. Both see all images of a domain before one returns.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from domainbed_kd.run import build, splits
+from domainbed_kd.run.build import Run
+
+# The first stage ends at the third division by 10, whatever a float makes of it.
+_LEAST_SHARE = 0.005
+# What stands among the rates for the evaluation at which a stage ends.
+_END = 0.0
+
+
+class Search:
+    """The first stage: finds the rates."""
+
+    is_last = False
+    updates_before = 0
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.rates: list[float] = []
+        self.n_updates = 0  # when it ends
+        self._plateau = ReduceLROnPlateau(run.algorithm.optimizer, "min", patience=1)
+
+    def ends(self, step: int) -> bool:
+        """To be called after a step, before its evaluation: whether there is none, and no more."""
+        self.n_updates = step + 1
+        if self.run.algorithm.in_warm_up:
+            return False
+        self._plateau.step(self._validation_loss())
+        is_end = self.recorded_lr < _LEAST_SHARE * self.run.hparams["lr"]
+        self.rates.append(_END if is_end else self.recorded_lr)
+        return is_end
+
+    @property
+    def recorded_lr(self) -> float:
+        """What the next updates take."""
+        return self.run.algorithm.optimizer.param_groups[0]["lr"]
+
+    @torch.no_grad()
+    def _validation_loss(self) -> torch.Tensor:
+        # Batches of a domain weigh the same, the last and shortest too, as in DomainBed.
+        run, domains = self.run, []
+        run.algorithm.eval()
+        for loader in run.loaders.validation:
+            with run.autocast():
+                losses = [F.cross_entropy(run.algorithm.predict(x), y)
+                          for x, y in map(run.to_device, loader)]
+            domains.append(sum(losses) / len(losses))
+        run.algorithm.train()
+        return sum(domains) / len(domains)
+
+    def state_dict(self) -> dict:
+        """What the rates to come depend on."""
+        return {"rates": self.rates, "plateau": self._plateau.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state` was taken."""
+        self.rates = state["rates"]
+        self._plateau.load_state_dict(state["plateau"])
+
+
+class Replay:
+    """The second stage: trains by the rates of the first.
+
+    Args:
+        run: the run.
+        rates: of the first stage, one for each evaluation after the warm-up.
+        updates_before: how many updates the first stage has made.
+    """
+
+    is_last = True
+
+    def __init__(self, run: Run, rates: list[float], updates_before: int):
+        self.run, self.rates, self.updates_before = run, rates, updates_before
+
+    def ends(self, step: int) -> bool:
+        """To be called after a step, before its evaluation: whether there is none, and no more."""
+        groups = self.run.algorithm.optimizer.param_groups
+        self.recorded_lr = float(groups[0]["lr"])  # what the last updates took, as in DomainBed
+        if not self.run.algorithm.in_warm_up:
+            lr = self.rates.pop(0)
+            for group in groups:
+                group["lr"] = torch.tensor(lr)  # in float32, as in DomainBed
+        return self.rates[:1] == [_END]
+
+    def state_dict(self) -> dict:
+        """The rates to come, and how many updates the first stage has made."""
+        return {"rates": self.rates, "updates_before": self.updates_before}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state` was taken."""
+        self.rates = state["rates"]
+
+
+def staged(run: Run, state: dict | None) -> Run:
+    """A run in the stage of which `state` is the `state_dict`; in the first without one."""
+    if state and "updates_before" in state:
+        return _second_stage(run, state["rates"], state["updates_before"])
+    run.stage = Search(run)
+    return run
+
+
+def next_stage(run: Run) -> Run | None:
+    """What is to be trained after a run; None if it is finished."""
+    if run.is_last_stage:
+        return None
+    return _second_stage(run, run.stage.rates, run.stage.n_updates)
+
+
+def _second_stage(run: Run, rates: list[float], updates_before: int) -> Run:
+    # Nothing is seeded here: random streams go on from the first stage, as in DomainBed.
+    parts = splits.hold_nothing_out(
+        run.dataset, run.args["test_envs"], run.args["trial_seed"],
+        run.args["uda_holdout_fraction"])
+    loaders = build.make_loaders(run.dataset, parts, run.args, run.hparams, run.readers)
+    algorithm = build.make_algorithm(run.args, run.hparams, run.dataset, run.device)
+    second = dataclasses.replace(run, splits=parts, loaders=loaders, algorithm=algorithm)
+    second.stage = Replay(second, rates, updates_before)
+    return second
