@@ -78,6 +78,9 @@ OURS = (
     Flag("teacher", "finished run whose model teaches, for methods that learn from one; with the "
                     "hparam teachers, one for each run among them",
          on_record=IF_GIVEN, is_identity=True, options={"metavar": "FOLDER", "nargs": "+"}),
+    Flag("recipe", "published experiment that these flags repeat: tables call its rows \"authors' "
+                   "protocol\" and keep them apart; see docs/recipes.md",
+         on_record=IF_GIVEN, is_identity=True, in_sweep=IF_GIVEN, options={"metavar": "NAME"}),
     Flag("resume", "auto continues an unfinished run; never starts again and appends",
          default="auto", on_record=NEVER, options={"choices": ["auto", "never"]}),
     Flag("wait", "how long to wait for another process that trains in the folder", float, 2,

@@ -20,6 +20,8 @@ from domainbed_kd.folder.foreign import parse_json
 
 #: What marks the rows of runs in which a defect of DomainBed's is mended.
 MENDED = " (mended)"
+#: What marks the rows of runs that repeat a published experiment.
+AUTHORS = " (authors' protocol)"
 #: The problem of a record whose test accuracies `train --seal` put elsewhere.
 SEALED = "its test accuracies are sealed"
 # Beyond this step a record is damaged.
@@ -167,13 +169,13 @@ def n_envs(names: tuple[str, ...]) -> int:
 def row(args: dict) -> str:
     """The table row of a run with these arguments: its algorithm, or "CORAL + KD(SWAD) + SMA".
 
-    It has what hparams put on top of the algorithm, see `composition.row`, and " (mended)" if they
-    make it depart from DomainBed's numbers.
+    It has what hparams put on top of the algorithm, see `composition.row`, " (mended)" if they
+    make it depart from DomainBed's numbers, and " (authors' protocol)" if it is of a recipe.
     """
     name, text = args["algorithm"], args.get("hparams")
-    if not isinstance(text, str):
-        return name
-    return name + _on_top(text)
+    if isinstance(text, str):
+        name += _on_top(text)
+    return name + AUTHORS if args.get("recipe") else name
 
 
 @functools.lru_cache(maxsize=10000)

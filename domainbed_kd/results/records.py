@@ -195,8 +195,10 @@ class Run(NamedTuple):
 
 
 def _setting(args: dict, name: str):
-    """What runs of one cell must agree in; of hparams not what the row says already."""
+    """What runs of one cell must agree in; of hparams not what the row or a recipe says already."""
     value = args.get(name)
+    if name == "hparams" and args.get("recipe"):
+        return f"those of {args['recipe']}"
     if name != "hparams" or not isinstance(value, str) or curves.row(args) == args["algorithm"]:
         return value
     return composition.without_own(value)

@@ -20,7 +20,7 @@ DEFAULT_DATASETS = [name for name in datasets.DOMAINBED if datasets.facts(name).
 _MOST_RUNS = 10**6
 # What says, beside the flags of each run, which runs a sweep has.
 _OWN = ("datasets", "algorithms", "n_trials", "n_hparams_from", "n_hparams", "single_test_envs",
-        "grid")
+        "grid", "draws", "epochs")
 _SHARED = tuple(flag.name for flag in runs.FLAGS.values()
                 if flag.in_sweep and flag.name != "fork")
 # Flags that make a sweep another one; the rest only says how it is run and what else is kept.
@@ -86,6 +86,12 @@ def build_parser(description: str = "", epilog: str = "") -> SweepParser:
         help="JSON, or a file of it: lists of values of hparams, as {\"lr\": [0.1, 0.01], ...} for "
              "all combinations, or a list of objects. Every run is made with each, over --hparams; "
              "null leaves an hparam out")
+    add("--draws", metavar="JSON",
+        help="lists of values of hparams, from which every hparams seed but 0 draws, not from the "
+             "method's own range, as {\"lr\": [3e-5, 5e-5]}")
+    add("--epochs", type=float, metavar="N",
+        help="length of a run in passes over the images that it trains on, by the dataset's "
+             "published numbers of images and the hparam batch_size; it evaluates once in each")
     add("--command_launcher", default="local", metavar="NAME", help="default: local")
     add("--seed", type=int, default=0, help="has no effect, as in DomainBed")
     add("--skip_confirmation", action="store_true", help="ask nothing")
@@ -248,6 +254,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--task domain_adaptation needs unlabeled images of the test domains. "
                          "Pass --uda_holdout_fraction, for example 0.5.")
     args.grid = args.grid and grid_text(args.grid)
+    if args.draws and not all(isinstance(values, list) and values
+                              for values in runs.parse_hparams(args.draws).values()):
+        raise ValueError(f"--draws takes an object whose values are lists; found {args.draws}")
+    if args.epochs is not None and (args.steps or not 0 < args.epochs < math.inf):
+        raise ValueError(f"--epochs is {args.epochs}; it takes a number above 0, without --steps.")
     clusters.parse_extra(args.slurm_extra)
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise NotADirectoryError(f"--output_dir {args.output_dir} is a file; it takes a folder.")

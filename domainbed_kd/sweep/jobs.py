@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -196,7 +197,40 @@ def list_args(args: argparse.Namespace) -> list[dict]:
             n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
             n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams,
             single_test_envs=args.single_test_envs, **shared)
+    for train_args in found:
+        _draw(train_args, parse_hparams(args.draws or "{}"))
+        if args.epochs:
+            _count_epochs(train_args, args.epochs)
     return found
+
+
+def _draw(train_args: dict, draws: dict) -> None:
+    """Adds to a job's hparams one of each list, by the same seeds as the method's own draws."""
+    if not draws or train_args["hparams_seed"] == 0:
+        return
+    seed = seed_hash(train_args["hparams_seed"], train_args["trial_seed"])
+    drawn = {name: random.Random(seed_hash(seed, name)).choice(values)
+             for name, values in draws.items()}
+    train_args["hparams"] = json.dumps(parse_hparams(train_args.get("hparams") or "{}") | drawn)
+
+
+def _count_epochs(train_args: dict, epochs: float) -> None:
+    """Sets a job's steps, and how often it evaluates, by passes over its training images.
+
+    Raises:
+        ValueError: if the dataset's numbers of images or the batch size are not known.
+    """
+    published = datasets.facts(train_args["dataset"]).PUBLISHED
+    batch_size = parse_hparams(train_args.get("hparams") or "{}").get("batch_size")
+    if not published or not batch_size:
+        raise ValueError(f"--epochs needs the hparam batch_size and a dataset whose numbers of "
+                         f"images are published; {train_args['dataset']} is trained by --steps.")
+    sizes = [sum(n) if isinstance(n, tuple) else n for n in published.values()]
+    sizes = [n for i, n in enumerate(sizes) if i not in train_args["test_envs"]]
+    kept = sum(n - int(n * train_args["holdout_fraction"]) for n in sizes)
+    steps = max(1, kept // (batch_size * len(sizes)))  # an incomplete batch is dropped
+    train_args["steps"] = max(1, round(epochs * steps))
+    train_args.setdefault("checkpoint_freq", steps)
 
 
 class Job:
