@@ -1,6 +1,8 @@
 """Jobs as children of a fork server, which imports torch once and may itself be killed.
 
-No child can use a GPU if the server has asked CUDA anything; see scripts/_warm.py.
+No child can use a GPU if the server has asked CUDA anything; see scripts/_warm.py. To begin with a
+GPU takes a process seconds, more than a small run does; so a child that has begun takes job after
+job, until one fails.
 """
 
 import contextlib
@@ -39,16 +41,21 @@ def context(is_warm: bool):
     return found
 
 
-def start(context, argv: list[str], environment: dict, threads: int | None, errors: str | None):
+def start(context, argv: list[str], environment: dict, threads: int | None, errors: str | None
+          ) -> tuple:
     """A job as a child of the fork server, which is started first if there is none or it died.
+
+    Returns:
+        The process, and a connection to it. If the job is done and the process would take another,
+        None can be received: see `employ` and `dismiss`.
 
     Raises:
         OSError: if the server dies again and again.
     """
     for _ in range(MAX_LOST):
-        may_go, go = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(may_go, argv, environment, threads, errors))
-        with contextlib.suppress(EOFError, OSError), go, may_go:
+        jobs, to_child = context.Pipe()
+        process = context.Process(target=_work, args=(jobs, environment, threads))
+        with contextlib.suppress(EOFError, OSError), jobs:
             # Ctrl-C reaches the whole group; jobs leave it to this process, which has them save.
             previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
             try:
@@ -57,10 +64,37 @@ def start(context, argv: list[str], environment: dict, threads: int | None, erro
                 if _in_main_thread():
                     signal.signal(signal.SIGINT, previous)
             process.start()
-            go.send(None)  # a job that the server forked just before it died ends without
-            return process
+            # A job that the server forked just before it died ends without.
+            to_child.send((argv, errors))
+            return process, to_child
+        to_child.close()
     raise OSError("the server that starts jobs died several times. Does this machine run out of "
                   "memory? Lower --jobs_per_device.")
+
+
+def would_take_another(jobs) -> bool:
+    """Whether a process says so, by its connection, which has something to be received."""
+    try:
+        return jobs.recv() is None
+    except (EOFError, OSError):
+        return False
+
+
+def employ(worker: tuple | None, argv: list[str], errors: str | None) -> tuple | None:
+    """Gives a process that would take another job this one, if it can: returns it, else None."""
+    if worker and is_warm(argv):
+        with contextlib.suppress(OSError):
+            worker[1].send((argv, errors))
+            return worker
+    return worker and dismiss(worker)
+
+
+def dismiss(worker: tuple) -> None:
+    """Lets a process end."""
+    process, jobs = worker
+    with jobs, contextlib.suppress(OSError):
+        jobs.send((None, None))
+    process.join()
 
 
 def is_orphan(process) -> bool:
@@ -143,23 +177,18 @@ def stop(processes: list) -> None:
             process.join()
 
 
-def _work(may_go, argv: list[str], environment: dict, threads: int | None, errors: str | None
-          ) -> None:
-    """Becomes the command, in a child of the fork server; with `errors`, prints there only."""
+def _work(jobs, environment: dict, threads: int | None) -> None:
+    """Becomes a command, in a child of the fork server, and then perhaps another."""
     os.setpgid(0, 0)
     try:
-        may_go.recv()
+        argv, errors = jobs.recv()
     except EOFError:
         sys.exit(claims.STOPPED)
-    may_go.close()
     os.environ.clear()
     os.environ.update(environment)
-    if errors:
-        for number, path in ((1, os.devnull), (2, errors)):
-            file = os.open(path, os.O_WRONLY)
-            os.dup2(file, number)
-            os.close(file)
+    _print_to(errors)
     if not is_warm(argv):
+        jobs.close()
         try:
             os.execvp(argv[0], argv)
         except OSError as error:
@@ -170,8 +199,52 @@ def _work(may_go, argv: list[str], environment: dict, threads: int | None, error
         import torch
 
         torch.set_num_threads(threads)
-    sys.argv = argv[2:]
-    runpy.run_module(WARM_MODULE, run_name="__main__", alter_sys=True)
+    while True:
+        sys.argv = argv[2:]
+        try:
+            runpy.run_module(WARM_MODULE, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if end.code:
+                raise
+        if not has_begun_with_gpu() or {"--plugin", "--fork"} & set(argv):
+            return
+        jobs.send(None)
+        try:
+            argv, errors = jobs.recv()
+        except EOFError:  # the sweep has died
+            return
+        if argv is None:
+            return
+        _print_to(errors)
+        _forget()
+
+
+def has_begun_with_gpu() -> bool:
+    """Whether this process holds what a GPU's next job would have to make anew."""
+    import torch
+
+    return torch.cuda.is_initialized()
+
+
+def _forget() -> None:
+    """Frees what the last job left in memory, and lets the next count its own."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _print_to(errors: str | None) -> None:
+    """From now on, if a file is given, prints there only."""
+    if errors:
+        for number, path in ((1, os.devnull), (2, errors)):
+            file = os.open(path, os.O_WRONLY)
+            os.dup2(file, number)
+            os.close(file)
 
 
 def _end_with_parent() -> None:

@@ -66,11 +66,13 @@ def dummy(commands: list[str], *, jobs_per_device: int = 1,
 class _Running(NamedTuple):
     """A job at work: its number, process, slot, start (s) and, if kept apart, its stderr.
 
-    A slot is its number, from 1, and its environment variables.
+    The process is reached by `jobs`, see `children.start`. A slot is its number, from 1, and its
+    environment variables.
     """
 
     index: int
     process: multiprocessing.Process
+    jobs: multiprocessing.connection.Connection
     slot: tuple[int, dict]
     start: float
     errors: object
@@ -92,7 +94,9 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
         threads = max(1, machine.available() // len(slots))
     variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
 
-    waiting, free = deque(enumerate(argvs)), deque(enumerate(slots, 1))
+    waiting = deque(enumerate(argvs))
+    # Slots, and the process and connection of one that would take another job.
+    free = deque((slot, None) for slot in enumerate(slots, 1))
     running: dict[int, _Running] = {}
     lines = {}  # {sentinel: JobLine}
     statuses, n_lost = [0] * len(argvs), Counter()
@@ -102,33 +106,42 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
             console.bar(total=len(argvs), unit="job") if quiet
             else contextlib.nullcontext()) as bar:
         at_end.callback(lambda: children.stop([job.process for job in running.values()]))
+        at_end.callback(lambda: [children.dismiss(worker) for _, worker in free if worker])
         while waiting or running:
             while waiting and free:
                 index, argv = waiting.popleft()
-                slot = free.popleft()
+                slot, worker = free.popleft()
                 errors = tempfile.NamedTemporaryFile() if quiet else None
-                process = children.start(
-                    context, argv, {**os.environ, **variables, **slot[1]}, threads,
-                    errors.name if errors else None)
-                running[process.sentinel] = _Running(
-                    index, process, slot, time.monotonic(), errors)
+                path = errors.name if errors else None
+                worker = children.employ(worker, argv, path) or children.start(
+                    context, argv, {**os.environ, **variables, **slot[1]}, threads, path)
+                running[worker[0].sentinel] = _Running(
+                    index, *worker, slot, time.monotonic(), errors)
                 if quiet and sys.stderr.isatty() and children.is_warm(argv):
-                    lines[process.sentinel] = JobLine(
+                    lines[worker[0].sentinel] = JobLine(
                         args.of_words(argv[3:]), position=slot[0])
             # Lines are looked up every second, where there are any.
-            ended = multiprocessing.connection.wait(list(running), 1 if lines else None)
+            connections = [job.jobs for job in running.values()
+                           if children.is_warm(argvs[job.index])]
+            ready = multiprocessing.connection.wait(
+                [*running, *connections], 1 if lines else None)
+            ended = [sentinel for sentinel in running if sentinel in ready]
+            staying = [sentinel for sentinel, job in running.items() if sentinel not in ended
+                       and job.jobs in ready and children.would_take_another(job.jobs)]
             for line in lines.values():
                 line.refresh()
             orphans = any(children.is_orphan(running[sentinel].process) for sentinel in ended)
             if orphans:  # then all are
-                ended = list(running)
+                ended, staying = list(running), []
                 children.stop_orphans([job.process for job in running.values()])
-            for sentinel in ended:
+            for sentinel in ended + staying:
                 job = running.pop(sentinel)
                 if sentinel in lines:
                     lines.pop(sentinel).close()
-                free.append(job.slot)
-                statuses[job.index] = job.process.exitcode
+                worker = (job.process, job.jobs)
+                free.appendleft((job.slot, worker if sentinel in staying
+                                 else children.dismiss(worker)))
+                statuses[job.index] = 0 if sentinel in staying else job.process.exitcode
                 if orphans and job.process.exitcode == children.UNKNOWN:
                     n_lost[job.index] += 1
                     statuses[job.index] = claims.STOPPED

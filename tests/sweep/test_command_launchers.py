@@ -1,4 +1,5 @@
 import ast
+import json
 import os
 import re
 import shlex
@@ -283,3 +284,59 @@ def test_a_job_that_exits_with_255_has_failed_and_is_not_started_again(tmp_path)
     code = "import sys; open(sys.argv[1], 'a').write('x'); sys.exit(255)"
     assert local([python(code, tmp_path / "log")]) == [255]
     assert (tmp_path / "log").read_text() == "x"
+
+
+# As where jobs have begun with a GPU, each with a process that takes job after job.
+STAYING = """
+import json, multiprocessing, sys
+import torch
+from domainbed_kd.scripts import _warm
+from domainbed_kd.sweep import children, workers
+torch.set_num_threads(1)
+n_started, start = [], children.start
+children.has_begun_with_gpu = lambda: True
+children.context = lambda is_warm: multiprocessing.get_context("fork")
+children.start = lambda *args: (n_started.append(1), start(*args))[1]
+commands, at_once = json.loads(sys.argv[1])
+statuses = workers.local(commands, jobs_per_device=at_once, threads_per_job=1)
+print(json.dumps([statuses, len(n_started)]))
+"""
+
+
+def staying(commands, at_once):
+    """(statuses, number of processes)"""
+    done = subprocess.run([sys.executable, "-c", STAYING, json.dumps([commands, at_once])],
+                          capture_output=True, text=True, check=True, timeout=120)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def digits(folder, seed, *more):
+    return shlex.join([*TRAIN.split(), "--dataset", "Debug28", "--steps", "3", "--seed", str(seed),
+                       "--checkpoint_freq", "1", "--skip_model_save", "--hparams",
+                       '{"batch_size": 4}', "--output_dir", str(folder / str(seed)), *more])
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "results.jsonl").open()]
+
+
+def test_a_process_that_has_begun_with_a_gpu_takes_jobs_that_train_to_the_same_bits(tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert local([digits(one, seed) for seed in range(5)], threads_per_job=1) == [0] * 5
+    statuses, n_processes = staying([digits(many, seed) for seed in range(5)], at_once=2)
+    assert statuses == [0] * 5 and n_processes == 2
+    for seed in range(5):
+        assert losses(many / str(seed)) == losses(one / str(seed))
+        assert (many / str(seed) / "err.txt").exists()
+
+
+@pytest.mark.slow
+def test_no_process_stays_after_a_job_that_failed_or_had_a_plugin(tmp_path):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("from domainbed_kd.algorithms.erm import ERM\nclass Mine(ERM): pass\n")
+    commands = [digits(tmp_path, 0), digits(tmp_path, 1, "--algorithm", "None"),
+                digits(tmp_path, 2, "--plugin", str(plugin)), digits(tmp_path, 3),
+                python("pass"), digits(tmp_path, 4)]
+    statuses, n_processes = staying(commands, at_once=1)
+    assert statuses == [0, 2, 0, 0, 0, 0]
+    assert n_processes == 5  # only the second job found one that stayed
