@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import datasets, networks
-from domainbed_kd.algorithms.base import Algorithm, fixed
+from domainbed_kd.algorithms.base import Algorithm, detached, fixed
 
 TEMPERATURE, EPSILON = 0.07, 1e-5
 
@@ -115,7 +115,7 @@ class ADRMX(Algorithm):
         disc = F.cross_entropy(self.discriminator(common), domains)
         if discriminates:
             self._step(disc, self.disc_opt)
-            return {"loss_disc": disc.item()}
+            return detached(loss_disc=disc)
 
         domain = F.cross_entropy(self.classifier_domain(of_domain), domains)
         label = F.cross_entropy(self.classifier_label_1(of_label), y)
@@ -128,10 +128,10 @@ class ADRMX(Algorithm):
                 + hparams["cnt_lambda"] * (label_contrast + final_contrast)
                 - hparams["disc_lambda"] * disc)
         self._step(loss, self.gen_opt)
-        return {"loss_total": loss.item(), "loss_cnt_int": label_contrast.item(),
-                "loss_cnt_final": final_contrast.item(), "loss_clf_int": label.item(),
-                "loss_clf_fin": final.item(), "loss_dmn": domain.item(), "loss_disc": disc.item(),
-                "loss_remixed": remixed.item()}
+        return detached(
+            loss_total=loss, loss_cnt_int=label_contrast, loss_cnt_final=final_contrast,
+            loss_clf_int=label, loss_clf_fin=final, loss_dmn=domain, loss_disc=disc,
+            loss_remixed=remixed)
 
     def predict(self, x):
         """Logits (B, C) of images (B, ...)."""

@@ -56,4 +56,4 @@ class ANDMask(ERM):
             stacked = torch.stack(of_domains)
             parameter.grad = masked_mean(stacked, self.mask(stacked))
         self.optimizer.step()
-        return {"loss": sum(torch.stack(losses).tolist()) / len(losses)}
+        return {"loss": sum(loss.double() for loss in losses) / len(losses)}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm, above
+from domainbed_kd.algorithms.base import Algorithm, above, detached
 
 BASE_TEMPERATURE = 0.07
 
@@ -107,8 +107,7 @@ class CAD(Algorithm):
         classify = F.cross_entropy(self.classifier(features), y)
         loss = classify + self.hparams["lmbda"] * bottleneck
         self.descend(loss)
-        return {"clf_loss": classify.item(), "bn_loss": bottleneck.item(),
-                "total_loss": loss.item()}
+        return detached(clf_loss=classify, bn_loss=bottleneck, total_loss=loss)
 
     def predict(self, x):
         """Logits (B, C) of images (B, ...)."""

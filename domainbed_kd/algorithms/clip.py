@@ -52,7 +52,7 @@ class CLIP(Algorithm):
     def update(self, minibatches, unlabeled=None):
         """The zero-shot cross-entropy; no step is taken."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
-        return {"loss": F.cross_entropy(self.predict(x), y).item()}
+        return {"loss": F.cross_entropy(self.predict(x), y)}
 
     def predict(self, x):
         """Logits (B, C): CLIP's own."""

@@ -61,7 +61,7 @@ class MLDG(ERM):
             for total_gradient, p, g in zip(gradients, inner.parameters(), later):
                 total_gradient += p.grad / n_domains
                 total_gradient += beta * g / n_domains
-            total += (loss_i + beta * loss_j).item()
+            total += (loss_i + beta * loss_j).detach().double()
         for p, gradient in zip(self.network.parameters(), gradients):
             p.grad = gradient
         self.optimizer.step()

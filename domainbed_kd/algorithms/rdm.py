@@ -10,6 +10,7 @@ from torch import Tensor
 
 from domainbed_kd import datasets
 from domainbed_kd.algorithms.annealed import Annealed
+from domainbed_kd.algorithms.base import detached
 from domainbed_kd.losses import BANDWIDTHS, squared_mmd
 
 
@@ -73,6 +74,7 @@ class RDM(Annealed):
                     + hparams["variance_weight"] * variance)
         self.update_count += 1
         self.descend(loss)
-        return {"update_count": float(self.update_count.item()), "total_loss": loss.item(),
-                "erm_loss": erm_loss.item(), "matching_penalty": matching.item(),
-                "variance_penalty": variance.item(), "rdm_lambda": float(hparams["rdm_lambda"])}
+        return detached(
+            update_count=float(self.update_count.item()), total_loss=loss, erm_loss=erm_loss,
+            matching_penalty=matching, variance_penalty=variance,
+            rdm_lambda=float(hparams["rdm_lambda"]))

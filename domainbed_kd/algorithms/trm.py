@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm
+from domainbed_kd.algorithms.base import Algorithm, detached
 
 HEAD_LR, HEAD_STEPS = 0.1, 30  # with which a domain's classifier is fitted in each update
 NEUMANN_STEPS, NEUMANN_LIMIT = 10, 10  # of the inverse Hessian's series, and of its entries
@@ -91,13 +91,13 @@ class TRM(Algorithm):
             self.alpha /= self.alpha.sum(dim=1, keepdim=True)
             risks = [self._transfer_risk(q, per_domain, labels) for q in range(len(labels))]
             value, differentiable = (sum(r) / len(risks) for r in zip(*risks))
-            loss, trm_loss = nll + differentiable, value.item()
+            loss, trm_loss = nll + differentiable, value
         self.zero_grad()
         loss.backward()
         self.optimizer_f.step()
         self.optimizer_c.step()
         self.update_count += 1
-        return {"nll": nll.item(), "trm_loss": trm_loss}
+        return detached(nll=nll, trm_loss=trm_loss)
 
     def predict(self, x):
         """Logits (B, C) of images (B, ...)."""

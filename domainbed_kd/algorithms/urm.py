@@ -28,7 +28,7 @@ def discriminator(n_features: int, n_hidden: int) -> nn.Sequential:
 
 def uniform_noise(features: Tensor, lowest: float) -> Tensor:
     """Noise of features' shape and device, uniform from `lowest` to 1."""
-    noise = torch.rand(features.shape, device=features.device)
+    noise = torch.rand(features.shape, device=features.device).to(features.dtype)
     return noise * (1 - lowest) + lowest
 
 

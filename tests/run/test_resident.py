@@ -50,7 +50,7 @@ def test_an_exact_run_reads_test_images_once(root, tmp_path, monkeypatch, on_dev
     n_reads, load = Counter(), datasets.load_image
     monkeypatch.setattr(datasets.image_folders, "load_image",
                         lambda path: (n_reads.update([path]), load(path))[1])
-    trained(tmp_path / "run", root)  # two evaluations
+    trained(tmp_path / "run", root, "--loader_processes", "0")  # two evaluations
     counts = {domain: {n for path, n in n_reads.items() if f"/shapes/{domain}/" in path}
               for domain in "ab"}
     assert counts["b"] == {1} and min(counts["a"]) >= 2
