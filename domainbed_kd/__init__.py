@@ -5,8 +5,6 @@
 
 __version__ = "0.1.0"
 
-_MODULES = ("algorithms", "datasets", "hparams_registry", "losses", "model_selection", "networks",
-            "results", "teachers")
 __all__ = ["algorithms", "datasets", "hparams_registry", "losses", "model_selection", "networks",
            "results", "teachers", "train"]
 
@@ -63,7 +61,7 @@ def train(output_dir: "str | os.PathLike[str]", **flags: object) -> "pandas.Data
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
+    if name in __all__:
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")
@@ -71,4 +69,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted([*globals(), *_MODULES])
+    return sorted({*globals(), *__all__})

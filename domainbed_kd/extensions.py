@@ -1,4 +1,4 @@
-"""Algorithms, data sets and launchers that live outside the package.
+"""Algorithms, datasets and launchers that live outside the package.
 
 A module given by name or as a .py file adds every Algorithm and MultipleDomainDataset class that
 it defines, and the functions in its dict `LAUNCHERS`, if it has one. An installed package adds
@@ -31,7 +31,7 @@ def load(modules: Iterable[str] = (), wanted: Iterable[str] = ()) -> None:
     Args:
         modules: dotted names, looked for in the working directory too, or paths of .py files or
             of forks.
-        wanted: names of algorithms, data sets or launchers; others than entry points' are left.
+        wanted: names of algorithms, datasets or launchers; others than entry points' are left.
 
     Raises:
         ValueError: if a module cannot be imported, defines nothing of use, or takes a name that
@@ -83,21 +83,15 @@ def _register_entry_point(kind: str, entry_point: importlib.metadata.EntryPoint)
 def _register(kind: str, name: str, value, who: str) -> None:
     if not _is_a(kind, value):
         raise ValueError(f"{who}: {name} is none of the {kind}.")
-    registry, add = {
-        "algorithms": (algorithms.ALGORITHMS, algorithms.register),
-        "datasets": (datasets.DATASETS, datasets.register),
-        "launchers": (command_launchers.REGISTRY,
+    registry, get, add = {
+        "algorithms": (algorithms.ALGORITHMS, algorithms.get_algorithm_class, algorithms.register),
+        "datasets": (datasets.DATASETS, datasets.get_dataset_class, datasets.register),
+        "launchers": (command_launchers.REGISTRY, command_launchers.get_launcher,
                       lambda f: command_launchers.REGISTRY.setdefault(name, f)),
     }[kind]
-    if name in registry and _get(kind, name) is not value:
+    if name in registry and get(name) is not value:
         raise ValueError(f"{who}: there is {name} among the {kind} already; choose another name.")
     add(value)
-
-
-def _get(kind: str, name: str):
-    return {"algorithms": algorithms.get_algorithm_class,
-            "datasets": datasets.get_dataset_class,
-            "launchers": command_launchers.get_launcher}[kind](name)
 
 
 def _is_a(kind: str, value) -> bool:

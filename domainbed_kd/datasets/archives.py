@@ -122,12 +122,7 @@ def verified(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(archive: Path, url: str = "") -> Iterator[None]:
-    """Inside, an archive that is damaged, encrypted or dangerous is refused in one line.
-
-    Args:
-        archive: the file.
-        url: where it is from, to be named.
-    """
+    """Inside, an archive that is damaged, encrypted or dangerous is refused, naming its URL."""
     source = f"{archive}{f' from {url}' if url else ''}"
     try:
         yield
@@ -144,12 +139,7 @@ def opened(archive: Path, url: str = "") -> Iterator[None]:
 
 
 def unpack(archive: Path, folder: Path, url: str = "") -> None:
-    """Unpacks a .zip or .tar.* into an existing folder.
-
-    Args:
-        archive: the file.
-        folder: where to.
-        url: where the archive is from, for messages.
+    """Unpacks a .zip or .tar.* into an existing folder; messages name its URL.
 
     Raises:
         ValueError: if it is damaged or encrypted, or would write outside the folder.

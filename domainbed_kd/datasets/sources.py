@@ -68,9 +68,8 @@ def _downloads(data_dir: Path) -> Path:
 def terra_places(annotations: dict) -> Iterator[tuple[str, str]]:
     """(name of an image, "location_<n>/<class>") of the annotations that belong to the dataset.
 
-    Args:
-        annotations: COCO-style: `images` (id, file_name, location), `categories` (id, name),
-            `annotations` (image_id, category_id).
+    They are COCO-style: `images` (id, file_name, location), `categories` (id, name),
+    `annotations` (image_id, category_id).
     """
     classes = {c["id"]: c["name"] for c in annotations["categories"]
                if c["name"] in datasets.TerraIncognita.CLASSES}

@@ -149,10 +149,7 @@ _MOST = 2 ** 63
 def add_flags(group, flags: Iterable[Flag], for_sweep: bool = False) -> None:
     """Adds flags to a parser or to one of its groups.
 
-    Args:
-        group: the parser or group.
-        flags: those to add.
-        for_sweep: take those that a sweep hands on; what is not given is then None.
+    With `for_sweep`, only those that a sweep hands on; what is not given is then None.
     """
     for flag in flags:
         if for_sweep and not flag.in_sweep:

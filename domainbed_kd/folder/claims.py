@@ -64,11 +64,9 @@ def clear(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Inside, no other process trains in the folder.
+    """Inside, no other process trains in the folder, which must exist.
 
-    Args:
-        folder: of the run; it must exist.
-        wait_s: seconds to wait for another process to end, or for its heartbeat to grow stale.
+    Another gets `wait_s` seconds to end, or its heartbeat to grow stale.
 
     Raises:
         Busy: if another process has it for longer.

@@ -253,13 +253,8 @@ def say_skipped(left_out: list[str]) -> None:
 def choose(candidates: Iterable[tuple[int, float, object]], only_last: bool):
     """DomainBed's rule: the first of (step, validation accuracy, ...) with the best accuracy.
 
-    Args:
-        candidates: tuples of any length.
-        only_last: take the one with the highest step instead, of equals the last; for records
-            that say `"selection": "last"` (SWAD).
-
-    Returns:
-        The tuple; None if there are none.
+    With `only_last`, for records that say `"selection": "last"` (SWAD), it is the one with the
+    highest step, of equals the last. None if there are none.
     """
     if only_last:
         candidates = sorted(candidates, key=operator.itemgetter(0))[-1:]

@@ -48,14 +48,10 @@ class Folder:
         self.without_results: list[str] = []
 
     def curves(self, as_listed: bool = False, unseal: bool = False) -> list[Curve]:
-        """The contents of `<input_dir>/*/results.jsonl`, by folder name, then line.
+        """The contents of `<input_dir>/*/results.jsonl`, in the order of names, or `as_listed`.
 
-        What cannot be read is named on stderr and skipped.
-
-        Args:
-            as_listed: in the order of `listing` instead.
-            unseal: read sealed test accuracies too, and write down in looks.jsonl that this
-                was done.
+        What cannot be read is named on stderr and skipped. With `unseal`, sealed test accuracies
+        are read too, and looks.jsonl says that this was done.
 
         Raises:
             ValueError: if runs are sealed and `unseal` is false.
@@ -226,9 +222,7 @@ class Grid:
     Attributes: `trained`, the (run, curve) pairs, of which a run in several folders or with several
     settings has several; `n_steps` of the longest run on each dataset.
 
-    Args:
-        found: the curves of all runs.
-        planned: the args of runs without records; they count like the others.
+    `planned` are the args of runs without records, which count like the others.
 
     Raises:
         ValueError: if runs were measured by different metrics.

@@ -34,13 +34,7 @@ def numbers(values):
 
 
 def chosen(frame, searches: dict, method: type):
-    """The rows of the runs whose hparams a selection method chose.
-
-    Args:
-        frame: of `single`.
-        searches: of `curves.searches`.
-        method: a `selection.SelectionMethod`.
-    """
+    """The rows, of `single`, of the runs whose hparams a `SelectionMethod` chose in `searches`."""
     import pandas as pd
 
     best = []
@@ -115,11 +109,8 @@ def teachers(frame, everything):
 
     Returns a table with `dataset`, `algorithm`, `test_env`, `student` and `teacher`: on the same
     images where diagnostics were recorded; otherwise on the domain's in-split, if the teacher is a
-    run of the same folder. Other teachers were not measured there and have no row.
-
-    Args:
-        frame: of `chosen`.
-        everything: of `single`, in which teachers are looked up.
+    run of the same folder, which is looked up in `everything`, of `single`. Other teachers were not
+    measured there and have no row.
     """
     import pandas as pd
 

@@ -17,13 +17,6 @@ from domainbed_kd.results.records import Grid
 from domainbed_kd.results.selection import Outcome, SelectionMethod
 from domainbed_kd.tasks import CLASSIFICATION
 
-#: The datasets of which DomainBed has tables, in its order.
-DOMAINBED_DATASETS = (
-    "Debug28", "Debug224", "ColoredMNIST", "RotatedMNIST", "VLCS", "PACS", "OfficeHome",
-    "TerraIncognita", "DomainNet", "SVIRO", "WILDSCamelyon", "WILDSFMoW", "SpawriousO2O_easy",
-    "SpawriousO2O_medium", "SpawriousO2O_hard", "SpawriousM2M_easy", "SpawriousM2M_medium",
-    "SpawriousM2M_hard")
-
 
 @dataclass
 class Cell:
@@ -177,18 +170,14 @@ def environments(dataset: str, n_envs: int) -> list[str]:
 
 def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMethod]],
              upstream: bool = False) -> dict[type[SelectionMethod], list[Table]]:
-    """{selection method: its tables}.
+    """{selection method: its tables}, of curves in DomainBed's order of reading for its very bits.
 
-    Args:
-        found: the curves of all runs; in DomainBed's order of reading for its numbers to the bit.
-        grid: the same sweep's.
-        methods: the selection methods.
-        upstream: only DomainBed's datasets, and only its algorithms in its own order.
+    With `upstream`, only of DomainBed's datasets, and of its algorithms in its own order.
     """
     seen = [curves.row(curve.args) for curve in found]
     if upstream:
         rows = row_order(seen, algorithms.DOMAINBED)
-        columns = [name for name in DOMAINBED_DATASETS if name in grid.datasets]
+        columns = [name for name in datasets.DOMAINBED if name in grid.datasets]
     else:
         rows = row_order([*seen, *grid.algorithms])
         columns = [*(name for name in datasets.DATASETS if name in grid.datasets),

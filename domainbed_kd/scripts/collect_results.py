@@ -21,31 +21,37 @@ from domainbed_kd.results import (
 def build_parser() -> argparse.ArgumentParser:
     """DomainBed's flags, then ours."""
     parser = Parser(prog="python -m domainbed_kd.scripts.collect_results", description=__doc__)
-    parser.add_argument("--input_dir", required=True, help="folder of the sweep")
+    ours = add_shared_flags(parser)
     parser.add_argument("--latex", action="store_true", help="the same as --format latex")
     parser.add_argument("--auto_lr", action="store_true",
                         help="select by the rule for ERM++'s two stages only")
-    ours = parser.add_argument_group("beyond DomainBed")
     ours.add_argument("--format", choices=formats.EXTENSIONS,
                       help="text (the default), latex, csv or markdown; also written to "
                            "INPUT_DIR/results.{txt,tex,csv,md}")
     ours.add_argument("--upstream", action="store_true",
                       help="exactly what DomainBed prints: only its datasets, no marks, no notes, "
                            "cells cut to width")
+    return parser
+
+
+def add_shared_flags(parser: argparse.ArgumentParser):
+    """Adds what `report` takes too; returns the group of flags that DomainBed lacks."""
+    parser.add_argument("--input_dir", required=True, help="folder of the sweep")
+    ours = parser.add_argument_group("beyond DomainBed")
     ours.add_argument("--published", action="store_true",
                       help="also show published results on the same datasets, marked where "
                            "their protocol differs or is not stated (docs/report.md)")
     ours.add_argument("--compare", metavar="ALGORITHM",
-                      help="also compare every other algorithm with this one: paired differences "
-                           "in points with 95 percent intervals and corrected tests, mean ranks "
-                           "(docs/report.md)")
+                      help="compare every other algorithm with this one (in a report by default "
+                           "ERM): paired differences in points with 95 percent intervals and "
+                           "corrected tests, mean ranks (docs/report.md)")
     ours.add_argument("--unseal", action="store_true",
                       help="read the test accuracies of runs that were trained with --seal too, "
                            "and write down in INPUT_DIR/looks.jsonl that this was done")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
                       help="module or .py file whose algorithms and datasets the tables name and "
                            "order as they say; may be given again")
-    return parser
+    return ours
 
 
 def main(argv: list[str] | None = None) -> int:

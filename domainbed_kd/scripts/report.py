@@ -8,25 +8,15 @@ from pathlib import Path
 from domainbed_kd import console, extensions
 from domainbed_kd.console import Parser, run_main
 from domainbed_kd.results import notes, published, records, selection, tables
+from domainbed_kd.scripts import collect_results
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = Parser(prog="python -m domainbed_kd.scripts.report", description=__doc__)
-    parser.add_argument("--input_dir", required=True, help="folder of the sweep")
+    collect_results.add_shared_flags(parser)
     parser.add_argument("--output", help="the page (INPUT_DIR/report.html); plots go to a folder "
                                          "of its name beside it, as PNG and PDF")
-    parser.add_argument("--compare", metavar="ALGORITHM",
-                        help="compare every other algorithm with this one (ERM; without it the "
-                             "first row)")
-    parser.add_argument("--published", action="store_true",
-                        help="also show published results in the tables, marked where their "
-                             "protocol differs or is not stated")
-    parser.add_argument("--unseal", action="store_true",
-                        help="as of collect_results: read sealed test accuracies, and note that")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE",
-                        help="module or .py file whose algorithms and datasets the tables name "
-                             "and order as they say; may be given again")
     return parser
 
 

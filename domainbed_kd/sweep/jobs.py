@@ -149,8 +149,7 @@ class Runs:
 def plan(launches: list[argparse.Namespace]) -> list["Job"]:
     """The jobs of a sweep's launches, each with its teacher; teachers that it lacks come first.
 
-    Args:
-        launches: the flags of each; of a run that several list, the last one's count.
+    Of a run that several launches list, the flags of the last count.
 
     Raises:
         ValueError: if teachers are needed but are to save no model.

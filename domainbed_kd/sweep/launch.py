@@ -138,12 +138,8 @@ def launch(launches: list[argparse.Namespace], all_jobs: list[Job], launcher: Ca
            is_blocking: bool) -> int:
     """Runs the jobs that have not begun, and goes on with those that were interrupted or failed.
 
-    Args:
-        launches: flags; of several, how to launch is what the last ones say.
-        all_jobs: of these.
-        launcher: takes the jobs' commands; see command_launchers.py.
-        is_blocking: whether it returns when the jobs have ended. Of others, folders in which
-            nothing has begun are jobs that wait in a queue.
+    The last launch says how. Of a launcher that does not block until its jobs have ended, folders
+    in which nothing has begun are jobs that wait in a queue.
 
     Returns:
         1 if jobs failed, were stopped, or are left to others and not done; else 0.

@@ -13,13 +13,9 @@ from domainbed_kd.sweep.jobs import Job
 
 
 class Rates:
-    """Seconds per update, evaluations included, by row of tables and dataset.
+    """Seconds per update, evaluations included, by row of tables and dataset, of begun jobs."""
 
-    Args:
-        jobs: those that have begun count; a job is a `jobs.Job`.
-    """
-
-    def __init__(self, jobs: Iterable):
+    def __init__(self, jobs: Iterable[Job]):
         seconds, steps = Counter(), Counter()
         for job in jobs:
             cost = job.cost
@@ -30,20 +26,18 @@ class Rates:
                     steps[key] += cost["steps"]
         self._rates = {key: seconds[key] / steps[key] for key in steps}
 
-    def is_measured(self, job) -> bool:
+    def is_measured(self, job: Job) -> bool:
         """Whether a run of the same algorithm on the same dataset has measured it."""
         return _kind(job) in self._rates
 
-    def of(self, job) -> float | None:
+    def of(self, job: Job) -> float | None:
         """Seconds per update of such a job, or else of all on its dataset; None if unknown."""
         return self._rates.get(_kind(job), self._rates.get(_kind(job)[1]))
 
-    def seconds_left(self, job, stated: float | None = None) -> float | None:
+    def seconds_left(self, job: Job, stated: float | None = None) -> float | None:
         """Seconds that a job still needs; None if unknown.
 
-        Args:
-            job: a `jobs.Job`.
-            stated: seconds of a whole run, for algorithms that no run has measured.
+        `stated` are seconds of a whole run, for algorithms that no run has measured.
         """
         if job.state == job.DONE:
             return 0.0
@@ -55,19 +49,16 @@ class Rates:
         return None if rate is None else rate * max(job.n_steps - steps, 0)
 
 
-def _kind(job) -> tuple[str, str]:
+def _kind(job: Job) -> tuple[str, str]:
     return curves.row(job.train_args), job.train_args["dataset"]
 
 
-def wall_seconds(jobs: Iterable, seconds: dict[int, float], slots: int) -> float:
-    """How long jobs take, so many at a time and in order; students begin after all teachers.
+def wall_seconds(jobs: list[Job], seconds: dict[int, float], slots: int) -> float:
+    """How long jobs take in order, `slots` at a time, by the seconds of each by its id.
 
-    Args:
-        jobs: `jobs.Job`s.
-        seconds: what each takes, by its id.
-        slots: jobs at a time.
+    Students begin after all teachers.
     """
-    total, jobs = 0.0, list(jobs)
+    total = 0.0
     for generation in sorted({job.generation for job in jobs}):
         ends = [0.0] * slots
         for job in jobs:

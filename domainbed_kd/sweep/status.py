@@ -28,9 +28,7 @@ def show(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
 def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
     """Jobs by state, their rate, the time left, what failed and why, and the memory they held.
 
-    Args:
-        all_jobs: of the sweep.
-        n_slots: jobs at a time where none is running, which would tell.
+    `n_slots` are the jobs at a time where none is running, which would tell.
     """
     counts = Counter((kind, job.train_args[kind], job.state)
                      for job in all_jobs for kind in ("algorithm", "dataset"))

@@ -380,11 +380,11 @@ def test_the_command_that_completes_a_sweep_launches_the_absent_runs_only(
         (folder / "results.jsonl").write_text(
             json.dumps({"args": args, "hparams": {}, "step": 2, **accs}) + "\n")
         (folder / "done").write_text("done")
-    manifest.add_launches(tmp_path, [[
+    manifest.add_launches(tmp_path, [{"of_plugins": {}, "flags": [
         "--datasets", "Debug28", "Debug224", "--algorithms", "ERM", "SWAD", "--n_trials", "2",
         "--n_hparams_from", "1", "--n_hparams", "3", "--steps", "3", "--checkpoint_freq", "2",
         "--holdout_fraction", "0.25", "--hparams", '{"batch_size": 4}',
-        *(["--single_test_envs"] if single else [])]])
+        *(["--single_test_envs"] if single else [])]}])
     out, _ = run(capsys, tmp_path)
     commands = [shlex.split(line) for line in out.splitlines() if "sweep launch" in line]
     launched = []
