@@ -210,7 +210,7 @@ def test_a_run_has_finished_at_its_last_step(steps, last, finished):
 def test_the_grid_tells_settings_apart():
     grid = loaded(line(10), line(4, steps=5, trial_seed=1))
     assert grid.coverage("VLCS", "ERM", 0, pairs=False).settings == {
-        ("11", "None", "None", "None"), ("5", "None", "None", "None")}
+        ("11", "None", "None", "None", "None"), ("5", "None", "None", "None", "None")}
 
 
 def test_the_grid_of_nothing_is_empty():
