@@ -14,6 +14,7 @@ COMMANDS = {
     "list_top_hparams": "list the hparams that model selection chose",
     "report": "write the tables and plots of a sweep as one HTML page",
     "download": "fetch datasets and verify them",
+    "save_images": "save some images of each domain as a network sees them",
 }
 
 
