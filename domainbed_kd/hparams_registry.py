@@ -85,7 +85,7 @@ def _shared(dataset: str) -> dict:
 
 
 def search_space(algorithm: str, dataset: str) -> dict:
-    """{name: (default, draw)} of an algorithm on a data set; draw(RandomState) -> value."""
+    """{name: (default, draw)} of an algorithm on a dataset; draw(RandomState) -> value."""
     return _shared(dataset) | algorithms.get_algorithm_class(algorithm).search_space(dataset)
 
 
@@ -133,7 +133,7 @@ def override(hparams: dict, text: str | None, takes: Mapping = {}) -> dict:
     algorithm nor `OPTIONAL` knows are taken, with a warning.
 
     Raises:
-        ValueError: if the text is no JSON object, or a value is of another kind than the default.
+        ValueError: if the text is not a JSON object, or a value is not of its default's kind.
     """
     if text is None:
         return hparams

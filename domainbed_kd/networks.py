@@ -473,7 +473,7 @@ class DeepLab(nn.Module):
 def _refuse_contradictions(side: int, hparams) -> None:
     """Raises ValueError if the hparams name two networks, or an option of one not named."""
     backbone, vit = hparams.get("backbone"), hparams["vit"]
-    for contradiction, mend in (
+    for contradiction, advice in (
         (backbone not in (None, SMALL_VIT) and side < 32,
          f"backbone takes images of 32 pixels or more, and these have {side}"),
         (backbone and (hparams["resnet18"] or vit or hparams["dinov2"]),
@@ -485,7 +485,7 @@ def _refuse_contradictions(side: int, hparams) -> None:
         (hparams["vit_attn_tune"] and not vit, "vit_attn_tune takes vit and dinov2 too"),
     ):
         if contradiction:
-            raise ValueError(f"Contradictory hparams: {mend}.")
+            raise ValueError(f"Contradictory hparams: {advice}.")
 
 
 @functools.cache

@@ -109,12 +109,12 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
              input_shape: Sequence[int] | None = None) -> networks.Frozen:
     """The predictor that a finished run saved, ours or DomainBed's, as a teacher.
 
-    Inputs are (B, *input_shape), normalized as the run's data set is; outputs are (B, C) logits.
+    Inputs are (B, *input_shape), normalized as the run's dataset is; outputs are (B, C) logits.
     What is None, because a fork does not tell, is not compared.
 
     Raises:
         FileNotFoundError: if the run has not finished or saved no model.
-        ValueError: if it trained on another data set, on a domain the student is tested on, on
+        ValueError: if it trained on another dataset, on a domain the student is tested on, on
             images of another shape or on other classes, or if its weights do not all fit.
     """
     from domainbed_kd import algorithms
@@ -131,7 +131,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     args = model["args"]
     if dataset not in (None, args["dataset"]):
         raise ValueError(f"The teacher in {folder} trained on {args['dataset']}, the student "
-                         f"trains on {dataset}. Name a teacher of the same data set.")
+                         f"trains on {dataset}. Name a teacher of the same dataset.")
     seen = sorted(set(test_envs or ()) - set(args["test_envs"]))
     if seen:
         raise ValueError(
@@ -139,7 +139,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
             "tested. Name a teacher that held them out.")
     if num_classes not in (None, model["model_num_classes"]):
         raise ValueError(f"The teacher in {folder} knows {model['model_num_classes']} classes, "
-                         f"the student's data set has {num_classes}. Name another teacher.")
+                         f"the student's dataset has {num_classes}. Name another teacher.")
     if input_shape is not None and tuple(input_shape) != tuple(model["model_input_shape"]):
         raise ValueError(
             f"The teacher in {folder} takes images of shape {tuple(model['model_input_shape'])}, "
@@ -271,7 +271,7 @@ def check_class_names(method: str, hparams: dict, num_classes: int) -> None:
                          "--hparams '{\"class_names\": [...]}'.")
     if len(names) != num_classes:
         raise ValueError(
-            f"{method}: the data set has {num_classes} classes but hparams['class_names'] holds "
+            f"{method}: the dataset has {num_classes} classes but hparams['class_names'] holds "
             f"{len(names)}: {names}. Pass one for each, in label order.")
 
 

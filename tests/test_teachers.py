@@ -353,7 +353,7 @@ def test_a_student_of_clip_can_teach_whatever_its_domains_are_called(name, tmp_p
 @pytest.mark.parametrize("arguments, words", [
     (("Debug224", [1], 2, None), "trained on Debug28, the student trains on Debug224"),
     (("Debug28", [0, 1], 2, None), r"trained on environments \[0\], on which the student is"),
-    (("Debug28", [1], 3, None), "knows 2 classes, the student's data set has 3"),
+    (("Debug28", [1], 3, None), "knows 2 classes, the student's dataset has 3"),
     (("Debug28", [1], 2, (3, 32, 32)), r"takes images of shape \(3, 28, 28\), the student's are"),
 ])
 def test_a_run_that_does_not_suit_the_student_is_refused_in_one_line(finished, arguments, words):

@@ -147,7 +147,7 @@ nothing but digits.
 - Data: images that `tools/render_digits.py` draws, a new one each time: strokes through points
   placed by hand, bent, slanted, blurred by passing through 8x8 or 16x16 pixels, filled, outlined or
   hatched, in colours or greys, on flat or patterned grounds. It saw no image of DigitsDG and no
-  other data set. It does know looks *like* DigitsDG's, sketches among them, as a CLIP trained on
+  other dataset. It does know looks *like* DigitsDG's, sketches among them, as a CLIP trained on
   the web does; and accuracy on DigitsDG was looked at while the renderer was written, so what
   stands below is no blind test.
 - Made in {minutes:.0f} minutes on {"a core" if threads == 1 else f"{threads} cores"} by

@@ -20,7 +20,7 @@ DOMAINBED = (
     "CausIRL_MMD", "EQRM", "RDM", "ADRMX", "URM")
 # Files not named here follow in alphabetical order.
 _ORDER = (*DOMAINBED, "SMA", "SWAD")
-# Files whose classes other methods build on; they are no methods themselves.
+# Files whose classes other methods build on; they are not methods themselves.
 _ABSTRACT = ("base", "annealed", "composed", "scheduled", "taught")
 
 

@@ -17,7 +17,7 @@ class ARM(ERM):
     """ERM on images with a context channel, averaged over each support set.
 
     A support set is `batch_size` images in a row, so a training domain's minibatch is one. A batch
-    that is no multiple of it is a single support set: predictions depend on their batch, which
+    that is not a multiple of it is a single support set: predictions depend on their batch, which
     should hold images of one domain.
     """
 

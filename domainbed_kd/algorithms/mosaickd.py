@@ -12,7 +12,7 @@ Labels are ignored in both, unless `mosaic_ce` asks for them in the first.
 
 Departures: DomainBed's Adam and lr for the student (`mosaic_student_optimizer` "sgd" is theirs,
 with its cosine); one batch of real images per update, augmented, serves all players, where theirs
-draws six; one normalization, the data set's, for real and synthetic images; the loss of a patch is
+draws six; one normalization, the dataset's, for real and synthetic images; the loss of a patch is
 its mean times 64, so that it weighs the same at every image size, where theirs sums over patches
 (64 of them at 32 pixels); the student is in eval mode while the generator learns, so that
 synthetic batches do not move its BatchNorm. `mosaic_published` restores the last two.
@@ -251,7 +251,7 @@ class MosaicKD(Taught):
         return values
 
     def synthesize(self, n: int, noise: torch.Generator) -> Tensor:
-        """Images (n, C, H, W), normalized as the data set's are, from noise drawn on the CPU."""
+        """Images (n, C, H, W), normalized as the dataset's are, from noise drawn on the CPU."""
         z = torch.randn(n, self.hparams["mosaic_z_dim"], generator=noise).to(self.mean)
         return (self.generator(z) - self.mean) / self.std
 

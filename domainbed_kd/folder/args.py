@@ -140,7 +140,7 @@ SETTINGS = tuple(flag.name for flag in FLAGS.values() if flag.is_setting)
 # Args on record that are neither lists nor objects.
 _ONE_VALUE = tuple(flag.name for flag in FLAGS.values()
                    if flag.on_record != NEVER and "nargs" not in flag.options)
-#: More domains than this no dataset has; readers count up to the largest number.
+#: The most domains that a dataset may have; readers count up to the largest number.
 MOST_ENVS = 1000
 # Nor is any number of steps or seed larger.
 _MOST = 2 ** 63

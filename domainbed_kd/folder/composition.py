@@ -130,7 +130,7 @@ def others(hparams: dict) -> list[str]:
 def row(algorithm: str, hparams: dict) -> str:
     """What a table calls an algorithm with these hparams, such as "CORAL + KD(SWAD) + SMA".
 
-    What is no form of teachers is left out: tables are made of what anybody recorded.
+    What is not a form of teachers is left out: tables are made of what anybody recorded.
     """
     try:
         return _row(algorithm, hparams)

@@ -1,8 +1,8 @@
 """A fork tried out: its own scripts with our methods, and its methods here, on few images.
 
 All runs happen in a copy of the checkout, so that nothing in it changes. They take two or four
-steps of two images, with a ResNet-18 of random weights: what is tried is the bridge. Where there
-is no GPU and a fork insists on one, "cuda" is made to mean the CPU.
+steps of two images, with a ResNet-18 of random weights: what is tried is the bridge. Where a fork
+insists on a GPU and none is there, "cuda" means the CPU.
 """
 
 import hashlib

@@ -164,7 +164,7 @@ def ensemble(members: Iterable[Predictions]) -> Predictions:
     Logits are the mean's logarithms, less the largest.
 
     Raises:
-        ValueError: if there are no members, they have no image in common, or they disagree about
+        ValueError: if there are no members, they share no image, or they disagree about
             classes.
     """
     members = list(members)

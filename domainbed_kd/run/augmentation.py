@@ -99,7 +99,7 @@ def _weights(sizes: Tensor, most: int, side: int) -> Tensor:
 
 
 def speed_up(dataset) -> None:
-    """Leaves flips, colours and normalization of a data set's augmented images to `distorted`.
+    """Leaves flips, colours and normalization of a dataset's augmented images to `distorted`.
 
     These images become uint8; domains that are not augmented, or not as DomainBed does, stay.
     """

@@ -39,7 +39,7 @@ class CanonicalViews:
     Args:
         algorithm: one with `teacher`, or several in `teachers`; others need no view.
         splits: the in-splits of the training domains.
-        batches: a function of a data set that yields its (x, y) in order, not augmented, on the
+        batches: a function of a dataset that yields its (x, y) in order, not augmented, on the
             algorithm's device.
         folder: where outputs are kept, memory-mapped; None computes them for this run.
         key: what else they depend on, such as the precision.

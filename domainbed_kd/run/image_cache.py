@@ -1,4 +1,4 @@
-"""A data set's images, decoded once per machine and mapped into the memory of every run.
+"""A dataset's images, decoded once per machine and mapped into the memory of every run.
 
 A file holds the pixels of all images at their own size, one image after the other, then a JSON
 index, then the index's length. It is written beside and renamed, so that readers need no lock.
@@ -43,7 +43,7 @@ class ImageCache:
         root: the folder that the index's paths are relative to.
 
     Raises:
-        ValueError: if it is no such file, or another version of Pillow decoded it.
+        ValueError: if it is not such a file, or if another version of Pillow decoded it.
     """
 
     def __init__(self, path: Path, root: Path):
@@ -78,9 +78,9 @@ class ImageCache:
 
 
 def attach(dataset, folder: Path) -> None:
-    """Has the domains of a data set of image files read from a cache, which is built if need be.
+    """Has the domains of a dataset of image files read from a cache, which is built if need be.
 
-    Other data sets are left as they are.
+    Other datasets are left as they are.
 
     Raises:
         NotADirectoryError: if the folder is a file.

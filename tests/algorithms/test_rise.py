@@ -303,5 +303,5 @@ def test_terra_alone_asks_for_the_text_head_at_test():
 def test_classes_must_be_named():
     with pytest.raises(ValueError, match="RISE: the classes have no names. Pass them"):
         make("RISE", class_names=None)
-    with pytest.raises(ValueError, match="RISE: the data set has 3 classes but .* holds 2"):
+    with pytest.raises(ValueError, match="RISE: the dataset has 3 classes but .* holds 2"):
         make("RISE", class_names=["cat", "dog"])

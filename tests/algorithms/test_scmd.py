@@ -268,7 +268,7 @@ def test_a_weight_of_0_asks_clip_nothing():
 
 @pytest.mark.parametrize("names, words", [
     (None, "SCMD: the classes have no names. Pass them in label order"),
-    (["cat"], "SCMD: the data set has 3 classes but .* holds 1")])
+    (["cat"], "SCMD: the dataset has 3 classes but .* holds 1")])
 def test_classes_must_be_named(names, words):
     with pytest.raises(ValueError, match=words):
         make("SCMD", class_names=names)

@@ -22,7 +22,7 @@ def made_up(seed=0, names="ABCDE", n_envs=6, n_trials=3):
 
 
 def frame(outcomes):
-    """Accuracies with a row for each (data set, test env, trial), a column for each algorithm."""
+    """Accuracies with a row for each (dataset, test env, trial), a column for each algorithm."""
     return pd.DataFrame([{"set": d, "env": e, "trial": t, "name": n, "acc": acc}
                          for (d, n, e), o in outcomes.items() for t, acc in o.accs.items()]
                         ).pivot(index=["set", "env", "trial"], columns="name", values="acc")

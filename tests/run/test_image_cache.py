@@ -43,7 +43,7 @@ def root(tmp_path):
 
 
 def read(root, folder=None, test_envs=(), augment=False):
-    """The data set, through a cache if its folder is given."""
+    """The dataset, through a cache if its folder is given."""
     dataset = datasets.get_dataset_class("Folder:shapes")(
         root, test_envs, {"data_augmentation": augment, "image_size": 32})
     if folder:
@@ -52,7 +52,7 @@ def read(root, folder=None, test_envs=(), augment=False):
 
 
 def pictures(dataset):
-    """{path: pixels} as the data set's loaders give them."""
+    """{path: pixels} as the dataset's loaders give them."""
     return {path: np.asarray(domain.loader(path)) for domain in dataset
             for path, _ in domain.samples}
 

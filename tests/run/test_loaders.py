@@ -37,7 +37,7 @@ class Noisy:
 
 
 class Environments(list):
-    """A data set of environments whose item i is i."""
+    """A dataset of environments whose item i is i."""
 
     def __init__(self, *sizes):
         super().__init__(range(size) for size in sizes)
