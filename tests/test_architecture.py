@@ -68,3 +68,11 @@ def test_importing_needs_no_heavy_library(module):
     code = f"import sys, {module}; print(*(m for m in {HEAVY!r} if m in sys.modules))"
     output = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert output.split() == []
+
+
+def test_the_tests_are_sorted_into_the_packages_rooms():
+    rooms = {p.parent.name for p in PACKAGE.glob("*/__init__.py")} | {"tools"}
+    folders = {p.parent.name for p in Path(__file__).parent.glob("*/test_*.py")}
+    assert folders == rooms
+    names = [p.name for p in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names))  # pytest imports them by these

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Container
 from pathlib import Path
 
 from domainbed_kd.plugin import guests
@@ -24,8 +23,6 @@ CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 SMALL = {"resnet18": True, "resnet50_augmix": False, "batch_size": 2, "clip_backbone": "tiny",
          "mosaic_kd_steps": 1, "mosaic_width": 4, "mosaic_batch": 2}
 AVERAGED = {"averaging": "sma", "sma_start": 1, "teacher_steps": 0}
-INSTALL = "\nimport domainbed_kd.plugin; domainbed_kd.plugin.install()\n"
-PARTS = ("erm", "sweep", "sources", "install", "fork")
 #: Seconds after which a fork's process is given up.
 PATIENCE = 1800
 
@@ -145,90 +142,11 @@ class Trial:
                 _weights(a.with_suffix("")) == _weights(b.with_suffix("")) for a, b in zip(*pairs))
             self.results["ERM", label] = "" if same else "other weights than under the plug-in"
 
-    def sweep(self) -> None:
-        """The fork's own sweep and table of ERM, RISE and KDDG on Debug28."""
-        if not (self.copy / "domainbed" / "scripts" / "sweep.py").exists():
-            self.results["sweep", "launch"] = "the fork has no sweep"
-            return
-        process = self.python(
-            "-m", "domainbed.scripts.sweep", "launch", "--data_dir", str(self.folder / "data"),
-            "--output_dir", "trial/sweep", "--command_launcher", "local", "--algorithms", "ERM",
-            "RISE", "KDDG", "--datasets", "Debug28", "--n_hparams", "1", "--n_trials", "1",
-            "--steps", "2", "--single_test_envs", "--skip_confirmation",
-            "--hparams", json.dumps(SMALL))
-        done = len(list(self.copy.glob("trial/sweep/*/done")))
-        error = (process.stderr.strip().splitlines() or [""])[-1][:200]
-        self.results["sweep", "launch"] = "" if done == 9 else f"{done} of 9 jobs done: {error}"
-        process = self.python("-m", "domainbed.scripts.collect_results", "--input_dir",
-                              "trial/sweep")
-        rows = {line.split()[0] for line in process.stdout.splitlines() if line.strip()}
-        self.results["sweep", "collect_results"] = "" if {"ERM", "RISE", "KDDG"} <= rows else (
-            process.stderr.strip().splitlines() or ["a row is missing"])[-1][:200]
-
     def unchanged(self) -> None:
         """Whether every source file of the copy is as it was."""
         now = self._digest()
         changed = [path for path, digest in self.sources.items() if now.get(path) != digest]
         self.results["sources", "unchanged"] = ", ".join(changed)
-
-    def install(self, dataset: str) -> None:
-        """Adds the one line to the copy's algorithms module and trains KDDG without the command."""
-        package = self.copy / "domainbed" / "algorithms"
-        module = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
-        text = module.read_text(encoding="utf-8")
-        module.write_text(text + INSTALL, encoding="utf-8")
-        self._child("install()", plugged=False, runs={
-            "KDDG": self.command("KDDG", dataset, f"trial/{dataset}_line")})
-        module.write_text(text, encoding="utf-8")
-
-    def visit(self) -> None:
-        """Trains, stops and resumes every algorithm of the fork here; then sweeps one of them."""
-        listing = self.python("-c", "from domainbed_kd.plugin import visitors; import os, json\n"
-                              "print('\\n' + json.dumps(visitors.load(os.getcwd())))",
-                              plugged=False)
-        if listing.returncode:
-            self.results["--fork", "load"] = listing.stderr.strip().splitlines()[-1]
-            return
-        names = json.loads(listing.stdout.strip().splitlines()[-1])
-        shared = ["--fork", str(self.copy), "--dataset", "Debug28", "--hparams",
-                  '{"batch_size": 4}', "--steps", "4"]
-        self._child("--fork", plugged=False, visits={name: [
-            "domainbed_kd.scripts.train", *shared, "--algorithm", name, "--output_dir",
-            f"trial/here/{name}"] for name in names})
-        good = [name for name in names if not self.results["--fork", name]][:1]
-        process = self.python(
-            "-m", "domainbed_kd.scripts.sweep", "launch", "--fork", str(self.copy), "--datasets",
-            "Debug28", "--algorithms", "ERM", *good, "--single_test_envs", "--n_trials", "1",
-            "--n_hparams", "1", "--steps", "2", "--hparams", '{"batch_size": 4}',
-            "--skip_confirmation", "--output_dir", "trial/ours", plugged=False)
-        error = (process.stderr.strip().splitlines() or [""])[-1][:200]
-        self.results["--fork sweep", "launch"] = error if process.returncode else ""
-        process = self.python("-m", "domainbed_kd.scripts.collect_results", "--input_dir",
-                              "trial/ours", plugged=False)
-        rows = {line.split()[0] for line in process.stdout.splitlines() if line.strip()}
-        self.results["--fork sweep", "table"] = "" if {"ERM", *good} <= rows else "a row is missing"
-
-    def all(self, methods: list[str], on_pacs: list[str], parts: Container[str]) -> None:
-        """Everything that is asked for, in order; a fork that does not import is left at once.
-
-        Args:
-            methods: what to train on Debug28, or on PACS where that is all the fork has.
-            on_pacs: what to train on PACS too.
-            parts: of PARTS.
-        """
-        self.doctor()
-        if self.results["doctor", "doctor"]:
-            return
-        sets = {"PACS": methods} if self.takes_xy else {"Debug28": methods, "PACS": on_pacs}
-        for dataset, names in sets.items():
-            self.train(dataset, ["ERM", *names])
-            self.reload(dataset)
-        first = next(iter(sets))
-        for part, step in {"erm": lambda: self.compare_erm(first), "sweep": self.sweep,
-                           "sources": self.unchanged, "install": lambda: self.install(first),
-                           "fork": self.visit}.items():
-            if part in parts:
-                step()
 
 
 def _weights(path: Path) -> dict:
@@ -272,31 +190,6 @@ def write_weights(folder: Path) -> None:
             state = build().state_dict()
         for file in files:
             torch.save(state, folder / file)
-
-
-def matrix(trials: dict[str, Trial]) -> str:
-    """A Markdown table, a column for each fork and a row for each thing tried, and the reasons."""
-    kinds = list(dict.fromkeys(key for trial in trials.values() for key in trial.results))
-    lines = ["| | " + " | ".join(trials) + " |", "|---" * (len(trials) + 1) + "|"]
-    notes = []
-
-    def cell(fork, trial, keys):
-        tried = [(key, trial.results[key]) for key in keys if key in trial.results]
-        failed = [(key, reason) for key, reason in tried if reason]
-        notes.extend(f"- {fork}: {' '.join(key)}: {reason}" for key, reason in failed)
-        if not tried:
-            return "its own" if keys[0][1] in trial.kept else ""
-        return "yes" if not failed else "no" if len(tried) == 1 else (
-            f"{len(tried) - len(failed)} of {len(tried)}")
-
-    rows = dict.fromkeys((kind if kind in ("--fork", "--fork sweep", "sweep") else (kind, name))
-                         for kind, name in kinds)
-    for row in rows:
-        keys = [key for key in kinds if row in (key, key[0])]
-        words = row if isinstance(row, str) else f"{row[0]}: {row[1]}"
-        lines.append(f"| {words} | " + " | ".join(
-            cell(fork, trial, keys) for fork, trial in trials.items()) + " |")
-    return "\n".join([*lines, "", *notes])
 
 
 METHODS = ["4Ds" if name == "FourDs" else name for name in guests.METHODS]
