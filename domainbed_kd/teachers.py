@@ -56,7 +56,7 @@ _NOT_TRAINED = ("The teacher {} is a run that a sweep trains first. Launch this 
 
 
 def in_two(teacher: composition.Teacher, hparams: dict, num_classes: int,
-           input_shape: Sequence[int], folders: Iterator[str], needs_features: bool
+           input_shape: Sequence[int], folders: Iterator[str | nn.Module], needs_features: bool
            ) -> tuple[networks.Frozen, networks.Frozen]:
     """A teacher as what it sees in images, (B, D), and a head that makes logits (B, C) of it.
 
@@ -65,7 +65,8 @@ def in_two(teacher: composition.Teacher, hparams: dict, num_classes: int,
         hparams: the student's, and what it knows of its data.
         num_classes: of the student.
         input_shape: of its images.
-        folders: those of the runs among the teachers, in order; this one's is taken off.
+        folders: those of the runs among the teachers, in order, or in Python modules
+            x -> logits; this one's is taken off.
         needs_features: of a run, see its features; it may else see logits.
 
     Raises:
@@ -82,7 +83,8 @@ def in_two(teacher: composition.Teacher, hparams: dict, num_classes: int,
     folder = teacher.name if teacher.kind == "folder" else next(folders, None)
     if folder is None:
         raise ValueError(_NOT_TRAINED.format(teacher.shown))
-    run = _of_same_view(folder, hparams, num_classes, input_shape)
+    run = (networks.Frozen(folder) if isinstance(folder, nn.Module)
+           else _of_same_view(folder, hparams, num_classes, input_shape))
     if not needs_features:
         return run, networks.Frozen(nn.Identity())
     return _features_and_head(run, folder, input_shape)

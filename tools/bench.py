@@ -1,9 +1,10 @@
 """What our work costs: every figure as a ratio of two things measured in turn, in one run.
 
 start: importing the package, help and building the digits that ship, against importing torch.
-updates: each method takes turns with ERM on the same student, images and threads. The floor of a
-method with a teacher is ERM's update plus one forward pass of the teacher. Memory (on Linux) is how
-much more a process holds at most during updates than before the first.
+updates: each method takes turns with ERM on the same images and threads. The floor of a method is
+what it cannot do without: ERM's update of its student, or that of the algorithm below its teachers;
+for LFME, whose experts are as large, two of them; and one forward pass of its teacher. Memory (on
+Linux) is how much more a process holds at most during updates than before the first.
 sweep: a Debug28 sweep of 12 jobs of 3 steps, against the same jobs in processes of their own.
 collect: collect_results on a made-up sweep, the first time and again.
 crops: how many training images of PACS a loader gives per CPU second, on one thread.
@@ -38,7 +39,10 @@ from domainbed_kd.console import Parser, run_main
 from domainbed_kd.seeds import seed_hash
 from domainbed_kd.sweep import jobs
 
-METHODS = ("ERM", "CORAL", "SWAD", "KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs")
+METHODS = ("ERM", "CORAL", "SWAD", "KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs", "WAKD",
+           "VL2VADiP", "VL2VSD", "CLIPood", "LFME", "XDED", "SDViT", "CORAL + KD(ERM)")
+# Methods whose student is CLIP's image network.
+TOWERS = ("VL2VSD", "CLIPood")
 ROOT = Path(__file__).parents[1]
 # Names that any DomainBed knows, so that a peer can read the made-up sweep too.
 MADE_UP = {"datasets": ("VLCS", "PACS"),
@@ -54,24 +58,49 @@ SWEEP = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_trials", "1", "--n
 # What methods cost.
 
 
-def build(name: str, batch_size: int):
-    """(algorithm, minibatches) on DigitsDG with the last domain held out."""
+def build(name: str, batch_size: int, student: str = ""):
+    """(algorithm, minibatches) on DigitsDG with the last domain held out.
+
+    Args:
+        name: of an algorithm, after which " + KD(ERM)" puts a teacher on top.
+        batch_size: images per domain.
+        student: the method whose student ERM has; its own by default.
+    """
     import torch
+    from torch import nn
 
-    from domainbed_kd import hparams_registry
+    from domainbed_kd import hparams_registry, teachers
+    from domainbed_kd.algorithms import composed
 
+    name, _, on_top = name.partition(" + ")
     dataset = datasets.get_dataset_class("DigitsDG")(None, [3], {})
     hparams = hparams_registry.default_hparams(name, "DigitsDG") | {
         "wrn_depth": 10, "wrn_widen": 1, "total_steps": 1000,
         "class_names": dataset.class_names, "domain_names": dataset.domain_names[:3],
         "dataset": "DigitsDG", "test_envs": [3], "normalization": None,
-        "scmd_worst_case": 1.0}  # 1: all rows, as the others' updates
-    if algorithms.learns_from_run(name):
+        "scmd_worst_case": 1.0,  # all rows, as the others' updates
+        "vl2v_align_steps": 0}  # the stage in which the student learns
+    if student == "SDViT":
+        hparams["backbone"] = "small_vit"
+    if on_top:
+        hparams["teachers"] = ["run:ERM"]
+    if on_top or algorithms.learns_from_run(name):
         hparams["teacher"], _ = build("ERM", batch_size)
     torch.manual_seed(0)
-    cls = algorithms.get_algorithm_class(name)
+    cls = composed.assembled(algorithms.get_algorithm_class(name), hparams)
     minibatches = [tuple(part[:batch_size] for part in env.tensors) for env in dataset.datasets[:3]]
-    return cls(dataset.input_shape, 10, 3, hparams), minibatches
+    algorithm = cls(dataset.input_shape, 10, 3, hparams)
+    if student in TOWERS:
+        tower = teachers.ImageTower(teachers.clip({"clip_backbone": "tiny"}, dataset.input_shape))
+        width = tower(torch.zeros(1, *dataset.input_shape)).shape[1]
+        algorithm.network = nn.Sequential(tower, nn.Linear(width, 10))
+        algorithm.optimizer = algorithm.adam(algorithm.network)
+    return algorithm, minibatches
+
+
+def build_floor(name: str, batch_size: int):
+    """(algorithm, minibatches) of the update below which a method's own cannot be."""
+    return build(name.partition(" + ")[0] if " + " in name else "ERM", batch_size, student=name)
 
 
 def timed(function, *args) -> float:
@@ -82,21 +111,22 @@ def timed(function, *args) -> float:
 
 
 def cost(name: str, batch_size: int, repeats: int) -> dict:
-    """Medians, in ms, of a method's update, of ERM's in turn with it, and of its floor."""
+    """A method's update in ms, and its ratio to ERM's in turn with it and to its floor."""
     import torch
 
     torch.set_num_threads(1)
     (erm, minibatches), (method, _) = build("ERM", batch_size), build(name, batch_size)
-    erm.update(minibatches)
-    method.update(minibatches)
+    floor, _ = build_floor(name, batch_size)
+    for algorithm in (erm, method, floor):
+        algorithm.update(minibatches)
     x = torch.cat([x for x, _ in minibatches])
-    has_teacher = hasattr(method, "teacher_logits")
+    has_teacher = method.teacher_is_ready()
     times = {"erm": [], "method": [], "floor": []}
     for _ in range(repeats):
-        erm_s = timed(erm.update, minibatches)
-        times["erm"].append(erm_s)
+        times["erm"].append(timed(erm.update, minibatches))
         times["method"].append(timed(method.update, minibatches))
-        times["floor"].append(erm_s + (timed(method.teacher_logits, x) if has_teacher else 0))
+        floor_s = timed(floor.update, minibatches) * (2 if name == "LFME" else 1)
+        times["floor"].append(floor_s + (timed(method.teacher_logits, x) if has_teacher else 0))
     erm_ms, method_ms, floor_ms = (1000 * statistics.median(t) for t in times.values())
     return {"method": name, "ms": method_ms, "of ERM": method_ms / erm_ms,
             "of floor": method_ms / floor_ms}
@@ -109,8 +139,8 @@ def memory(name: str, batch_size: int, is_floor: bool) -> float:
     torch.set_num_threads(1)
     method, minibatches = build(name, batch_size)
     x = torch.cat([x for x, _ in minibatches])
-    has_teacher = is_floor and hasattr(method, "teacher_logits")
-    updated = build("ERM", batch_size)[0] if is_floor else method
+    has_teacher = is_floor and method.teacher_is_ready()
+    updated = build_floor(name, batch_size)[0] if is_floor else method
     ctypes.CDLL(None).malloc_trim(0)  # what building has freed must not hide what updates take
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
     before = resident("VmRSS")

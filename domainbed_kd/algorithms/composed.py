@@ -13,7 +13,6 @@ CVPR 2019, on cosines. text: RISE's distances, with its constants; see rise.py. 
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +158,7 @@ class Composed:
 
     def _build_teachers(self, input_shape, num_classes, hparams):
         folders = hparams.get("teacher") or []
-        folders = iter([folders] if isinstance(folders, (str, Path)) else folders)
+        folders = iter(folders if isinstance(folders, (list, tuple)) else [folders])
         needs_features = not {"feature", "relation"}.isdisjoint(self.words)
         pairs = [teachers.in_two(each, hparams, num_classes, input_shape, folders, needs_features)
                  for each in composition.teachers(hparams)]
