@@ -1,4 +1,4 @@
-"""Losses that two methods or more share: pure functions of tensors."""
+"""Losses and measures that two methods or more share: pure functions of tensors."""
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +7,7 @@ from torch import Tensor
 from domainbed_kd.tasks import IGNORED
 
 BANDWIDTHS = (0.001, 0.01, 0.1, 1, 10, 100, 1000)  # of Gaussian kernels, DomainBed's
+N_BINS = 15  # of confidence; Guo et al.'s number
 
 
 def kd_per_sample(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -79,3 +80,15 @@ def invariance_penalty(logits: Tensor, y: Tensor) -> Tensor:
             F.cross_entropy(logits[half::2] * scale, y[half::2]), scale, create_graph=True)[0]
         for half in (0, 1)]
     return gradients[0] * gradients[1]
+
+
+def calibration_error(logits: Tensor, y: Tensor) -> float:
+    """Expected calibration error in [0, 1], of logits (N, C) and labels (N,).
+
+    The mean, over 15 bins of equal width and weighted by their samples, of how far the share of
+    right guesses is from the mean probability of the guessed class (Guo et al., equation 3).
+    """
+    confidence, guess = logits.double().softmax(dim=1).max(dim=1)
+    bins = (confidence * N_BINS).ceil().long().clamp(1, N_BINS)
+    gaps = torch.bincount(bins, weights=(guess == y).double() - confidence)
+    return gaps.abs().sum().item() / len(y)

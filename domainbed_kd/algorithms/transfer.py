@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm, detached
+from domainbed_kd.algorithms.base import Algorithm, between, detached
 
 
 def risk_gap(logits: list[Tensor], labels: list[Tensor]) -> Tensor:
@@ -38,6 +38,8 @@ class Transfer(Algorithm):
 
     no_teachers = "it makes steps against an adversary"
     mends = True
+
+    takes = Algorithm.takes | {"d_steps_per_g": between(0, 1000)}
 
     @staticmethod
     def search_space(dataset):

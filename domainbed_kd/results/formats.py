@@ -22,10 +22,11 @@ EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
 
 
 def document(style: str, made: dict, compared: dict, grid: Grid, n_records: int,
-             remarks: list[str]) -> str:
+             remarks: list[str], more: Iterable["Strings"] = ()) -> str:
     """All tables of a sweep in one of `EXTENSIONS`, with the remarks below, except in csv.
 
-    `made` and `compared` are the tables and the comparison of each selection method, if any.
+    `made` and `compared` are the tables and the comparison of each selection method, if any;
+    `more` are further tables.
     """
     if style == "csv":
         return as_csv(table for method, group in made.items() for table in group
@@ -41,6 +42,9 @@ def document(style: str, made: dict, compared: dict, grid: Grid, n_records: int,
             parts += map(write, group)
         if method in compared:
             parts.append(strings(style, compared[method]))
+    if more and style == "latex":
+        parts.append("\n\\subsection{Trust}")
+    parts += [strings(style, each) for each in more]
     lines = [printable(line) for line in remarks]
     if style == "latex":
         return _latex_document([*parts, *(f"% {line}".rstrip() for line in lines)], n_records)

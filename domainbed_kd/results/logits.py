@@ -5,15 +5,19 @@ predictions that model selection looks at: on the `out` split of every domain an
 of the test domains. See docs/analysis.md.
 """
 
+import contextlib
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from domainbed_kd.folder import curves
+from domainbed_kd.folder import curves, files
+from domainbed_kd.results.selection import IIDAccuracySelectionMethod
 
 
 class Predictions(NamedTuple):
@@ -98,6 +102,16 @@ def _with_choice(run: str, records: list[dict]) -> list[dict]:
 
 # Logits that a run kept.
 
+#: What reading an .npz file from anywhere raises.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@contextlib.contextmanager
+def read_arrays(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """The arrays of an .npz file, which must be a regular one; nothing in it is unpickled."""
+    with files.open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
+        yield arrays
+
 
 def steps(run: str | Path) -> list[int]:
     """The steps at which a run kept its logits, in order.
@@ -128,7 +142,7 @@ def load_logits(run: str | Path, step: int | None = None) -> dict[str, Predictio
     if step not in known:
         raise FileNotFoundError(f"{run} kept no logits at step {step}, but at "
                                 f"{', '.join(map(str, known))}.")
-    with np.load(Path(run, "logits", f"step{step}.npz"), allow_pickle=False) as arrays:
+    with read_arrays(Path(run, "logits", f"step{step}.npz")) as arrays:
         names = dict.fromkeys(name.split(".")[0] for name in arrays)
         return {name: Predictions(arrays[f"{name}.logits"].astype(np.float32),
                                   arrays[f"{name}.labels"], arrays[f"{name}.index"])
@@ -146,6 +160,50 @@ def records(run: str | Path) -> list[dict]:
              if name in recorded[step]}
             | {f"{name}_acc": accuracy(p) for name, p in load_logits(run, step).items()}
             for step in steps(run) if step in recorded]
+
+
+class Chosen(NamedTuple):
+    """A run that model selection chose, with its kept predictions at the chosen checkpoint."""
+
+    dataset: str
+    #: The table row; see `curves.row`.
+    algorithm: str
+    #: Number of its test domain.
+    env: int
+    args: dict
+    #: By split, as `load_logits` returns them.
+    predictions: dict[str, Predictions]
+
+
+def chosen(input_dir: str | Path, found: list[curves.Curve]) -> tuple[list[Chosen], int]:
+    """Of each trial, row and test domain, the run that training-domain validation selects.
+
+    Args:
+        input_dir: the sweep's folder.
+        found: the curves of its runs.
+
+    Returns:
+        Those that kept their logits, and the number of those that did not.
+
+    Raises:
+        ValueError: if none did.
+    """
+    runs, n_without = [], 0
+    for (_, dataset, algorithm, env), search in curves.searches(found).items():
+        for _, draw in IIDAccuracySelectionMethod.hparams_accs(search)[:1]:
+            curve = next(curve for curve in draw if curve.args["test_envs"] == [env])
+            run = Path(input_dir, os.path.basename(str(curve.args["output_dir"])))
+            try:
+                predictions = load_logits(run)
+                predictions[f"env{env}_in"]
+            except UNREADABLE:
+                n_without += 1
+                continue
+            runs.append(Chosen(dataset, algorithm, env, curve.args, predictions))
+    if not runs:
+        raise ValueError(f"{input_dir}: no run that is selected kept its logits. Train with "
+                         "--save_logits.")
+    return runs, n_without
 
 
 def whole_domain(predictions: dict[str, Predictions], env: int) -> Predictions:

@@ -24,7 +24,7 @@ from domainbed_kd.folder.foreign import parse_json
 LOOKS = "looks.jsonl"
 # What collect_results and report leave beside the runs.
 _OURS = (manifest.NAME, "results.txt", "results.tex", "results.csv", "results.md", "report.html",
-         "report", LOOKS)
+         "report", "alignment", LOOKS)
 _MOST_WARNINGS = 10
 # A line with more brackets than this may nest deeper than `parse_json` allows.
 _MOST_BRACKETS = 50

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from domainbed_kd import checkpoints
 from domainbed_kd.algorithms.kddg import mutual_information
+from domainbed_kd.losses import calibration_error
 
 #: Of a domain's out-split, which is shuffled, at most this many batches of 64 are looked at.
 MOST_BATCHES = 16
-N_BINS = 15  # of confidence; Guo et al.'s number
 # Of the probe. Tightest on digits, where 1e-4 lets a probe of a few hundred images overfit: 1.6
 # nats about the class instead of 1.2, of 2.3.
 RIDGE = 1e-2
@@ -137,18 +137,6 @@ class Diagnostics:
             found |= {f"mutual_information_{name}": _information(features, labels)
                       for name, labels in (("class", classes), ("domain", domains))}
         return found
-
-
-def calibration_error(logits: Tensor, y: Tensor) -> float:
-    """Expected calibration error in [0, 1], of logits (N, C) and labels (N,).
-
-    The mean, over 15 bins of equal width and weighted by their samples, of how far the share of
-    right guesses is from the mean probability of the guessed class (Guo et al., equation 3).
-    """
-    confidence, guess = logits.double().softmax(dim=1).max(dim=1)
-    bins = (confidence * N_BINS).ceil().long().clamp(1, N_BINS)
-    gaps = torch.bincount(bins, weights=(guess == y).double() - confidence)
-    return gaps.abs().sum().item() / len(y)
 
 
 @torch.enable_grad()

@@ -45,6 +45,15 @@ def add_shared_flags(parser: argparse.ArgumentParser):
                       help="compare every other algorithm with this one (in a report by default "
                            "ERM): paired differences in points with 95 percent intervals and "
                            "corrected tests, mean ranks (docs/report.md)")
+    ours.add_argument("--alignment", nargs="?", const="", metavar="CLIP",
+                      help="also show accuracy on the test images that CLIP's pre-training knew "
+                           "and on those that it did not, where it errs, and the errors shared "
+                           "with it; needs runs with --save_logits, and the images once; by "
+                           "default the CLIP that the runs learnt from (docs/analysis.md)")
+    ours.add_argument("--calibration", action="store_true",
+                      help="also show expected calibration errors on test domains, before and "
+                           "after temperature scaling on the training domains; needs runs with "
+                           "--save_logits (docs/analysis.md)")
     ours.add_argument("--unseal", action="store_true",
                       help="read the test accuracies of runs that were trained with --seal too, "
                            "and write down in INPUT_DIR/looks.jsonl that this was done")
@@ -92,8 +101,11 @@ def _check(args: argparse.Namespace, style: str) -> None:
         raise ValueError(f"--upstream: DomainBed prints text or latex, not {style}.")
     if args.published and args.upstream:
         raise ValueError("--published goes without --upstream, which prints what DomainBed does.")
-    if args.compare and (args.upstream or style == "csv"):
-        raise ValueError("--compare goes with text, latex or markdown, and without --upstream.")
+    asked = {"compare": args.compare, "alignment": args.alignment is not None,
+             "calibration": args.calibration}
+    for name in asked:
+        if asked[name] and (args.upstream or style == "csv"):
+            raise ValueError(f"--{name} goes with text, latex or markdown, and without --upstream.")
 
 
 def _tables(args: argparse.Namespace, style: str, folder: records.Folder, found: list[curves.Curve],
@@ -110,7 +122,16 @@ def _tables(args: argparse.Namespace, style: str, folder: records.Folder, found:
         shown, sources = published.of_sweep(made, grid)
         remarks += sources
     compared = significance.of_sweep(found, grid, methods, args.compare) if args.compare else {}
-    output = formats.document(style, shown, compared, grid, n_records, remarks)
+    more = []
+    if args.alignment is not None:
+        from domainbed_kd.results import alignment  # like the next, it needs NumPy, then torch
+
+        more += alignment.of_sweep(args.input_dir, found, args.alignment)
+    if args.calibration:
+        from domainbed_kd.results import calibration
+
+        more += calibration.of_sweep(args.input_dir, found)
+    output = formats.document(style, shown, compared, grid, n_records, remarks, more)
     return output, remarks if style == "csv" else []
 
 

@@ -1,0 +1,84 @@
+"""How far a sweep's probabilities can be trusted on domains that were never seen.
+
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
+https://arxiv.org/abs/1706.04599: the expected calibration error, before and after logits are
+divided by the temperature that fits validation images best. Here those are the training domains'
+out-splits, as nobody has images of the test domain.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from domainbed_kd.algorithms import display_name
+from domainbed_kd.folder.curves import Curve
+from domainbed_kd.results import logits, tables
+from domainbed_kd.results.formats import Strings
+
+# Temperatures are looked for from its inverse up to it.
+_HOTTEST = 1e3
+
+
+def temperature(values: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature in [0.001, 1000] at which logits (N, C) fit labels (N,) best.
+
+    That is where the cross-entropy is least, in which the inverse of the temperature is convex.
+    """
+    values = values.astype(np.float64)
+    true = values[np.arange(len(labels)), labels]
+
+    def slope(inverse):
+        exp = np.exp(inverse * (values - values.max(axis=1, keepdims=True)))
+        return ((exp * values).sum(axis=1) / exp.sum(axis=1) - true).mean()
+
+    low, high = -np.log(_HOTTEST), np.log(_HOTTEST)  # of the logarithm of the inverse
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(np.exp(middle)) > 0 else (middle, high)
+    return float(np.exp(-(low + high) / 2))
+
+
+def error(values: np.ndarray, labels: np.ndarray) -> float:
+    """The expected calibration error in [0, 1]; see `losses.calibration_error`."""
+    import torch
+
+    from domainbed_kd.losses import calibration_error
+
+    return calibration_error(torch.from_numpy(values), torch.from_numpy(labels))
+
+
+def of_run(run: logits.Chosen) -> tuple[float, float, float]:
+    """A run's error on its test domain, its temperature, and its error at that temperature."""
+    sources = [p for name, p in run.predictions.items()
+               if name.endswith("_out") and name != f"env{run.env}_out"]
+    fitted = temperature(np.concatenate([p.logits for p in sources]),
+                         np.concatenate([p.labels for p in sources]))
+    test = run.predictions[f"env{run.env}_in"]
+    return (error(test.logits, test.labels), fitted, error(test.logits / fitted, test.labels))
+
+
+def of_sweep(input_dir: str | Path, found: list[Curve]) -> list[Strings]:
+    """The table on each dataset: means over the runs with kept logits that are selected.
+
+    Raises:
+        ValueError: if no run kept its logits.
+    """
+    chosen, n_without = logits.chosen(input_dir, found)
+    by_dataset = defaultdict(lambda: defaultdict(list))
+    for run in chosen:
+        by_dataset[run.dataset][run.algorithm].append(of_run(run))
+    without = f" {n_without} selected runs kept no logits and are left out." if n_without else ""
+    made = []
+    for dataset, rows in by_dataset.items():
+        body = []
+        for name in tables.row_order(rows):
+            before, fitted, after = np.mean(rows[name], axis=0)
+            body.append([display_name(name), str(len(rows[name])), f"{100 * before:.1f}",
+                         f"{fitted:.2f}", f"{100 * after:.1f}"])
+        made.append(Strings(
+            f"Calibration on domains never seen, {dataset}", "",
+            [["Algorithm", "runs", "ECE", "temperature", "ECE scaled"], *body],
+            "ECE: expected calibration error in points, 15 bins; scaled by the temperature that "
+            "fits the training domains' validation images best; means over runs." + without))
+    return made
