@@ -122,17 +122,23 @@ def _tables(args: argparse.Namespace, style: str, folder: records.Folder, found:
         shown, sources = published.of_sweep(made, grid)
         remarks += sources
     compared = significance.of_sweep(found, grid, methods, args.compare) if args.compare else {}
-    more = []
+    output = formats.document(style, shown, compared, grid, n_records, remarks,
+                              trust(args, found))
+    return output, remarks if style == "csv" else []
+
+
+def trust(args: argparse.Namespace, found: list[curves.Curve]) -> list[formats.Strings]:
+    """The tables that --alignment and --calibration ask for."""
+    made = []
     if args.alignment is not None:
         from domainbed_kd.results import alignment  # like the next, it needs NumPy, then torch
 
-        more += alignment.of_sweep(args.input_dir, found, args.alignment)
+        made += alignment.of_sweep(args.input_dir, found, args.alignment)
     if args.calibration:
         from domainbed_kd.results import calibration
 
-        more += calibration.of_sweep(args.input_dir, found)
-    output = formats.document(style, shown, compared, grid, n_records, remarks, more)
-    return output, remarks if style == "csv" else []
+        made += calibration.of_sweep(args.input_dir, found)
+    return made
 
 
 if __name__ == "__main__":

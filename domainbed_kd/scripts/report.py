@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     chosen = made[pages.SELECTION]
     comparison = pages.compare(found, grid, args.compare, list(chosen[0].rows))
     sections = list(pages.sections(args.input_dir, found, chosen, comparison))
+    sections += [pages.Section(f"trust{i}", each.title, each.lead, [], each.rows,
+                               remark=each.remark)
+                 for i, each in enumerate(collect_results.trust(args, found), 1)]
 
     merged, sources = published.of_sweep(made, grid) if args.published else (made, [])
     images.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from domainbed_kd import datasets, teachers
 from domainbed_kd.console import run_main
 from domainbed_kd.results import alignment, calibration, logits, records
-from domainbed_kd.scripts import collect_results, train
+from domainbed_kd.scripts import collect_results, report, train
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,15 @@ def test_both_are_written_in_every_format_that_has_more_than_cells(style, sweep,
                                  "--format", style]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("Alignment with CLIP", "errors shared", "ECE scaled"))
+
+
+def test_a_report_has_the_same_tables(sweep, tmp_path):
+    page = tmp_path / "page.html"
+    assert report.main(["--input_dir", str(sweep), "--alignment", "--calibration", "--output",
+                        str(page)]) == 0
+    text = page.read_text()
+    assert all(f"<h2>{title}</h2>" in text for title in (
+        "Alignment with CLIP tiny, DigitsDG", "Calibration on domains never seen, DigitsDG"))
 
 
 @pytest.mark.parametrize("flags", [["--alignment"], ["--calibration"]])
