@@ -12,8 +12,8 @@ DomainBed checkout makes the same run, and the exact run's records must be its r
 times and memory.
 teachers: updates of methods with a frozen teacher, in fast mode, against ERM's fast update plus the
 teacher's own forward pass.
-sweep: four jobs with `multi_gpu`, one, two and four at a time; then the 36 jobs of a small DigitsDG
-sweep, six at a time against one at a time.
+sweep: four jobs with `multi_gpu`, one, two and four at a time.
+small: a DigitsDG sweep of 36 jobs, twelve at a time, against as many runs one after another.
 
 Every ratio is of two figures from this one run. Writes gpu.json and gpu.md. pacs and teachers need
 --data_dir, which holds PACS; what is skipped is named.
@@ -22,6 +22,7 @@ Every ratio is of two figures from this one run. Writes gpu.json and gpu.md. pac
 import argparse
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -37,7 +38,7 @@ from domainbed_kd import algorithms, hparams_registry, machine
 from domainbed_kd.console import Parser, run_main
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = ("tests", "card", "pacs", "teachers", "sweep")
+SECTIONS = ("tests", "card", "pacs", "teachers", "sweep", "small")
 # DomainBed's plain ResNet-50, with weights from the folder that `offline_weights` fills.
 PLAIN = {"resnet50_augmix": False}
 TEACHERS = ("KD", "SCMD", "RISE")
@@ -194,8 +195,9 @@ def seconds_each(call: Callable[[], object], n: int, device) -> float:
 
 def measure_tests(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
     """The tests marked `cuda`."""
+    beside = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     seconds, output, status = python("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider",
-                                     ROOT / "tests")
+                                     *beside, ROOT / "tests")
     count = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped)", output)}
     report.add("cuda_tests", "CUDA tests that pass", count.get("passed", 0), "tests")
     if status or count.get("failed"):
@@ -400,13 +402,19 @@ def measure_teachers(report: Report, args, sizes: Sizes, device, folder: Path) -
             "ms", f"{name}_floor", "<= 1.15")
 
 
-def sweep(report: Report, sizes: Sizes, output: Path, launcher: str, *flags: str) -> float | None:
+def digits(sizes: Sizes) -> list[str]:
+    """What a run and a sweep of small runs have in common."""
+    return ["--steps", str(sizes.sweep_steps), "--checkpoint_freq", str(sizes.sweep_steps),
+            "--hparams", '{"wrn_depth": 10, "wrn_widen": 1, "batch_size": 16}',
+            "--skip_model_save"]
+
+
+def sweep(report: Report, sizes: Sizes, output: Path, device, *flags: str) -> float | None:
     """Seconds of a DigitsDG sweep, all of whose jobs must end done."""
     seconds, said, status = python(
         "-m", "domainbed_kd.scripts.sweep", "launch", "--datasets", "DigitsDG", "--n_trials", "1",
-        "--single_test_envs", "--steps", sizes.sweep_steps, "--checkpoint_freq", sizes.sweep_steps,
-        "--hparams", '{"wrn_depth": 10, "wrn_widen": 1, "batch_size": 16}', "--skip_model_save",
-        "--skip_confirmation", "--command_launcher", launcher, "--output_dir", output, *flags)
+        "--single_test_envs", *digits(sizes), "--skip_confirmation", "--command_launcher",
+        "multi_gpu" if device.type == "cuda" else "local", "--output_dir", output, *flags)
     jobs = [path for path in output.iterdir() if path.is_dir()] if output.is_dir() else []
     if status or not all((job / "done").exists() for job in jobs):
         report.fail(f"sweep {' '.join(map(str, flags))}: {said.strip().splitlines()[-1:]}")
@@ -415,22 +423,33 @@ def sweep(report: Report, sizes: Sizes, output: Path, launcher: str, *flags: str
 
 
 def measure_sweep(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
-    """Jobs at a time on one card, and a sweep of small runs."""
-    launcher = "multi_gpu" if device.type == "cuda" else "local"
+    """Jobs at a time on one card."""
     for n in (1, 2, 4):
-        seconds = sweep(report, sizes, folder / f"four{n}", launcher, "--algorithms", "ERM",
+        seconds = sweep(report, sizes, folder / f"four{n}", device, "--algorithms", "ERM",
                         "--n_hparams", "1", "--jobs_per_device", n)
         if seconds:
             report.add(f"four{n}", f"four DigitsDG jobs, {n} at a time", seconds, "s",
                        "four1" if n > 1 else None)
-    many = ["--algorithms", "ERM", "CORAL", "SD", "--n_hparams", "3" if sizes.steps > 2 else "1"]
-    figures = []
-    for n in (1, 6):
-        figures.append(sweep(report, sizes, folder / f"many{n}", launcher, *many,
-                             "--jobs_per_device", n))
-    if all(figures):
-        report.add("many1", "36 DigitsDG jobs, one at a time", figures[0], "s")
-        report.add("many6", "36 DigitsDG jobs, six at a time", figures[1], "s", "many1", "<= 0.2")
+
+
+def measure_small(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
+    """A sweep of small runs."""
+    algorithms, n_hparams = ("ERM", "CORAL", "SD"), 1 if sizes.steps <= 2 else 3
+    n_jobs, seconds = 4 * len(algorithms) * n_hparams, 0
+    for name in algorithms:
+        took, said, status = python(
+            "-m", "domainbed_kd.scripts.train", "--dataset", "DigitsDG", "--algorithm", name,
+            *digits(sizes), "--output_dir", folder / "alone" / name)
+        seconds += took
+        if status:
+            return report.fail(f"a run of {name} on DigitsDG: {said[-500:]}")
+    report.add("alone", f"{n_jobs} DigitsDG runs one after another, from three",
+               seconds * n_jobs / len(algorithms), "s")
+    took = sweep(report, sizes, folder / "many", device, "--algorithms", *algorithms,
+                 "--n_hparams", n_hparams, "--jobs_per_device", 12)
+    if took:
+        report.add("many", f"a sweep of {n_jobs} DigitsDG jobs, twelve at a time", took, "s",
+                   "alone", "<= 0.2")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,17 @@ def context(is_warm: bool):
     return found
 
 
+def start_server() -> None:
+    """Has the fork server begin to import, if it has not yet."""
+    # Ctrl-C reaches the whole group; jobs leave it to this process, which has them save.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if _in_main_thread():
+            signal.signal(signal.SIGINT, previous)
+
+
 def start(context, argv: list[str], environment: dict, threads: int | None, errors: str | None
           ) -> tuple:
     """A job as a child of the fork server, which is started first if there is none or it died.
@@ -56,13 +67,7 @@ def start(context, argv: list[str], environment: dict, threads: int | None, erro
         jobs, to_child = context.Pipe()
         process = context.Process(target=_work, args=(jobs, environment, threads))
         with contextlib.suppress(EOFError, OSError), jobs:
-            # Ctrl-C reaches the whole group; jobs leave it to this process, which has them save.
-            previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
-            try:
-                multiprocessing.forkserver.ensure_running()
-            finally:
-                if _in_main_thread():
-                    signal.signal(signal.SIGINT, previous)
+            start_server()
             process.start()
             # A job that the server forked just before it died ends without.
             to_child.send((argv, errors))

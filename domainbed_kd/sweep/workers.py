@@ -42,6 +42,8 @@ def multi_gpu(commands: list[str], *, jobs_per_device: int = 1,
     Raises:
         ValueError: if no GPU is visible.
     """
+    children.context(is_warm=True)
+    children.start_server()  # it imports torch while another process asks for GPUs
     slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _visible_gpus()] * jobs_per_device
     return _run_all(commands, slots, threads_per_job)
 
