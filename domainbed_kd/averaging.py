@@ -29,11 +29,12 @@ from domainbed_kd import networks
 
 def add_to_mean(mean: dict[str, Tensor], new: dict[str, Tensor], n: float) -> None:
     """Turns, in place, the mean of n - 1 state dicts into that of n; integers become the new's."""
-    for name, tensor in new.items():
-        if n > 1 and tensor.is_floating_point():
-            mean[name].lerp_(tensor.to(mean[name].dtype), 1 / n)
-        else:
-            mean[name].copy_(tensor)
+    moved = [name for name, tensor in new.items() if n > 1 and tensor.is_floating_point()]
+    if moved:  # on a GPU, in a few kernels
+        torch._foreach_lerp_([mean[name] for name in moved],
+                             [new[name].to(mean[name].dtype) for name in moved], 1 / n)
+    for name in new.keys() - set(moved):
+        mean[name].copy_(new[name])
 
 
 class MovingAverage(networks.CountsOnCPU):

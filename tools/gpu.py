@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from domainbed_kd import algorithms, hparams_registry, machine
+from domainbed_kd import algorithms, datasets, hparams_registry, machine
 from domainbed_kd.console import Parser, run_main
 
 ROOT = Path(__file__).parents[1]
@@ -292,8 +292,11 @@ def measure_pacs(report: Report, args, sizes: Sizes, device, folder: Path) -> No
     """Whole runs on PACS, ours and the peer's."""
     if not args.data_dir:
         return report.skip("pacs: it needs --data_dir, the folder that holds PACS")
+    from domainbed_kd.run import image_cache
+
     cache = ["--image_cache", str(folder / "cache")]
-    train_pacs(args, Sizes(True), folder / "warm", *cache)  # builds the cache of decoded images
+    image_cache.attach(datasets.get_dataset_class("PACS")(
+        args.data_dir, [3], {"data_augmentation": False}), folder / "cache")
     if args.peer:
         measure_peer(report, args, sizes, folder)
     for mode, flags, bar in (("exact", [], "<= 0.67"), ("fast", ["--fast"], "<= 0.25")):

@@ -165,7 +165,8 @@ def settle(dataset, finish: Finish, room: int) -> None:
         room: bytes of the device's memory that images may take.
     """
     domains = [domain for domain in dataset if hasattr(domain, "samples")
-               and all(hasattr(t, "geometry") for t in (domain.transform, domain.plain_transform))]
+               and all(hasattr(getattr(domain, name, None), "geometry")
+                       for name in ("transform", "plain_transform"))]
     if len(domains) < len(dataset):
         return
     finish.table = _table(domains[0].plain_transform.transforms[-2:]).to(finish.device)

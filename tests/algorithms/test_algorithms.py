@@ -230,7 +230,8 @@ def same_draws(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, device=None, **options: rand(
         *size, **options).to(device or "cpu"))
     monkeypatch.setattr(torch, "randn_like", lambda x: randn_like(x, device="cpu").to(x.device))
-    monkeypatch.setattr(torch.Tensor, "sort", lambda x: sort(x, stable=True))
+    monkeypatch.setattr(torch.Tensor, "sort", lambda x, dim=-1: sort(
+        x, dim=dim, stable=True))
 
 
 @pytest.mark.cuda
