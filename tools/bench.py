@@ -82,6 +82,8 @@ def build(name: str, batch_size: int, student: str = ""):
         "vl2v_align_steps": 0}  # the stage in which the student learns
     if student == "SDViT":
         hparams["backbone"] = "small_vit"
+    if student == "XDED":
+        hparams["xded_weight"] = 0.0
     if on_top:
         hparams["teachers"] = ["run:ERM"]
     if on_top or algorithms.learns_from_run(name):
@@ -100,6 +102,8 @@ def build(name: str, batch_size: int, student: str = ""):
 
 def build_floor(name: str, batch_size: int):
     """(algorithm, minibatches) of the update below which a method's own cannot be."""
+    if name == "XDED":  # without its loss, which leaves its network: ERM with UniStyle
+        return build(name, batch_size, student=name)
     return build(name.partition(" + ")[0] if " + " in name else "ERM", batch_size, student=name)
 
 
