@@ -145,12 +145,15 @@ def override(hparams: dict, text: str | None, takes: Mapping = {}) -> dict:
         default = hparams.get(name)
         if default is not None and not _replaces(value, default) and not (
                 isinstance(value, float) and name in takes and takes[name].fits(value)):
-            kind = "an int" if type(default) is int else f"a {type(default).__name__}"
-            raise ValueError(f"--hparams: {name} is {json.dumps(value)}, a "
-                             f"{type(value).__name__}; it takes {kind}.")
+            raise ValueError(f"--hparams: {name} is {json.dumps(value)}, {_kind(value)}; it takes "
+                             f"{_kind(default)}.")
     if not 0 < changes.get("batch_size", 1):
         raise ValueError(f"--hparams: batch_size is {changes['batch_size']}; it takes at least 1.")
     return hparams | changes
+
+
+def _kind(value) -> str:
+    return "an int" if type(value) is int else f"a {type(value).__name__}"
 
 
 def _replaces(value, default) -> bool:

@@ -317,10 +317,15 @@ def teachers(dataset: str, pairs, table: tables.Table, looks: Looks) -> Plot:
 
 
 @rc_context(STYLE)
-def diagnostics(dataset: str, points, looks: Looks) -> Plot:
-    """A panel for each diagnostic over training; `points` are of `summaries.diagnostics`."""
+def diagnostics(dataset: str, points, looks: Looks) -> Plot | None:
+    """A panel for each diagnostic over training; `points` are of `summaries.diagnostics`.
+
+    None if the dataset's runs measured none.
+    """
     shown = [label for label in summaries.DIAGNOSTICS.values() if label in points
              and points[label].notna().any()]
+    if not shown:
+        return None
     figure, axes = _panels(len(shown), 2.1)
     for axis, label in zip(axes, shown):
         for algorithm in looks.ordered(points["args.algorithm"]):

@@ -48,6 +48,17 @@ def page(tmp_path_factory):
     return folder / "page.html"
 
 
+def test_a_dataset_whose_runs_measured_nothing_has_no_plot_of_it(tmp_path):
+    made_up(tmp_path / "sweep", ["ERM"])
+    for run in made_up(tmp_path / "more", ["KDDG"], "VLCS").iterdir():
+        plain = run.rename(tmp_path / "sweep" / run.name) / "results.jsonl"
+        plain.write_text(re.sub(r', "diagnostics": {[^}]*}', "", plain.read_text()))
+    assert report.main(["--input_dir", str(tmp_path / "sweep")]) == 0
+    drawn = {path.stem for path in (tmp_path / "sweep" / "report").iterdir()}
+    assert "PACS_diagnostics" in drawn and "VLCS_curves" in drawn
+    assert "VLCS_diagnostics" not in drawn
+
+
 class Reader(html.parser.HTMLParser):
     """Tags with their attributes, and the rows of all tables."""
 

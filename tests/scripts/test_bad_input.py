@@ -98,6 +98,8 @@ def contents(folder):
     (["collect_result"], [], "Did you mean collect_results?"),
     # Hparams out of range.
     (TRAIN, ["--hparams", '{"lr": -1, "batch_size": 4}'], "ERM: lr is -1; it takes at least 0."),
+    (TRAIN, ["--algorithm", "Transfer", "--hparams", '{"d_steps_per_g": 1' + "0" * 30
+             + ', "batch_size": 4}'], "it takes a number from 0 to 1000."),
     (TRAIN, ["--algorithm", "KD", "--hparams", '{"kd_temperature": 0, "batch_size": 4}'],
      "KD: kd_temperature is 0; it takes a number above 0."),
     # Wrong types, and numbers that are negative, absurd or not numbers.
