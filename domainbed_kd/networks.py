@@ -113,6 +113,10 @@ class Frozen(nn.Module):
     .to(). Calls run without gradients; to differentiate through the input, call `.module`.
     """
 
+    #: The share of its weights that came from a file; None for an object that was passed in.
+    weights_loaded: float | None = None
+    #: What is done to the student's images first, in words.
+    preprocessing = "the student's"
     #: What it gave before for the images at hand, which calls return then; see canonical_view.
     recalled: Tensor | None = None
 

@@ -86,7 +86,7 @@ class ADRMX(Algorithm):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.register_buffer("update_count", torch.tensor([0]))
+        self.count_updates((1,))
         self.featurizer_label = networks.Featurizer(input_shape, hparams)
         self.featurizer_domain = networks.Featurizer(input_shape, hparams)
         n_features = self.featurizer_label.n_outputs

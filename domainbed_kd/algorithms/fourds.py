@@ -310,7 +310,7 @@ class FourDs(Taught):
         network, loaded = staged(self.teacher, input_shape), self.teacher
         adapt = self.hparams["fourds_teacher_bn"] == "adapt"
         self.teacher = copy.deepcopy(network) if adapt else networks.Frozen(network)
-        self.teacher.weights_loaded = getattr(loaded, "weights_loaded", None)
+        self.teacher.weights_loaded = loaded.weights_loaded
 
     def _teacher_parts(self):
         return getattr(self.teacher, "module", self.teacher)

@@ -62,7 +62,7 @@ class TRM(Algorithm):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.register_buffer("update_count", torch.tensor([0]))
+        self.count_updates((1,))
         self.featurizer = networks.Featurizer(input_shape, hparams)
         n_features = self.featurizer.n_outputs
         self.classifier = nn.Linear(n_features, num_classes)

@@ -108,7 +108,7 @@ class Visitor(Algorithm):
         with self._needing_no_gpu():
             self.inner = self.theirs(
                 input_shape, num_classes, num_domains, _Hparams(hparams), **more)
-        self.register_buffer("update_count", torch.tensor(0))
+        self.count_updates()
         self.optimizers = checkpoints.optimizers(self.inner)
 
     @property

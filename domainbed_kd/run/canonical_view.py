@@ -59,7 +59,7 @@ class CanonicalViews:
             if not isinstance(teacher, networks.Frozen):
                 raise ValueError(f"{type(algorithm).__name__}: canonical_view needs a teacher that "
                                  f"is a networks.Frozen; found a {type(teacher).__name__}.")
-            about = [key, repr(teacher.module), getattr(teacher, "preprocessing", ""),
+            about = [key, repr(teacher.module), teacher.preprocessing,
                      *_digests(teacher.module.state_dict())]
             self.outputs[teacher] = [
                 _kept(folder, teacher, split.underlying_dataset, batches, about)
