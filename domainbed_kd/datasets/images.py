@@ -20,11 +20,8 @@ def load_image(path: str, whole: bool = False):
     """The image as 8-bit RGB; a truncated file gives what there is of it, as in DomainBed.
 
     Grey values of 16 bits are divided by 257, so that 0 is black and 65,535 white; DomainBed clips
-    them at 255. As there, a rotation that the file's EXIF data ask for is not applied.
-
-    Args:
-        path: of the file.
-        whole: refuse a truncated one; not while another thread wants the other.
+    them at 255. As there, a rotation that the file's EXIF data ask for is not applied. `whole`
+    refuses a truncated file; not while another thread wants the other.
 
     Raises:
         FileNotFoundError: if the file has been taken away since the folder was listed.

@@ -68,9 +68,7 @@ def _are_facts(of_plugins: dict) -> bool:
 def add_launches(sweep: str | Path, entries: list[dict]) -> None:
     """Adds entries for launches made here and now; a folder that cannot be written to goes without.
 
-    Args:
-        sweep: folder of the sweep, which exists.
-        entries: the "flags" and "of_plugins" of each; see `launches`.
+    Entries have "flags" and "of_plugins"; see `launches`.
 
     Raises:
         ValueError: if sweep.json is damaged.

@@ -130,13 +130,7 @@ class Run:
 
 def build(args: dict, loader_processes: int | None = None, cache_folder: str | None = None,
           gpu_image_gb: float = GPU_IMAGE_GB) -> Run:
-    """Makes a run's parts, and prints what it is.
-
-    Args:
-        args: as `training.train` takes them.
-        loader_processes: likewise.
-        cache_folder: likewise.
-        gpu_image_gb: likewise.
+    """Makes a run's parts, and prints what it is; arguments are as of `training.train`.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: if args, hparams or data do not fit.

@@ -67,11 +67,7 @@ class CanonicalViews:
 
     @contextlib.contextmanager
     def recalled(self, loaders: Iterable) -> Iterator[None]:
-        """Inside, teachers give for the loaders' last batches what they gave once.
-
-        Args:
-            loaders: one for each split, with `indices`, the items of its last batch.
-        """
+        """Inside, teachers give for the last batches of each split's loader what they gave once."""
         rows = [[split.keys[i] for i in loader.indices]
                 for split, loader in zip(self.splits, loaders)]
         for teacher, outputs in self.outputs.items():
@@ -85,13 +81,7 @@ class CanonicalViews:
 
 
 def of_run(run, in_order: Callable, folder: str | None) -> CanonicalViews | None:
-    """A run's views, if its hparams ask for them.
-
-    Args:
-        run: the run.
-        in_order: split -> its (x, y) in order, not augmented, on the run's device.
-        folder: where outputs are kept; None computes them for this run.
-    """
+    """A run's views, if its hparams ask for them; arguments as of `CanonicalViews`."""
     if not run.hparams.get("canonical_view"):
         return None
     with run.autocast():

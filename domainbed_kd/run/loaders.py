@@ -19,7 +19,26 @@ from domainbed_kd.run.splits import is_tensors
 from domainbed_kd.run.streams import Turn, from_plain, get_streams, read, set_streams, to_plain
 
 
-class InfiniteDataLoader:
+class _Loader:
+    """What both loaders tell of the batches that they take."""
+
+    _batches: "_Batches"
+
+    @property
+    def indices(self) -> list[int]:
+        """Which items the batch consists of that was returned last."""
+        return self._batches.indices
+
+    def state_dict(self) -> dict:
+        """The position, and every random stream that later batches depend on."""
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state` was taken, on the same data with the same batch size."""
+        self._batches.load_state_dict(state)
+
+
+class InfiniteDataLoader(_Loader):
     """Endless full batches, drawn with replacement: its own iterator.
 
     Args:
@@ -55,24 +74,11 @@ class InfiniteDataLoader:
     def __next__(self):
         return self._batches.take()
 
-    @property
-    def indices(self) -> list[int]:
-        """Which items the batch consists of that was returned last."""
-        return self._batches.indices
-
     def __len__(self):
         raise ValueError("An InfiniteDataLoader has no length.")
 
-    def state_dict(self) -> dict:
-        """The position, and every random stream that later batches depend on."""
-        return self._batches.state_dict()
 
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state` was taken, on the same data with the same batch size."""
-        self._batches.load_state_dict(state)
-
-
-class FastDataLoader:
+class FastDataLoader(_Loader):
     """Batches of all items once, in a new random order in each pass; the last may be short.
 
     Arguments are those of InfiniteDataLoader.
@@ -93,21 +99,8 @@ class FastDataLoader:
         for i in range(self._length):
             yield self._batches.take(self._length - i)
 
-    @property
-    def indices(self) -> list[int]:
-        """Which items the batch consists of that was returned last."""
-        return self._batches.indices
-
     def __len__(self):
         return self._length
-
-    def state_dict(self) -> dict:
-        """The position, and every random stream that later batches depend on."""
-        return self._batches.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state` was taken, on the same data with the same batch size."""
-        self._batches.load_state_dict(state)
 
 
 # Which items: endless iterators of lists of indices.

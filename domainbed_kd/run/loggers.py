@@ -150,13 +150,7 @@ def watching(folder: Path, args: dict, hparams: dict, first_step: int, test_doma
              wandb: bool = False) -> Iterator[Logger]:
     """The run's logger, which is closed at the end.
 
-    Args:
-        folder: of the run.
-        args: the run's.
-        hparams: the run's.
-        first_step: updates made before; above 0, earlier records are read from its folder.
-        test_domains: whether to show accuracies on test domains.
-        wandb: whether to log to Weights & Biases too.
+    `first_step` are the updates made before; above 0, earlier records are read from the folder.
     """
     before = curves.read_records(folder) if first_step else []
     backends = [WandB(folder, args, settings(args, hparams))] if wandb else []

@@ -61,14 +61,8 @@ def train_stage(run: Run, began: float, restores: bool, saves: bool, log_test_do
                 wandb: bool, teacher_cache: str | None) -> bool:
     """Trains and evaluates, to the run's end or, with --auto_lr, that of the stage it is in.
 
-    Args:
-        run: the run.
-        began: when it or its stage began, on time.monotonic's clock.
-        restores: whether to go on where the state in its folder was saved.
-        saves: whether to save its state.
-        log_test_domains: as `train` takes it.
-        wandb: likewise.
-        teacher_cache: likewise.
+    It `began` at a time of time.monotonic's clock; `restores` is whether to go on where the state
+    in its folder was saved, `saves` whether to save its own. The rest is as `train` takes it.
 
     Returns:
         False if a signal stopped it.
@@ -125,11 +119,7 @@ def update(run: Run, views: canonical_view.CanonicalViews | None) -> dict:
 class Recorder:
     """Evaluates a run and writes its records, its cost and its models.
 
-    Args:
-        run: the run.
-        evaluator: of the run.
-        pending: what its updates returned since the last record.
-        began: when it began, on time.monotonic's clock, less what earlier attempts took.
+    It `began` at a time of time.monotonic's clock, less what earlier attempts took.
     """
 
     def __init__(self, run: Run, evaluator: Evaluator, pending: records.Pending, began: float):
