@@ -20,7 +20,7 @@ from domainbed_kd.plugin.dialects import Dialect, dialect_of, scope_of
 
 #: What a fork is given.
 METHODS = ("KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs", "VL2VADiP", "VL2VSD", "WAKD", "LFME",
-           "CLIPood", "CLIP", "CLIPLinearProbe")
+           "CLIPood", "XDED", "CLIP", "CLIPLinearProbe")
 ADDED = "added"
 
 

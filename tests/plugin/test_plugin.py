@@ -9,9 +9,12 @@ import pytest
 from conftest import ROOT
 from standins import DIALECTS, make_fork
 
+from domainbed_kd.algorithms import get_algorithm_class
 from domainbed_kd.plugin import __main__ as plugin
 from domainbed_kd.plugin.guests import METHODS
 
+# SWAD's stand-in asks for an optimiser of its own, and a zero-shot CLIP has nothing to train.
+TRAINED = [name for name in METHODS if name != "CLIP"]
 FIVE = ("KDDG", "SCMD", "RISE", "MosaicKD", "FourDs")
 SMALL = json.dumps({"mosaic_kd_steps": 1, "mosaic_width": 4, "mosaic_batch": 2})
 # One process trains all, since each would spend seconds on imports.
@@ -50,20 +53,21 @@ def command(dialect, algorithm, *more):
 
 
 @pytest.mark.parametrize("dialect", SLOW)
-def test_all_five_methods_train_save_and_reload_in_a_fork_and_erm_keeps_its_bits(dialect, tmp_path):
+def test_all_methods_train_and_save_in_a_fork_and_erm_keeps_its_bits(dialect, tmp_path):
     fork = make_fork(tmp_path, dialect)
     sources = digest(fork)
-    commands = [command(dialect, name, "--hparams", SMALL, "--steps", "4") for name in FIVE]
+    small = json.dumps(json.loads(SMALL) | {"clip_backbone": "tiny"})
+    commands = [command(dialect, name, "--hparams", small, "--steps", "4") for name in TRAINED]
     erm = [command(dialect, "ERM"), command(dialect, "Own", "--hparams_seed", "3")]
     process = python("-c", ALL_IN_ONE.format(argvs=[argv for argv, _ in commands + erm]), cwd=fork)
     assert process.returncode == 0, process.stdout + process.stderr
-    for name, (_, folder) in zip(FIVE, commands):
+    for name, (_, folder) in zip(TRAINED, commands):
         assert (fork / folder / "done").exists()
         records = [json.loads(line) for line in (fork / folder / "results.jsonl").open()]
         assert [record["step"] for record in records] == [0, 1, 2, 3]
         assert all(record["args"]["algorithm"] == name for record in records)
-        assert any(key.startswith(("kddg_", "scmd_", "rise_", "mosaic_", "fourds_"))
-                   for key in records[0]["hparams"])
+        own = get_algorithm_class(name).search_space(records[0]["args"]["dataset"])
+        assert own.keys() <= records[0]["hparams"].keys()
     plugged = [(fork / folder / "results.jsonl").read_bytes() for _, folder in erm]
     for _, folder in erm:
         (fork / folder / "results.jsonl").unlink()
