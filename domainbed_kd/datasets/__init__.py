@@ -21,9 +21,9 @@ from domainbed_kd.datasets.image_folders import (
     ImageFolders,
     OfficeHome,
     TerraIncognita,
-    subfolders,
 )
 from domainbed_kd.datasets.images import IMAGENET_MEAN, IMAGENET_STD, ImageList, load_image
+from domainbed_kd.datasets.masks import FolderSeg, StreetScenes
 from domainbed_kd.datasets.small import ColoredMNIST, Debug28, Debug224, RotatedMNIST
 from domainbed_kd.datasets.spawrious import (
     SpawriousM2M_easy,
@@ -44,8 +44,11 @@ _DOMAINBED = (
     DomainNet, SVIRO, WILDSCamelyon, WILDSFMoW, SpawriousO2O_easy, SpawriousO2O_medium,
     SpawriousO2O_hard, SpawriousM2M_easy, SpawriousM2M_medium, SpawriousM2M_hard)
 DOMAINBED = tuple(cls.__name__ for cls in _DOMAINBED)
-_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (*_DOMAINBED, DigitsDG, DigitsSeg)}
+_CLASSES: dict[str, type] = {
+    cls.__name__: cls for cls in (*_DOMAINBED, DigitsDG, DigitsSeg, StreetScenes)}
 DATASETS: list[str] = list(_CLASSES)
+#: What reads images of a user's own, by what stands before the colon in "Folder:NAME".
+OWN = {"Folder": ImageFolders, "FolderSeg": FolderSeg}
 
 
 def register(cls: type) -> type:
@@ -57,7 +60,7 @@ def register(cls: type) -> type:
 
 
 def get_dataset_class(name: str, data_dir: str | Path | None = None) -> type:
-    """The class of that name; for "Folder:NAME", one that reads `<data_dir>/NAME`.
+    """The class of that name; for "Folder:NAME", one of OWN that reads `<data_dir>/NAME`.
 
     The message for an unknown name depends on what is in `data_dir`.
 
@@ -65,19 +68,19 @@ def get_dataset_class(name: str, data_dir: str | Path | None = None) -> type:
         NotImplementedError: if there is none; the message names the nearest known.
         ValueError: if NAME is not the name of a folder.
     """
-    if name.startswith("Folder:"):
-        folder = name.removeprefix("Folder:")
+    kind, colon, folder = name.partition(":")
+    if colon and kind in OWN:
         if folder in ("", ".", "..") or "/" in folder or "\\" in folder:
-            raise ValueError(f"{name}: after 'Folder:' comes the name of a folder in the data "
+            raise ValueError(f"{name}: after '{kind}:' comes the name of a folder in the data "
                              "directory, without a path.")
-        return type(name, (ImageFolders,), {"FOLDER": folder, "__doc__": f"Images in {folder}."})
+        return type(name, (OWN[kind],), {"FOLDER": folder, "__doc__": f"Images in {folder}."})
     if name not in _CLASSES:
         hint = did_you_mean(name, DATASETS)
         if data_dir and name and Path(data_dir, name).is_dir():
             hint = f" To read the images in {Path(data_dir, name)}, say Folder:{name}."
         raise NotImplementedError(
-            f"Dataset not found: {name}.{hint} Known: {', '.join(DATASETS)}, and Folder:NAME for "
-            "images of your own in DATA_DIR/NAME.")
+            f"Dataset not found: {name}.{hint} Known: {', '.join(DATASETS)}, Folder:NAME for "
+            "images of your own in DATA_DIR/NAME, or FolderSeg:NAME for images with masks.")
     return _CLASSES[name]
 
 
@@ -86,8 +89,8 @@ def facts(name: str) -> type:
 
     A fork's dataset is such a name: its hparams are drawn here too.
     """
-    default = ImageFolders if name.startswith("Folder:") else MultipleDomainDataset
-    return _CLASSES.get(name, default)
+    kind, colon, _ = name.partition(":")
+    return _CLASSES.get(name) or (OWN.get(kind) if colon else None) or MultipleDomainDataset
 
 
 def environments(name: str, data_dir: str | Path | None = None) -> list[str]:
@@ -125,10 +128,7 @@ def check_test_envs(name: str, n_envs: int, test_envs: Collection[int]) -> None:
 def class_names(name: str, data_dir: str | Path | None = None) -> list[str]:
     """A dataset's classes as words, in label order; "Folder:NAME" needs `data_dir`."""
     cls = get_dataset_class(name)
-    if cls.CLASSES:
-        return cls.words(cls.CLASSES)
-    first_domain = cls.folder(data_dir) / cls.domain_folders(data_dir)[0]
-    return cls.words(subfolders(first_domain))
+    return cls.words(cls.CLASSES or cls.read_classes(data_dir))
 
 
 def domain_names(name: str) -> list[str] | None:

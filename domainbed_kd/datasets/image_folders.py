@@ -85,6 +85,11 @@ class ImageFolders(MultipleDomainDataset):
                 f"classes should be. Images belong in {folder}/<domain>/<class>/.")
         return names
 
+    @classmethod
+    def read_classes(cls, data_dir) -> list[str]:
+        """The classes' folder names, in label order, from the first domain's folder."""
+        return subfolders(cls.folder(data_dir) / cls.domain_folders(data_dir)[0])
+
     def _check_domains(self, folder: Path, names: list[str]) -> None:
         expected = self.ENVIRONMENTS
         if expected and len(names) != len(expected):

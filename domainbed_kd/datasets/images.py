@@ -62,13 +62,13 @@ def _as_rgb(image):
     return None if image.mode in ("I", "F") else image.convert("RGB")
 
 
-def image_size(hparams) -> int:
+def image_size(hparams, default: int = 224) -> int:
     """Side in pixels of a dataset's images.
 
     Raises:
         ValueError: if the hparam is not a positive whole number.
     """
-    size = hparams.get("image_size", 224)
+    size = hparams.get("image_size", default)
     if type(size) is not int or size < 1:
         raise ValueError(f"hparams['image_size'] is {size!r}; it must be a side in whole pixels, "
                          "such as 224.")

@@ -41,6 +41,8 @@ class Curve(NamedTuple):
     teacher_problem: str | None = None
     #: What records say was measured, see `tasks.Task.on_record`; None for accuracy.
     metric: str | None = None
+    #: Of a run that holds out three domains or more, the one that its search is about.
+    env: int | None = None
 
     def records(self) -> Iterator[dict]:
         """The records, without losses, times and teachers, which are not kept."""
@@ -211,6 +213,8 @@ def searches(curves: Iterable[Curve]) -> dict[tuple[int, str, str, int], Search]
     for curve in curves:
         args = curve.args
         for env in args["test_envs"]:
+            if len(args["test_envs"]) > 2:
+                curve = curve._replace(env=env)
             found[args["trial_seed"], args["dataset"], row(args), env].append(curve)
     return dict(found)
 

@@ -282,8 +282,13 @@ class Grid:
     def env_sets(self) -> dict[str, list[tuple[int, ...]]]:
         """{dataset: the sets of test envs that its runs would hold out, in DomainBed's order}."""
         sizes = (1, 2) if self.has_pairs else (1,)
-        return {dataset: sorted(envs for k in sizes for envs in itertools.combinations(range(n), k))
-                for dataset, n in self.n_envs.items()}
+        found = {dataset: sorted(
+            envs for k in sizes for envs in itertools.combinations(range(n), k))
+            for dataset, n in self.n_envs.items()}
+        # Where a run holds out more than two, those sets are all that is meant to be there.
+        for dataset in {run.dataset for run in self.begun if len(run.test_envs) > 2}:
+            found[dataset] = sorted({r.test_envs for r in self.begun if r.dataset == dataset})
+        return found
 
     def runs(self, dataset: str, algorithm: str) -> list[Run]:
         """All runs that the sweep would have of an algorithm on a dataset."""
@@ -293,7 +298,7 @@ class Grid:
     def coverage(self, dataset: str, algorithm: str, env: int, pairs: bool) -> Coverage:
         """Of the runs that hold out `env` alone and, with `pairs`, together with another."""
         sets = [envs for envs in self.env_sets[dataset]
-                if env in envs and (pairs or len(envs) == 1)]
+                if env in envs and (pairs or len(envs) != 2)]
         n_finished, settings, problems = 0, set(), set()
         for envs in sets:
             found = self._found.get((dataset, algorithm, envs), [])

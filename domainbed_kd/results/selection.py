@@ -9,7 +9,7 @@ import itertools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from domainbed_kd.folder import curves
@@ -59,11 +59,15 @@ class SelectionMethod:
         return accs[0][0]["test_acc"] if accs else None
 
 
-def _alone(draw: list[Curve]) -> Iterator[tuple[int, Curve]]:
-    """The domain and curve of runs that hold out one, but a second stage, which has no accuracy."""
+def _alone(draw: Iterable[Curve]) -> Iterator[tuple[int, Curve]]:
+    """The test env and curve of each run, but of pairs and second stages, which have no accuracy.
+
+    Of a run that holds out more than two it is the one that the draw is about.
+    """
     for curve in draw:
         env, *more = curve.args["test_envs"]
-        if not more and f"env{env}_in_acc" in curve.columns:
+        env = env if not more else curve.env
+        if f"env{env}_in_acc" in curve.columns:
             yield env, curve
 
 
@@ -88,7 +92,8 @@ class IIDAccuracySelectionMethod(SelectionMethod):
         for test_env, curve in _alone(draw):
             columns, test_key = curve.columns, cls.test_key.format(test_env)
             if test_key in columns:
-                names = curves.validation_columns(tuple(columns), (test_env,)).values()
+                held_out = tuple(curve.args["test_envs"])
+                names = curves.validation_columns(tuple(columns), held_out).values()
                 validation = zip(*map(columns.get, names))
                 candidates += zip(columns["step"], map(curves.mean, validation), columns[test_key])
                 only_last = only_last or curve.selection == "last"
@@ -109,7 +114,7 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
     def select(cls, draw):
         """See `SelectionMethod.select`."""
         alone = {}  # {step: (test accuracy, the other domains), or None if there are several}
-        for test_env, curve in _alone(draw):
+        for test_env, curve in _alone(curve for curve in draw if curve.env is None):
             columns = curve.columns
             others = curves.validation_columns(tuple(columns), (test_env,))
             for step, test_acc in zip(columns["step"], columns[f"env{test_env}_in_acc"]):

@@ -202,12 +202,17 @@ def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[s
     tables = []
     for dataset in dataset_names:
         labels = environments(dataset, n_envs[dataset])
+        # All, unless the sweep's runs hold out some domains only, several together.
+        held = [env for env in range(len(labels)) if any(
+            (o := outcomes.get((dataset, name, env))) and o.coverage.n_expected
+            for name in algorithm_names)] or range(len(labels))
         rows = {}
         for algorithm in algorithm_names:
-            found = [outcomes.get((dataset, algorithm, env)) for env in range(len(labels))]
+            found = [outcomes.get((dataset, algorithm, env)) for env in held]
             row = [_measured(o.accs.values(), [(dataset, o)]) if o else Cell() for o in found]
             rows[algorithm] = [*row, average(row)]
-        tables.append(Table(method.name, dataset, [*labels, "Avg"], rows, metric=metric))
+        columns = [*(labels[env] for env in held), "Avg"]
+        tables.append(Table(method.name, dataset, columns, rows, metric=metric))
     rows = {}
     for algorithm in algorithm_names:
         row = [_over_environments(dataset, algorithm, outcomes, n_envs[dataset])

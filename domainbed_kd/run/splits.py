@@ -69,7 +69,8 @@ def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction
                 uda_holdout_fraction: float = 0) -> Splits:
     """The splits of every environment, as DomainBed makes them.
 
-    The out-split is `holdout_fraction` of an environment. Of a test environment's in-split,
+    The out-split is `holdout_fraction` of an environment, unless its `n_train` says how many of
+    its items are for training; see `_as_published`. Of a test environment's in-split,
     `uda_holdout_fraction` is set apart as unlabeled images; even a fraction of 0 reorders it.
 
     Raises:
@@ -79,7 +80,10 @@ def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction
     for i, env in enumerate(dataset):
         seed = seed_hash(trial_seed, i)
         names = f"The out-split of environment {i}", f"The in-split of environment {i}"
-        out, in_ = split_dataset(env, int(len(env) * holdout_fraction), seed, names)
+        if getattr(env, "n_train", None) is None:
+            out, in_ = split_dataset(env, int(len(env) * holdout_fraction), seed, names)
+        else:
+            out, in_ = _as_published(env, i in test_envs, names)
         uda = None
         if i in test_envs:
             names = f"The unlabeled split of environment {i}", names[1]
@@ -112,6 +116,19 @@ def hold_nothing_out(dataset, test_envs: list[int], trial_seed: int,
         splits.out.append(SplitDataset(env, [], ""))
         splits.uda.append(uda or None)
     return splits
+
+
+def _as_published(env, is_test: bool, names: tuple[str, str]) -> tuple:
+    """The out-split and the in-split of a domain that parts training from validation images.
+
+    A training domain trains on the former and is validated on the latter. A test domain's
+    in-split, whose results tables show, is the latter; its out-split is a fifth of the former.
+    """
+    train, val = list(range(env.n_train)), list(range(env.n_train, len(env)))
+    if not is_test:
+        return SplitDataset(env, val, names[0]), SplitDataset(env, train, names[1])
+    part, _ = split_dataset(SplitDataset(env, train, ""), len(train) // 5, 0, names)
+    return part, SplitDataset(env, val, names[1])
 
 
 def class_weights(split) -> Tensor:

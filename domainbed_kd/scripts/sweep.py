@@ -24,7 +24,7 @@ def build_parser() -> flags.SweepParser:
     return flags.build_parser(__doc__, "\n".join(
         f"{kind}: {', '.join([*known, *extensions.names(kind)])}"
         for kind, known in (("algorithms", algorithms.ALGORITHMS),
-                            ("datasets", [*datasets.DATASETS, "Folder:NAME"]),
+                            ("datasets", [*datasets.DATASETS, "Folder:NAME", "FolderSeg:NAME"]),
                             ("launchers", [*command_launchers.REGISTRY, "module:function"]))))
 
 

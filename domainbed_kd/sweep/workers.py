@@ -225,5 +225,5 @@ def n_steps(run: Mapping) -> int | None:
     from domainbed_kd import datasets
 
     name = run["dataset"]
-    known = name in datasets.DATASETS or name.startswith("Folder:")
+    known = name in datasets.DATASETS or name.partition(":")[0] in datasets.OWN
     return run["steps"] or (datasets.get_dataset_class(name).N_STEPS if known else None)
