@@ -459,7 +459,7 @@ class DeepLab(nn.Module):
             if hasattr(module, "stride"):
                 module.stride = (1, 1)
         head = DeepLabHead(self.backbone.n_outputs, 1, atrous_rates=(6, 12, 18))  # at stride 16
-        self.head = head[:-1]
+        self.head = nn.Sequential(*list(head)[:-1])
         self.activation = nn.Identity()
 
     def forward(self, x):

@@ -80,7 +80,9 @@ def load_mask(path: str):
 
             values = torchvision.io.decode_image(str(path), "UNCHANGED").numpy()
             values = values[0] if values.dtype == np.uint16 else values
-    except (SyntaxError, ValueError, RuntimeError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
+            raise
         raise ValueError(f"{path} cannot be read as a mask. Replace it.") from error
     if values.ndim != 2:
         raise ValueError(f"{path} holds colours. A mask has one channel, of class numbers.")

@@ -29,6 +29,8 @@ FAILED, DONE = "failed", "done"
 ARGS, MEMORY = "args.json", "memory.json"
 #: The state that a restart needs; the predictor, also as safetensors; the kept predictions.
 STATE, MODEL, SAFETENSORS, LOGITS = "resume.pt", "model.pkl", "model.safetensors", "logits"
+#: A few images of the test domains with their masks and the predicted ones; of segmentation only.
+PICTURES = "pictures.npz"
 #: Touched by the process that trains in the folder; see claims.py.
 HEARTBEAT = "heartbeat"
 

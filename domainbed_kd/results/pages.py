@@ -196,11 +196,23 @@ def sections(input_dir: str, found: list[Curve], made: list[tables.Table],
             significance.limits(comparison.differences), significance.describe(ranking))
     frame = summaries.single(logits.to_frame(input_dir, skipped=[]))  # `found` named them
     if not frame.empty:
-        yield from _with_plots(frame, found, made, looks)
+        yield from _with_plots(input_dir, frame, found, made, looks)
 
 
-def _with_plots(frame, found: list[Curve], made: list[tables.Table], looks: plots.Looks
-                ) -> Iterator[Section]:
+def _pictures(input_dir: str, chosen, of: dict[str, tables.Table], looks: plots.Looks
+              ) -> Iterator[plots.Plot]:
+    """A plot for each dataset and test env whose `chosen` runs left pictures."""
+    runs = chosen.sort_values("args.trial_seed").drop_duplicates(
+        ["args.dataset", "args.algorithm", "test_env"])
+    for (dataset, env), rows in runs.groupby(["args.dataset", "test_env"]):
+        found = {row["args.algorithm"]: pictures for _, row in rows.iterrows()
+                 if (pictures := plots.read_pictures(Path(input_dir, row["run"]), env))}
+        if found and dataset in of:
+            yield plots.pictures(dataset, of[dataset].columns[env], found, looks)
+
+
+def _with_plots(input_dir: str, frame, found: list[Curve], made: list[tables.Table],
+                looks: plots.Looks) -> Iterator[Section]:
     chosen = summaries.chosen(frame, searches(found), SELECTION)
     of = {table.dataset: table for table in made if table.dataset and table.has_data}
     chose = f"Runs: the {SELECTION.name} selects one per search"
@@ -227,6 +239,10 @@ def _with_plots(frame, found: list[Curve], made: list[tables.Table], looks: plot
         yield Section("cost", f"{_capital(metric)} against training cost",
                       f"{chose}. The time is that of a run's updates, without evaluations and "
                       "without the training of a teacher that is a run itself.", drawn)
+    if drawn := list(_pictures(input_dir, chosen, of, looks)):
+        yield Section("pictures", "What the predictions look like",
+                      f"{chose}; the first trial's, after its last step. The images are the "
+                      "first of the held-out domain's in-split.", drawn)
     effects = summaries.hparam_effects(frame)
     if len(effects):
         n_draws = effects["n_draws"].min()

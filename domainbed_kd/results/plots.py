@@ -8,6 +8,7 @@ import base64
 import io
 import re
 import textwrap
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from domainbed_kd.algorithms import display_name
+from domainbed_kd.folder import files
 from domainbed_kd.results import significance, summaries, tables
 from domainbed_kd.results.formats import printable
 
@@ -27,6 +30,7 @@ WIDTH = 4.6  # inches
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255",
            "#999999", "#999933")
 MARKERS = "osD^vPX*<>p"  # 11, so that colour and marker repeat together only after 110 algorithms
+MOST_VALUES = 2 ** 24  # pixels of pictures that are read
 MOST_NUMBERS = 10  # columns in which a number has room
 LINES = ("-", "--", "-.", ":")
 STYLE = {
@@ -337,6 +341,64 @@ def diagnostics(dataset: str, points, looks: Looks) -> Plot | None:
     _legend(figure)
     return _plot(f"{_slug(dataset)}_diagnostics", dataset,
                  f"Curves over steps on {dataset} of: {'; '.join(shown)}.", figure)
+
+
+def read_pictures(run: Path, env: int) -> dict[str, np.ndarray] | None:
+    """What a run left of a test domain: image (n, H, W, 3), label and guess (n, H, W), uint8.
+
+    None if it left nothing, or nothing of that shape.
+    """
+    try:
+        with files.open_regular(run / files.PICTURES) as file, np.load(
+                file, allow_pickle=False) as arrays:
+            found = {name: arrays[f"env{env}_{name}"] for name in ("image", "label", "guess")}
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile):
+        return None
+    shape = found["label"].shape
+    fits = {"image": (*shape, 3), "label": shape, "guess": shape}
+    if len(shape) != 3 or not 0 < np.prod(shape) <= MOST_VALUES or any(
+            array.shape != fits[name] or array.dtype != np.uint8
+            for name, array in found.items()):
+        return None
+    return found
+
+
+@rc_context(STYLE | {"axes.grid": False})
+def pictures(dataset: str, domain: str, found: dict[str, dict], looks: Looks) -> Plot:
+    """A row for each image of a held-out domain: it, its labels, and what each algorithm says.
+
+    Args:
+        dataset: its name.
+        domain: its label.
+        found: {algorithm: what `read_pictures` found}.
+        looks: of the algorithms.
+    """
+    names = looks.ordered(found)
+    first = found[names[0]]
+    same = [name for name in names if np.array_equal(found[name]["image"], first["image"])]
+    columns = [("image", first["image"]), ("labels", _painted(first["label"])),
+               *((label_of(name), _painted(found[name]["guess"])) for name in same)]
+    n, height, width = first["label"].shape
+    figure = Figure(figsize=(WIDTH, WIDTH / len(columns) * height / width * n + 0.35))
+    axes = figure.subplots(n, len(columns), squeeze=False)
+    for column, (title, images) in zip(axes.T, columns):
+        column[0].set_title(title, fontsize=8)
+        for axis, image in zip(column, images):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_axis_off()
+    return _plot(f"{_slug(dataset)}_{_slug(domain)}_pictures", f"{dataset}, {printable(domain)}",
+                 f"{n} images of {printable(domain)} with their labels and the predictions of "
+                 f"{', '.join(map(label_of, same))}.", figure)
+
+
+def _painted(masks: np.ndarray) -> np.ndarray:
+    """Masks (n, H, W) in colours (n, H, W, 3): class 0 dark, ignored pixels white."""
+    colours = np.full((256, 3), 255, np.uint8)
+    hues = (np.arange(255) * 0.618034) % 1  # neighbours in number are far apart in hue
+    lightness = np.array([0.95, 0.6])[np.arange(255) // 8 % 2]
+    colours[:255] = 255 * hsv_to_rgb(np.stack([hues, np.full(255, 0.75), lightness], axis=1))
+    colours[0] = 30
+    return colours[masks]
 
 
 def _slug(name: str) -> str:

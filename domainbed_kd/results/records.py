@@ -290,6 +290,12 @@ class Grid:
             found[dataset] = sorted({r.test_envs for r in self.begun if r.dataset == dataset})
         return found
 
+    @property
+    def held_out(self) -> dict[str, list[int]]:
+        """{dataset: the domains that its runs would hold out, alone or with others}."""
+        return {dataset: sorted({env for envs in sets for env in envs})
+                for dataset, sets in self.env_sets.items()}
+
     def runs(self, dataset: str, algorithm: str) -> list[Run]:
         """All runs that the sweep would have of an algorithm on a dataset."""
         return [Run(dataset, algorithm, *rest) for rest in itertools.product(

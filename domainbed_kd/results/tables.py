@@ -184,7 +184,7 @@ def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMet
                    *(name for name in grid.datasets if name not in datasets.DATASETS)]
     searches = curves.searches(found)
     made = {method: build(method, selection.outcomes(searches, grid, method), rows, columns,
-                          grid.n_envs, grid.metric) for method in methods}
+                          grid.n_envs, grid.metric, grid.held_out) for method in methods}
     known = protocols.of_runs(grid)
     for table in (table for group in made.values() for table in group if table.has_data):
         table.protocol = protocols.line(known, grid, table.dataset, table.method, rows)
@@ -193,19 +193,17 @@ def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMet
 
 def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[str],
           dataset_names: list[str], n_envs: dict[str, int],
-          metric: str = CLASSIFICATION.metric) -> list[Table]:
+          metric: str = CLASSIFICATION.metric, held_out: dict[str, list[int]] | None = None
+          ) -> list[Table]:
     """A method's tables of `selection.outcomes`: one per dataset, then that of averages.
 
     Rows and datasets come in the order of their names; `n_envs` has each dataset's environments,
-    and `metric` is what the outcomes are.
+    `metric` is what the outcomes are, and `held_out` has each dataset's columns, if not all.
     """
     tables = []
     for dataset in dataset_names:
         labels = environments(dataset, n_envs[dataset])
-        # All, unless the sweep's runs hold out some domains only, several together.
-        held = [env for env in range(len(labels)) if any(
-            (o := outcomes.get((dataset, name, env))) and o.coverage.n_expected
-            for name in algorithm_names)] or range(len(labels))
+        held = (held_out or {}).get(dataset) or range(len(labels))
         rows = {}
         for algorithm in algorithm_names:
             found = [outcomes.get((dataset, algorithm, env)) for env in held]

@@ -12,7 +12,7 @@ from pathlib import Path
 from domainbed_kd import console
 from domainbed_kd.folder import files
 from domainbed_kd.folder.claims import STOPPED
-from domainbed_kd.run import auto_lr, canonical_view, loggers, records, state
+from domainbed_kd.run import auto_lr, canonical_view, loggers, pictures, records, state
 from domainbed_kd.run.build import GPU_IMAGE_GB, Run, build
 from domainbed_kd.run.evaluation import Evaluator
 
@@ -153,7 +153,9 @@ class Recorder:
         return record
 
     def finish(self) -> None:
-        """Leaves the model and the mark of a finished run."""
+        """Leaves the model and the mark of a finished run, of masks also pictures of some."""
+        if self.run.dataset.TASK.per_pixel:
+            pictures.save(self.run)
         if not self.run.args["skip_model_save"]:
             self._save_model(files.MODEL)
         files.write_atomically(self.run.folder / files.DONE, lambda path: path.write_text("done"))

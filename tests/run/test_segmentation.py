@@ -9,7 +9,7 @@ import torch
 
 from domainbed_kd.datasets import looks
 from domainbed_kd.run import training
-from domainbed_kd.scripts import collect_results, train
+from domainbed_kd.scripts import collect_results, report, train
 from domainbed_kd.tasks import IGNORED
 
 SHORT = ["--dataset", "DigitsSeg", "--steps", "4", "--checkpoint_freq", "2", "--hparams",
@@ -134,3 +134,27 @@ def test_tables_name_the_metric_and_refuse_two_in_one_folder(tmp_path, capsys):
     with pytest.raises(ValueError, match="on Debug28 were measured by accuracy, some on DigitsSeg "
                                          "by mIoU|on DigitsSeg were measured by mIoU, some on "):
         collect_results.main(["--input_dir", str(tmp_path / "sweep")])
+
+
+def test_the_report_shows_images_labels_and_predictions(tmp_path):
+    run(tmp_path / "sweep" / "one")
+    with np.load(tmp_path / "sweep" / "one" / "pictures.npz") as arrays:
+        assert arrays["env0_image"].shape == (3, 64, 64, 3)
+        assert arrays["env0_label"].shape == arrays["env0_guess"].shape == (3, 64, 64)
+    assert report.main(["--input_dir", str(tmp_path / "sweep")]) == 0
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    assert "What the predictions look like" in text and "mIoU in percent on" in text
+    assert "3 images of plain with their labels and the predictions of ERM." in text
+    assert (tmp_path / "sweep" / "report" / "DigitsSeg_plain_pictures.png").exists()
+
+
+def test_runs_that_hold_out_several_domains_are_validated_on_those_they_train_on(tmp_path, capsys):
+    records = run(tmp_path / "sweep" / "one", "--test_envs", "0", "1", "3")
+    best = max(records, key=lambda record: record["env2_out_acc"])
+    capsys.readouterr()
+    assert collect_results.main(["--input_dir", str(tmp_path / "sweep")]) == 0
+    out = capsys.readouterr().out
+    row = next(line.split() for line in out.splitlines() if line.startswith("ERM"))
+    wanted = [100 * best[f"env{i}_in_acc"] for i in (0, 1, 3)]
+    assert [row[i] for i in (1, 4, 7)] == [f"{value:.1f}" for value in wanted]
+    assert row[10] == f"{np.mean(wanted):.1f}" and "texture" not in out
