@@ -203,7 +203,8 @@ def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[s
     tables = []
     for dataset in dataset_names:
         labels = environments(dataset, n_envs[dataset])
-        held = (held_out or {}).get(dataset) or range(len(labels))
+        held = [env for env in range(len(labels))
+                if held_out is None or env in held_out[dataset]]
         rows = {}
         for algorithm in algorithm_names:
             found = [outcomes.get((dataset, algorithm, env)) for env in held]
