@@ -47,9 +47,11 @@ def load(path: Path) -> dict:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it is not a file but, say, a FIFO.
         ValueError: if it is damaged, or holds more than tensors and plain values.
     """
     try:
+        files.open_regular(path).close()
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist.") from None

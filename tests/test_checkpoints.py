@@ -44,6 +44,13 @@ class Evil:
         return os.system, ("touch hacked",)
 
 
+@pytest.mark.parametrize("name", ["model.pkl", "resume.pt"])
+def test_a_fifo_in_the_place_of_a_checkpoint_is_refused_and_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=f"Not a regular file.*{name}"):
+        checkpoints.load(tmp_path / name)
+
+
 def test_pickled_code_is_refused_with_what_to_do_and_never_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Evil()}, "evil.pkl")

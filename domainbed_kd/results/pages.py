@@ -118,7 +118,7 @@ def _average(cell: tables.Cell, with_error: tables.Cell) -> str:
 def _is_sure(rival: Difference, differences: list[Difference]) -> tuple[str, str]:
     if limit := significance.limits(differences):
         return f"Not sure. {limit} Add trials or datasets.", "no"
-    test = f"p = {rival.p_corrected:.3f}" + (
+    test = significance.shown(rival.p_corrected) + (
         f" after Holm's correction for {len(differences)} comparisons"
         if len(differences) > 1 else "")
     interval = f"95 % interval {rival.interval} points, {rival.n_pairs} pairs"

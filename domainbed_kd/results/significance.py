@@ -98,8 +98,8 @@ def differences(scores: dict[str, dict[tuple, float]], reference: str) -> list[D
     multitest = _library("statsmodels.stats.multitest")
     stats = _library("scipy.stats")
     if reference not in scores:
-        raise ValueError(f"--compare {reference}: there are no results of it, but of "
-                         f"{', '.join(scores) or 'nothing'}.")
+        others = f", but of {', '.join(scores)}" if scores else ""
+        raise ValueError(f"--compare {reference}: there are no results of it{others}.")
     found = []
     for algorithm, theirs in scores.items():
         pairs = [pair for pair in theirs if pair in scores[reference]]
@@ -197,6 +197,11 @@ def limits(found: list[Difference]) -> str:
             f"{least:.3f}.")
 
 
+def shown(p: float) -> str:
+    """A p-value in words: one that rounds to nothing is below what can be shown."""
+    return "p < 0.001" if p < 0.0005 else f"p = {p:.3f}"
+
+
 def describe(ranks: Ranking | None) -> str:
     """Mean ranks and their test in sentences."""
     if ranks is None:
@@ -204,7 +209,7 @@ def describe(ranks: Ranking | None) -> str:
     each = ", ".join(f"{display_name(name)} {rank:.2f}"
                      for name, rank in zip(ranks.algorithms, ranks.ranks))
     return (f"Mean ranks over {ranks.n_blocks} domains: {each}. Friedman's test: "
-            f"p = {ranks.p:.3f}. Critical difference (Nemenyi, 0.05): "
+            f"{shown(ranks.p)}. Critical difference (Nemenyi, 0.05): "
             f"{ranks.critical_difference:.2f}.")
 
 

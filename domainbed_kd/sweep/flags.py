@@ -150,6 +150,10 @@ def parse(parser: SweepParser, argv: list[str] | None
                 "as --datasets and --algorithms." if os.path.isdir(folder) else
                 f"{folder}: there is no such folder. Give the flags that say which runs the sweep "
                 "has, as --datasets and --algorithms, and launch it.")
+    elif folder is not None and given.keys().isdisjoint(("datasets", "algorithms")):
+        asked = next(name for name in given if name in _DEFINING)
+        raise ValueError(f"{folder} says which runs its sweep has, and --{asked} asks for others. "
+                         "Leave it out, or say which: --datasets and --algorithms.")
     launches = [argparse.Namespace(**defaults | each | given) for each in known or [{}]]
     for launch in launches:
         check(launch)

@@ -84,6 +84,12 @@ def test_flags_that_say_which_runs_there_are_mean_what_they_meant(launched, caps
     assert len(launched) == 3
 
 
+def test_a_folder_and_half_a_description_of_other_runs_are_refused(launched, capsys):
+    launch()
+    refused(["status", "sweep", "--fast"],
+            "sweep says which runs its sweep has, and --fast asks for others", capsys)
+
+
 def test_flags_that_do_not_say_it_are_taken_in_place_of_the_launchs(launched, capsys):
     launch("--wandb", "--image_cache", "pixels", "--save_logits")
     assert sweep.main(["launch", "sweep", "--skip_confirmation", "--image_cache", "other",
