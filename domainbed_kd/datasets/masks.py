@@ -225,8 +225,9 @@ class StreetScenes(MaskFolders):
     FOLDER = "street_scenes"
     SOURCE = Source("size unknown", "by hand", "those of the five collections",
                     "https://github.com/shachoi/RobustNet",
-                    layout="{gtav,synthia,cityscapes,bdd100k,mapillary}/",
-                    note="Each collection keeps its own layout; see docs/tasks.md.")
+                    layout="<collection>/",
+                    note="Collections: gtav, synthia, cityscapes, bdd100k and mapillary, each in "
+                         "its own layout; see docs/tasks.md.")
     ENVIRONMENTS = ["gtav", "synthia", "cityscapes", "bdd100k", "mapillary"]
     N_STEPS = 40001
     CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
