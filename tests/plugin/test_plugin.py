@@ -367,19 +367,21 @@ def test_the_doctor_tries_every_method_and_names_those_that_fail(tmp_path):
     with (fork / "domainbed" / "algorithms.py").open("a") as file:
         file.write("\n\nclass SCMD(ERM):\n    pass\n")
     networks = fork / "domainbed" / "networks.py"
-    networks.write_text(networks.read_text().replace(  # no architecture that 4Ds can cut
+    networks.write_text(networks.read_text().replace(  # no architecture that 4Ds and XDED can cut
         "x = self.bn1(F.relu(self.conv2(x)))", "x = self.bn1(F.relu(self.conv2(x))) * 2"))
     sources = digest(fork)
     process = subprocess.run([sys.executable, "-m", "domainbed_kd.plugin", "doctor", "--try"],
                              cwd=fork, capture_output=True, text=True,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})
     tried = dict(line.removeprefix("Tried:    ").rsplit(": ", 1) for line in
-                 process.stdout.splitlines() if line.startswith("Tried:") and "4Ds" not in line)
+                 process.stdout.splitlines() if line.startswith("Tried:")
+                 and "4Ds" not in line and "XDED" not in line)
     assert set(tried.values()) == {"works"}, process.stdout + process.stderr
     assert {"Debug28: ERM", "Debug28: RISE", "reload Debug28: KDDG", "ERM: without us",
             "Debug28: RISE + sma", "sources: unchanged"} <= tried.keys()
     assert "Debug28: SCMD" not in tried
     assert "Debug28: 4Ds: ValueError: 4Ds: the" in process.stdout and process.returncode == 1
+    assert "Debug28: XDED: ValueError: XDED: xded_unistyle is" in process.stdout
     assert digest(fork) == sources
 
 
