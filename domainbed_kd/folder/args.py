@@ -176,7 +176,7 @@ def check(args: argparse.Namespace) -> None:
     if not args.output_dir:
         raise ValueError("--output_dir is empty; it takes a folder.")
     for name in ("steps", "checkpoint_freq", "loader_processes", "gpu_image_gb"):
-        if (value := getattr(args, name)) is not None and value < 0:
+        if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
             raise ValueError(f"--{name} is {value}; it takes a number from 0 up.")
     if not 0 < args.holdout_fraction < 1:
         raise ValueError(f"--holdout_fraction is {args.holdout_fraction}; it takes a share "

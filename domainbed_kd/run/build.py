@@ -191,7 +191,8 @@ def keep_freed_memory() -> None:
 
 def threads() -> int:
     """How many threads the run may use."""
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or machine.available()
+    return (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ
+            else machine.available())
 
 
 def seed_everything(seed: int) -> None:
