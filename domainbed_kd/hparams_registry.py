@@ -47,6 +47,7 @@ OPTIONAL = {
     "swad_tolerance_ratio": "likewise: share by which the threshold exceeds its first losses (0.3)",
     "beta_average": "with averaging by 'beta': its parameter; below 1 both ends count most (0.5)",
     "beta_start": "likewise: the update from which; 0 is for students that start trained (0)",
+    "class_groups": "training batches are of so many classes, the same in every domain (all)",
     "mended": "true: mend the known defect in DomainBed's numbers of a method (docs/protocol.md)",
     "canonical_view": "true: frozen teachers look at images without augmentation",
     "class_names": "the classes as words, in label order, for methods that read text",

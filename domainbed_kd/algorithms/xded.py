@@ -4,10 +4,10 @@ Lee, Kim & Kwak, "Cross-Domain Ensemble Distillation for Domain Generalization",
 https://arxiv.org/abs/2211.14058. Losses and constants from the authors' code
 (github.com/leekyungmoon/XDED).
 Departures: batches are DomainBed's, a part for each domain, where theirs hold 16 images of each of
-4 classes; so an ensemble is all images of a class in the batch, in any order, and a class that only
-one domain shows there has none (`xded_min_domains` 1 gives it one). With many classes and small
-batches few images have an ensemble: `covered` logs the share. DomainBed's Adam and augmentation;
-weight and temperature are drawn.
+4 classes (`class_groups` 4 is theirs); so an ensemble is all images of a class in the batch, in any
+order, and a class that only one domain shows there has none (`xded_min_domains` 1 gives it one).
+With many classes and small batches few images have an ensemble: `covered` logs the share.
+DomainBed's Adam and augmentation; weight and temperature are drawn.
 """
 
 import warnings
@@ -93,8 +93,10 @@ class XDED(ERM):
             self.network = nn.Sequential(self.featurizer, self.classifier)
         others = hparams["batch_size"] * (num_domains - 1)
         expected = 1 - (1 - 1 / num_classes) ** others
-        if hparams["xded_min_domains"] > 1 and expected < 0.5:
-            remedy = "Raise batch_size" if num_domains > 1 else 'Pass "xded_min_domains": 1'
+        grouped = num_domains > 1 and hparams.get("class_groups")
+        if hparams["xded_min_domains"] > 1 and expected < 0.5 and not grouped:
+            remedy = ('Raise batch_size or, in this package\'s own loop, pass "class_groups": 4'
+                      if num_domains > 1 else 'Pass "xded_min_domains": 1')
             warnings.warn(f"XDED: about {expected:.0%} of a batch's images will have one of their "
                           f"class from another domain to learn from. {remedy}.", stacklevel=2)
 

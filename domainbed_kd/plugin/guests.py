@@ -217,6 +217,9 @@ def context(method: str, hparams, num_classes: int, num_domains: int) -> dict:
     if given.get("canonical_view"):
         raise ValueError(f"{method}: canonical_view needs our own training loop, which knows "
                          "which images a batch consists of. Leave it out in a fork.")
+    if given.get("class_groups"):
+        raise ValueError(f"{method}: class_groups needs our own training loop, whose loaders draw "
+                         "the same classes in every domain. Leave it out in a fork.")
     if given.get("averaging") == "swad":
         raise ValueError(f"{method}: averaging by 'swad' validates on held-out images, which a "
                          "fork's loop does not show to its algorithms. Use 'sma', the fork's own "

@@ -262,10 +262,15 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
             if uda_split is not None:
                 uda_weights.append(splits.class_weights(uda_split))
 
-    def infinite(split, weights):
+    groups = None
+    if (n := hparams.get("class_groups")) is not None:
+        groups = splits.class_groups([parts.in_[i] for i in training_envs(dataset, args)], n,
+                                     hparams["batch_size"])
+
+    def infinite(split, weights, groups=None):
         return iter(loaders.InfiniteDataLoader(
             split, weights, hparams["batch_size"], dataset.N_WORKERS, readers,
-            replacement=not args.get("auto_lr")))
+            replacement=not args.get("auto_lr"), groups=groups))
 
     def one_pass(split):
         if dataset.TASK.per_pixel:  # whole images: DomainBed measures training domains on crops
@@ -274,7 +279,8 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
         return loaders.FastDataLoader(
             split, 512 if is_resident else dataset.EVALUATION_BATCH, dataset.N_WORKERS, readers)
 
-    train = [infinite(parts.in_[i], in_weights[i]) for i in training_envs(dataset, args)]
+    train = [infinite(parts.in_[i], in_weights[i], groups)
+             for i in training_envs(dataset, args)]
     unlabeled = [infinite(split, weights) for split, weights in zip(uda, uda_weights)]
     groups = {"env{}_in": parts.in_, "env{}_out": parts.out, "env{}_uda": uda}
     if not any(map(len, parts.out)):
@@ -323,6 +329,7 @@ def _check_fits_pixels(args: dict, hparams: dict) -> None:
     why = {cls.display_name or cls.__name__: cls.needs_image_labels} | {
         name: reason for name, reason in (
             ("class_balanced", "an image has no class to balance by"),
+            ("class_groups", "an image has no class to group by"),
             ("canonical_view", "it would keep a prediction for every pixel"),
             ("teachers", "what it distills is of images"))
         if hparams.get(name)} | {

@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler
 
 from domainbed_kd.run.readers import Readers, loss_said
-from domainbed_kd.run.splits import is_tensors
+from domainbed_kd.run.splits import Groups, is_tensors, labels
 from domainbed_kd.run.streams import Turn, from_plain, get_streams, read, set_streams, to_plain
 
 
@@ -50,14 +51,18 @@ class InfiniteDataLoader(_Loader):
             depend on it.
         replacement: False, for --auto_lr, visits all items before one returns; with weights, no
             item stands twice in a batch.
+        groups: of which classes each batch is, instead of weights; None: of any.
 
     Raises:
         ValueError: if there are fewer items than a batch needs.
     """
 
     def __init__(self, dataset, weights, batch_size: int, num_workers: int,
-                 readers: Readers | None = None, replacement: bool = True):
-        if weights is not None:
+                 readers: Readers | None = None, replacement: bool = True,
+                 groups: Groups | None = None):
+        if groups is not None:
+            sampler = _GroupedBatches(labels(dataset), groups, batch_size)
+        elif weights is not None:
             sampler = _WeightedBatches(weights, batch_size, replacement)
         elif len(dataset) < batch_size:
             raise ValueError(
@@ -156,6 +161,39 @@ class _WeightedBatches:
 
     def load_state_dict(self, state: dict) -> None:
         pass
+
+
+class _GroupedBatches:
+    """Batches of a few classes, of which each has an equal share of the items, to within one.
+
+    Loaders with the same groups draw the same classes for the same batch, from a stream of their
+    own. A class's items are drawn from the global stream, and none returns before all have been.
+    """
+
+    def __init__(self, labels: list[int], groups: Groups, batch_size: int):
+        self._groups = groups
+        of_item = torch.tensor(labels)
+        self._items = [(of_item == y).nonzero().flatten() for y in groups.classes]
+        self._sizes = [len(part) for part in torch.arange(batch_size).tensor_split(groups.n)]
+        self._taken = 0
+
+    def __next__(self) -> list[int]:
+        generator = torch.Generator().manual_seed(self._groups.seed + self._taken)
+        self._taken += 1
+        classes = torch.randperm(len(self._items), generator=generator).tolist()
+        return torch.cat([_some(self._items[k], size)
+                          for k, size in zip(classes, self._sizes)]).tolist()
+
+    def state_dict(self) -> dict:
+        return {"taken": self._taken, "seed": self._groups.seed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._taken, self._groups = state["taken"], self._groups._replace(seed=state["seed"])
+
+
+def _some(items: Tensor, n: int) -> Tensor:
+    rounds = -(-n // len(items))
+    return torch.cat([items[torch.randperm(len(items))] for _ in range(rounds)])[:n]
 
 
 # The batches.

@@ -16,6 +16,16 @@ def is_tensors(dataset) -> bool:
     return type(dataset).__getitem__ is TensorDataset.__getitem__
 
 
+class Groups(NamedTuple):
+    """Of how many classes each batch is, and among which: of all training domains alike."""
+
+    n: int
+    #: The classes that every training domain's in-split shows.
+    classes: list[int]
+    #: Of the draws of classes.
+    seed: int
+
+
 class SplitDataset:
     """The items of a dataset at `keys`, read when they are asked for.
 
@@ -131,22 +141,40 @@ def _as_published(env, is_test: bool, names: tuple[str, str]) -> tuple:
     return part, SplitDataset(env, val, names[1])
 
 
+def class_groups(parts: list, n: int, batch_size: int) -> Groups:
+    """Batches of `n` classes each, for the training domains' in-splits.
+
+    Raises:
+        ValueError: if n is no number of classes, or more than a batch has images or than all
+            domains share.
+    """
+    shared = sorted(set.intersection(*(set(labels(split)) for split in parts)))
+    most = min(batch_size, len(shared))
+    if type(n) is not int or not 1 <= n <= most:
+        raise ValueError(f"class_groups is {n!r}; it takes a whole number from 1 to {most}, as "
+                         f"batch_size is {batch_size} and all training domains show "
+                         f"{len(shared)} of the classes.")
+    return Groups(n, shared, torch.randint(2**62, ()).item())
+
+
 def class_weights(split) -> Tensor:
     """A weight per item, float32 (N,), sum 1: classes weigh the same, and so do a class's items.
 
     Like DomainBed, this reads every image where reading one draws random numbers (augmented
     images), so that the same numbers are drawn; elsewhere labels are looked up.
     """
-    labels = _labels(split)
-    counts = Counter(labels)
-    return torch.tensor([1 / (counts[y] * len(counts)) for y in labels])
+    dataset = split.underlying_dataset
+    augmented = getattr(dataset, "transform", None) is not getattr(dataset, "plain_transform", None)
+    of_each = [int(split[i][1]) for i in range(len(split))] if augmented else labels(split)
+    counts = Counter(of_each)
+    return torch.tensor([1 / (counts[y] * len(counts)) for y in of_each])
 
 
-def _labels(split) -> list[int]:
+def labels(split) -> list[int]:
+    """The labels of a split's items, of which none is read where its dataset knows them."""
     dataset = split.underlying_dataset
     if is_tensors(dataset):
         return dataset.tensors[1][split.keys].tolist()
-    augmented = getattr(dataset, "transform", None) is not getattr(dataset, "plain_transform", None)
-    if hasattr(dataset, "targets") and not augmented:
-        return [dataset.targets[key] for key in split.keys]
+    if hasattr(dataset, "targets"):
+        return [int(dataset.targets[key]) for key in split.keys]
     return [int(split[i][1]) for i in range(len(split))]

@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import pytest
@@ -7,6 +8,8 @@ from clips import bits, make, minibatches, run, same_bits
 
 from domainbed_kd.algorithms.xded import class_means, domains_of_class, standardized
 from domainbed_kd.losses import kd_loss, kd_per_sample
+from domainbed_kd.run import training
+from domainbed_kd.scripts import train
 
 LOGITS = torch.tensor([[2.0, 0, -1], [0, 1, 1], [1, 3, 0], [0, 2, 2]])
 Y = torch.tensor([0, 0, 1, 1])
@@ -97,14 +100,53 @@ def test_an_image_without_an_ensemble_has_no_gradient_from_the_term():
     assert within["distill"] > 0 and within["covered"] == 1
 
 
-@pytest.mark.parametrize(("n_classes", "warns"), [(7, False), (345, True)])
-def test_it_warns_where_few_images_will_have_an_ensemble(n_classes, warns):
+@pytest.mark.parametrize(("n_classes", "groups", "warns"),
+                         [(7, None, False), (345, None, True), (345, 4, False)])
+def test_it_warns_where_few_images_will_have_an_ensemble(n_classes, groups, warns):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make("XDED", n_classes=n_classes, class_names=None, batch_size=32)
+        make("XDED", n_classes=n_classes, class_names=None, batch_size=32, class_groups=groups)
     said = [str(w.message) for w in caught if "XDED" in str(w.message)]
     assert said == (["XDED: about 17% of a batch's images will have one of their class from "
-                     "another domain to learn from. Raise batch_size."] if warns else [])
+                     "another domain to learn from. Raise batch_size or, in this package's own "
+                     'loop, pass "class_groups": 4.'] if warns else [])
+
+
+RUN = ["--dataset", "DigitsDG", "--algorithm", "XDED", "--test_envs", "3", "--steps", "5",
+       "--checkpoint_freq", "2", "--hparams",
+       '{"wrn_depth": 10, "wrn_widen": 1, "batch_size": 6, "class_groups": 4}']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--fast"]])
+def test_in_batches_of_class_groups_every_image_has_an_ensemble_and_a_restart_has_the_same_bits(
+        more, tmp_path, monkeypatch):
+    def train_in(name):
+        return train.main([*RUN, *more, "--output_dir", str(tmp_path / name)])
+
+    def records_and_weights(name):
+        lines = (tmp_path / name / "results.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items()
+                 if k not in ("args", "step_time", "mem_gb")} for line in lines], torch.load(
+                     tmp_path / name / "model.pkl", weights_only=True)["model_dict"]
+
+    assert train_in("whole") == 0
+    update, made = training.update, []
+
+    def stop(*args):
+        made.append(update(*args))
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return made[-1]
+
+    monkeypatch.setattr(training, "update", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_in("cut")
+    monkeypatch.setattr(training, "update", update)
+    assert train_in("cut") == 0
+    (whole, weights), (cut, weights_of_cut) = map(records_and_weights, ("whole", "cut"))
+    assert whole == cut and same_bits(weights, weights_of_cut)
+    assert [record["covered"] for record in whole] == [1.0] * 3
 
 
 @pytest.mark.parametrize(("after", "network"), [

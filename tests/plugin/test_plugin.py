@@ -178,11 +178,13 @@ def test_any_method_is_averaged_in_any_forks_loop(name, tmp_path):
     assert any(not torch.equal(live[key], mean[key]) for key in live)
 
 
-def test_swad_is_refused_where_the_loop_shows_no_held_out_images(tmp_path):
+@pytest.mark.parametrize(("name", "hparams", "words"), [
+    ("KDDG", '{"averaging": "swad"}', "Use 'sma', the fork's own SWAD, or our `train`."),
+    ("XDED", '{"class_groups": 4}', "class_groups needs our own training loop, whose loaders")])
+def test_what_a_forks_loop_or_loaders_cannot_do_is_refused(name, hparams, words, tmp_path):
     fork = make_fork(tmp_path, "DomainBed")
-    words, _ = command("DomainBed", "KDDG", "--hparams", '{"averaging": "swad"}')
-    process = python("-m", *words, cwd=fork)
-    assert "Use 'sma', the fork's own SWAD, or our `train`." in process.stderr.splitlines()[-1]
+    process = python("-m", *command("DomainBed", name, "--hparams", hparams)[0], cwd=fork)
+    assert words in process.stderr.splitlines()[-1]
 
 
 def test_a_guest_is_parallel_as_any_module_is(tmp_path):

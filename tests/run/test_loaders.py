@@ -27,6 +27,7 @@ class Noisy:
 
     def __init__(self, n):
         self.n = n
+        self.targets = [i % 2 for i in range(n)]
 
     def __len__(self):
         return self.n
@@ -451,6 +452,87 @@ def test_a_process_that_is_killed_is_said_and_the_others_end(which, many_cores):
     assert set(multiprocessing.active_children()) == before
 
 
+# Batches of a few classes.
+
+
+def naive_groups(labels, groups, batch_size, k):
+    """The items of batch k, one after another."""
+    stream = torch.Generator().manual_seed(groups.seed + k)
+    order = torch.randperm(len(groups.classes), generator=stream).tolist()
+    batch = []
+    for place, which in enumerate(order[:groups.n]):
+        own, left = [i for i, y in enumerate(labels) if y == groups.classes[which]], []
+        for _ in range(batch_size // groups.n + (place < batch_size % groups.n)):
+            left = left or [own[j] for j in torch.randperm(len(own)).tolist()]
+            batch.append(left.pop(0))
+    return batch
+
+
+class Labelled:
+    """Items whose image is their number."""
+
+    def __init__(self, labels):
+        self.targets = labels
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        return i, self.targets[i]
+
+
+def split_of(labels):
+    return splits.SplitDataset(Labelled(labels), range(len(labels)), "")
+
+
+LABELS = [0] * 9 + [1] * 2 + [3] * 7 + [8] * 5
+
+
+@pytest.mark.parametrize("n, batch_size, num_workers", [(1, 6, 8), (2, 6, 0), (3, 8, 2), (3, 3, 8)])
+def test_batches_of_class_groups_are_those_of_a_naive_loop(n, batch_size, num_workers):
+    groups = splits.Groups(n, [0, 1, 8], 77)
+    seed_everything(1)
+    loader = loaders.InfiniteDataLoader(split_of(LABELS), None, batch_size, num_workers,
+                                        groups=groups)
+    drawn = [next(loader)[0].tolist() for _ in range(20)]
+    seed_everything(1)
+    torch.empty((), dtype=torch.int64).random_()  # the workers' seed
+    assert drawn == [naive_groups(LABELS, groups, batch_size, k) for k in range(20)]
+
+
+def test_every_domain_has_the_same_classes_in_equal_shares_and_no_image_twice():
+    others = [8] * 6 + [0] * 6 + [1] * 6 + [3] * 6 + [2] * 30
+    groups = splits.class_groups([split_of(LABELS), split_of(others)], 3, 8)
+    assert groups.classes == [0, 1, 3, 8]  # 2 is not in both
+    pair = [loaders.InfiniteDataLoader(split_of(labels), None, 8, workers, groups=groups)
+            for labels, workers in ((LABELS, 8), (others, 0))]
+    seen, counts = [set(), set()], dict.fromkeys(groups.classes, 0)
+    for _ in range(400):
+        batches = [[part.tolist() for part in next(loader)] for loader in pair]
+        assert batches[0][1] == batches[1][1]  # labels, in order
+        assert sorted(batches[0][1].count(y) for y in set(batches[0][1])) == [2, 3, 3]
+        assert len(set(batches[1][0])) == 8
+        for found, (items, _) in zip(seen, batches):
+            found |= set(items)
+        for y in set(batches[0][1]):
+            counts[y] += 1
+    assert seen == [set(range(len(LABELS))), set(range(24))]
+    assert all(abs(count - 300) < 4 * (400 * 0.75 * 0.25) ** 0.5 for count in counts.values())
+
+
+@pytest.mark.parametrize("n", [0, 5, 2.0, True, "2"])
+def test_what_is_no_number_of_classes_is_refused_in_one_line(n):
+    with pytest.raises(ValueError, match="takes a whole number from 1 to 4, as batch_size is 8"):
+        splits.class_groups([split_of(LABELS)], n, 8)
+
+
+def test_labels_are_known_without_reading_augmented_images(folder):
+    view, _ = splits.split_dataset(folder[0], 12, 0)
+    expected = [view[i][1] for i in range(len(view))]
+    folder[0].samples = None
+    assert splits.labels(view) == expected
+
+
 # Restarts.
 
 
@@ -459,8 +541,11 @@ def make_loader(kind, data, readers=None, num_workers=8):
     if kind == "one pass":
         loader = loaders.FastDataLoader(data, 4, num_workers, readers)
         return loader, itertools.chain.from_iterable(itertools.repeat(loader))
-    loader = loaders.InfiniteDataLoader(
-        data, weights, 4, num_workers, readers, replacement=kind != "without replacement")
+    groups = splits.Groups(2, [0, 1], 5) if kind == "groups" else None
+    if groups:
+        data = splits.SplitDataset(data, range(len(data)), "")
+    loader = loaders.InfiniteDataLoader(data, weights, 4, num_workers, readers,
+                                        replacement=kind != "without replacement", groups=groups)
     return loader, loader
 
 
@@ -471,7 +556,8 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "weighted", "without replacement", "one pass"])
+@pytest.mark.parametrize(
+    "kind", ["uniform", "weighted", "groups", "without replacement", "one pass"])
 @pytest.mark.parametrize("before, after, num_workers, n", [
     (0, 0, 8, 0), (0, 0, 8, 6), (0, 0, 8, 21), (0, 0, 0, 6), (0, 0, 0, 0), (2, 0, 8, 7),
     (0, 4, 8, 7), (2, 2, 8, 0), (4, 2, 8, 9)])
