@@ -194,7 +194,7 @@ def sections(input_dir: str, found: list[Curve], made: list[tables.Table],
             [plots.critical_difference(ranking, looks)] if ranking else [],
             significance.rows(comparison.differences),
             significance.limits(comparison.differences), significance.describe(ranking))
-    frame = summaries.single(logits.to_frame(input_dir, skipped=[]))  # `found` named them
+    frame = summaries.by_test_env(logits.to_frame(input_dir, skipped=[]))  # `found` named them
     if not frame.empty:
         yield from _with_plots(input_dir, frame, found, made, looks)
 
@@ -208,7 +208,7 @@ def _pictures(input_dir: str, chosen, of: dict[str, tables.Table], looks: plots.
         found = {row["args.algorithm"]: pictures for _, row in rows.iterrows()
                  if (pictures := plots.read_pictures(Path(input_dir, row["run"]), env))}
         if found and dataset in of:
-            yield plots.pictures(dataset, of[dataset].columns[env], found, looks)
+            yield plots.pictures(dataset, tables.environments(dataset, env + 1)[env], found, looks)
 
 
 def _with_plots(input_dir: str, frame, found: list[Curve], made: list[tables.Table],

@@ -298,7 +298,8 @@ def teachers(dataset: str, pairs, table: tables.Table, looks: Looks) -> Plot:
                   transform=axis.get_yaxis_transform())
         for _, pair in pairs[pairs["algorithm"] == name].sort_values("test_env").iterrows():
             y += 1
-            ticks[y] = printable(table.columns[pair["test_env"]])
+            env = pair["test_env"]
+            ticks[y] = printable(tables.environments(dataset, env + 1)[env])
             student, teacher = 100 * pair["student"], 100 * pair["teacher"]
             axis.plot([student, teacher], [y, y], color="#999999", linewidth=1.2)
             axis.plot(teacher, y, "o", markersize=7, markerfacecolor="white",

@@ -225,7 +225,8 @@ class Grid:
     `planned` are the args of runs without records, which count like the others.
 
     Raises:
-        ValueError: if runs were measured by different metrics.
+        ValueError: if runs were measured by different metrics, or those of a column train on
+            different domains.
     """
 
     def __init__(self, found: Iterable[Curve], planned: Iterable[dict] = ()):
@@ -285,9 +286,19 @@ class Grid:
         found = {dataset: sorted(
             envs for k in sizes for envs in itertools.combinations(range(n), k))
             for dataset, n in self.n_envs.items()}
-        # Where a run holds out more than two, those sets are all that is meant to be there.
-        for dataset in {run.dataset for run in self.begun if len(run.test_envs) > 2}:
-            found[dataset] = sorted({r.test_envs for r in self.begun if r.dataset == dataset})
+        return found | self._together
+
+    @functools.cached_property
+    def _together(self) -> dict[str, list[tuple[int, ...]]]:
+        """The same where a run holds out more than two: then they are those that there are."""
+        found = {dataset: sorted({r.test_envs for r in self.begun if r.dataset == dataset})
+                 for dataset in {run.dataset for run in self.begun if len(run.test_envs) > 2}}
+        for dataset, sets in found.items():
+            for one, other in itertools.combinations(sets, 2):
+                if not set(one).isdisjoint(other):
+                    words = (" ".join(map(str, envs)) for envs in (one, other))
+                    raise ValueError("Some runs on {} hold out {}, some {}: these cannot share a "
+                                     "column. Keep them in two folders.".format(dataset, *words))
         return found
 
     @property

@@ -1,6 +1,6 @@
 """The numbers behind a report's plots, as pandas tables made from `results.to_frame`.
 
-All functions take rows of runs that hold out one domain; see `single`. Accuracies are in [0, 1].
+All functions take rows of one test env each; see `by_test_env`. Accuracies are in [0, 1].
 """
 
 import numpy as np
@@ -21,10 +21,16 @@ DIAGNOSTICS = {
 }
 
 
-def single(frame):
-    """The rows of runs that hold out one domain, with its number as `test_env`."""
-    alone = frame[frame["args.test_envs"].map(len) == 1]
-    return alone.assign(test_env=alone["args.test_envs"].map(lambda envs: envs[0]))
+def by_test_env(frame):
+    """A row for each record and each of its test envs, `test_env`, with `test_acc` on that one.
+
+    Runs that hold out two domains, which only leave-one-out selection reads, have none.
+    """
+    rows = frame[frame["args.test_envs"].map(len) != 2]
+    rows = rows.assign(test_env=rows["args.test_envs"]).explode("test_env", ignore_index=True)
+    several = rows["args.test_envs"].map(len) > 1
+    rows.loc[several, "test_acc"] = of_test_env(rows[several], "env{}_in_acc")
+    return rows.astype({"test_env": int})
 
 
 def numbers(values):
@@ -34,7 +40,7 @@ def numbers(values):
 
 
 def chosen(frame, searches: dict, method: type):
-    """The rows, of `single`, of the runs whose hparams a `SelectionMethod` chose in `searches`."""
+    """The rows, of the runs whose hparams a `SelectionMethod` chose in `searches`."""
     import pandas as pd
 
     best = []
@@ -109,8 +115,8 @@ def teachers(frame, everything):
 
     Returns a table with `dataset`, `algorithm`, `test_env`, `student` and `teacher`: on the same
     images where diagnostics were recorded; otherwise on the domain's in-split, if the teacher is a
-    run of the same folder, which is looked up in `everything`, of `single`. Other teachers were not
-    measured there and have no row.
+    run of the same folder, which is looked up in `everything`. Other teachers were not measured
+    there and have no row.
     """
     import pandas as pd
 
@@ -118,10 +124,11 @@ def teachers(frame, everything):
     student = of_test_env(best, "diagnostics.env{}_acc")
     teacher = of_test_env(best, "diagnostics.env{}_teacher_acc")
     if "args.teacher" in frame:
-        taught_by = everything[everything["selected"]].set_index("run")["test_acc"]
+        taught_by = everything[everything["selected"]].set_index(["run", "test_env"])["test_acc"]
+        taught_by = taught_by[~taught_by.index.duplicated()]
         runs = best["args.teacher"].map(
             lambda path: str(path).rstrip("/").rpartition("/")[2], na_action="ignore")
-        looked_up = runs.map(taught_by[~taught_by.index.duplicated()])
+        looked_up = taught_by.reindex(zip(runs, best["test_env"])).set_axis(best.index)
         student = student.where(teacher.notna(), best["test_acc"])
         teacher = teacher.fillna(looked_up)
     table = pd.DataFrame({"dataset": best["args.dataset"], "algorithm": best["args.algorithm"],

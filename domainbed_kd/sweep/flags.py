@@ -20,7 +20,7 @@ DEFAULT_DATASETS = [name for name in datasets.DOMAINBED if datasets.facts(name).
 _MOST_RUNS = 10**6
 # What says, beside the flags of each run, which runs a sweep has.
 _OWN = ("datasets", "algorithms", "n_trials", "n_hparams_from", "n_hparams", "single_test_envs",
-        "grid", "draws", "epochs")
+        "test_envs", "grid", "draws", "epochs")
 _SHARED = tuple(flag.name for flag in runs.FLAGS.values()
                 if flag.in_sweep and flag.name != "fork")
 # Flags that make a sweep another one; the rest only says how it is run and what else is kept.
@@ -82,6 +82,9 @@ def build_parser(description: str = "", epilog: str = "") -> SweepParser:
         help="trials, that is splits and random hparams, of each; default: 3")
     add("--single_test_envs", action="store_true",
         help="hold out single domains only; leave-one-out model selection needs the pairs too")
+    add("--test_envs", type=int, nargs="+", metavar="N",
+        help="hold out these domains together in every run: one, or three or more. Tables have a "
+             "column for each, and runs are selected by the domains that they train on")
     add("--grid", metavar="FILE",
         help="JSON, or a file of it: lists of values of hparams, as {\"lr\": [0.1, 0.01], ...} for "
              "all combinations, or a list of objects. Every run is made with each, over --hparams; "
@@ -257,6 +260,16 @@ def check(args: argparse.Namespace) -> None:
     if args.task == "domain_adaptation" and not args.uda_holdout_fraction:
         raise ValueError("--task domain_adaptation needs unlabeled images of the test domains. "
                          "Pass --uda_holdout_fraction, for example 0.5.")
+    if envs := args.test_envs:
+        asked = f"--test_envs {' '.join(map(str, envs))}"
+        if len(set(envs)) < len(envs):
+            raise ValueError(f"{asked} names an environment twice.")
+        if len(envs) == 2:
+            raise ValueError(f"{asked}: runs that hold out two domains are those of leave-one-out "
+                             "model selection, and have no columns. Name one, or three or more.")
+        if args.single_test_envs:
+            raise ValueError(f"{asked} and --single_test_envs ask for different runs. Leave one "
+                             "out.")
     args.grid = args.grid and grid_text(args.grid)
     if args.draws and not all(isinstance(values, list) and values
                               for values in runs.parse_hparams(args.draws).values()):

@@ -36,8 +36,12 @@ def test_env_sets(n_envs: int, single: bool) -> list[list[int]]:
             for i in range(n_envs) for j in range(i, i + 1 if single else n_envs)]
 
 
-def _env_sets_of(dataset: str, data_dir: str | None, single: bool) -> list[list[int]]:
+def _env_sets_of(dataset: str, data_dir: str | None, single: bool,
+                 together: list[int] | None) -> list[list[int]]:
     n_envs = datasets.num_environments(dataset, data_dir)
+    if together is not None:
+        datasets.check_test_envs(dataset, n_envs, together)
+        return [together]
     if n_envs < 2:
         raise ValueError(f"{dataset} has {n_envs} domain: with it held out, none is left to train "
                          "on. Give it two domains or more.")
@@ -48,26 +52,27 @@ def _env_sets_of(dataset: str, data_dir: str | None, single: bool) -> list[list[
 
 
 def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparams, data_dir, task,
-                   holdout_fraction, single_test_envs, **more) -> list[dict]:
+                   holdout_fraction, single_test_envs, test_envs=None, **more) -> list[dict]:
     """The train arguments of every job of a sweep, in DomainBed's order.
 
     Arguments are flags of `sweep`, which explains them, and `more` flags of `train`. Those that are
     None stay out, so that folders keep the names that DomainBed gives them.
 
     Raises:
-        ValueError: if a dataset has too few domains.
+        ValueError: if a dataset has too few domains, or not those of `test_envs`.
     """
     given = {name: value for name, value in more.items() if value is not None}
-    env_sets = {name: _env_sets_of(name, data_dir, single_test_envs) for name in dataset_names}
+    env_sets = {name: _env_sets_of(name, data_dir, single_test_envs, test_envs)
+                for name in dataset_names}
     return [
-        {"dataset": dataset, "algorithm": algorithm, "test_envs": test_envs,
+        {"dataset": dataset, "algorithm": algorithm, "test_envs": envs,
          "holdout_fraction": holdout_fraction, "hparams_seed": hparams_seed, "data_dir": data_dir,
          "task": task, "trial_seed": trial_seed,
-         "seed": seed_hash(dataset, algorithm, test_envs, hparams_seed, trial_seed), **given}
+         "seed": seed_hash(dataset, algorithm, envs, hparams_seed, trial_seed), **given}
         for trial_seed in range(n_trials)
         for dataset in dataset_names
         for algorithm in algorithms
-        for test_envs in env_sets[dataset]
+        for envs in env_sets[dataset]
         for hparams_seed in range(n_hparams_from, n_hparams)]
 
 
@@ -195,7 +200,7 @@ def list_args(args: argparse.Namespace) -> list[dict]:
         found += make_args_list(
             n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
             n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams,
-            single_test_envs=args.single_test_envs, **shared)
+            single_test_envs=args.single_test_envs, test_envs=args.test_envs, **shared)
     for train_args in found:
         _draw(train_args, parse_hparams(args.draws or "{}"))
         if args.epochs:

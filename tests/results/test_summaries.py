@@ -18,12 +18,20 @@ def record(algorithm="ERM", env=0, trial=0, draw=0, step=0, acc=.5, **more):
 
 
 def frame(*rows):
-    return summaries.single(pd.DataFrame(rows))
+    return summaries.by_test_env(pd.DataFrame(rows))
 
 
 def test_runs_that_hold_out_two_domains_take_no_part():
     rows = [record(env=1), record() | {"args.test_envs": (0, 1)}]
     assert frame(*rows)["test_env"].tolist() == [1]
+
+
+def test_a_run_that_holds_out_several_domains_counts_for_each_of_them():
+    accs = {f"env{i}_in_acc": .1 * i for i in range(4)}
+    run = record(acc=.7, **accs) | {"args.test_envs": (1, 2, 3)}
+    found = frame(run, record(env=2, acc=.6, **accs))
+    assert found["test_env"].tolist() == [1, 2, 3, 2]
+    assert found["test_acc"].tolist() == pytest.approx([.1, .2, .3, .6])
 
 
 def test_the_chosen_runs_are_those_whose_draw_the_selection_method_puts_first():

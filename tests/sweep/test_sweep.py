@@ -15,7 +15,7 @@ from conftest import GOLDENS, ROOT
 from domainbed_kd import algorithms, command_launchers, datasets, machine
 from domainbed_kd.console import run_main
 from domainbed_kd.folder import claims
-from domainbed_kd.scripts import collect_results, sweep
+from domainbed_kd.scripts import collect_results, report, sweep
 from domainbed_kd.sweep import workers
 from domainbed_kd.sweep.jobs import Job
 
@@ -71,6 +71,58 @@ def test_launching_twice_runs_nothing_the_second_time(tmp_path, launched, capsys
                         "About to launch 0 jobs.\n")
     assert out.count("\nDone: ") + out.startswith("Done: ") == 6
     assert len(launched) == 6
+
+
+def test_domains_can_be_held_out_together(tmp_path, launched, capsys):
+    folder = tmp_path / "sweep"
+    args = flags("launch", folder, "--command_launcher", "pretend", "--datasets", "DigitsDG",
+                 "--algorithms", "ERM", "KD", "--n_trials", "2", "--test_envs", "0", "1", "3")
+    assert sweep.main(args) == 0
+    commands = [command_of(command) for command in launched]
+    assert [(c["algorithm"], c["trial_seed"], c["test_envs"]) for c in commands] == [
+        ([name], [trial], ["0", "1", "3"]) for name in ("ERM", "KD") for trial in "01"]
+    ran = {c["trial_seed"][0]: c["output_dir"] for c in commands[:2]}
+    assert [c["teacher"] for c in commands[2:]] == [ran["0"], ran["1"]]
+    # Whoever says the rest of the flags, or nothing but the folder, means the same runs.
+    for again in (args, ["launch", str(folder)]):
+        assert sweep.main(again) == 0
+        assert "4 jobs: 4 done" in capsys.readouterr().out
+    assert sweep.main(["status", str(folder)]) == 0
+    assert "DigitsDG            4 " in capsys.readouterr().out
+    assert sweep.main(["plan", str(folder)]) == 0
+    assert "total: 4 runs, 2 teachers, 4 done" in capsys.readouterr().out
+    assert len(launched) == 4
+
+
+@pytest.mark.slow
+def test_each_domain_held_out_with_others_has_a_column_and_runs_are_chosen_without_them(
+        tmp_path, capsys):
+    assert sweep.main(flags(
+        "launch", tmp_path / "sweep", "--datasets", "DigitsDG", "--algorithms", "ERM", "KD",
+        "--test_envs", "0", "1", "3", "--hparams",
+        '{"batch_size": 4, "wrn_depth": 10, "wrn_widen": 1}', "--checkpoint_freq", "1",
+        "--allow_bad_teacher")) == 0
+    wanted = {}
+    for run in runs_in(tmp_path / "sweep"):
+        records = [json.loads(line) for line in (run / "results.jsonl").open()]
+        best = max(records, key=lambda record: record["env2_out_acc"])
+        accs = [100 * best[f"env{i}_in_acc"] for i in (0, 1, 3)]
+        wanted[best["args"]["algorithm"]] = [f"{acc:.1f}" for acc in (*accs, sum(accs) / 3)]
+    capsys.readouterr()
+    assert collect_results.main(["--input_dir", str(tmp_path / "sweep")]) == 0
+    out = capsys.readouterr().out
+    for name in ("ERM", "KD"):
+        row = next(line.split() for line in out.splitlines() if line.startswith(f"{name} "))
+        assert [row[i] for i in (1, 4, 7, 10)] == wanted[name]
+    assert "texture" not in out and "absent" not in out
+    assert report.main(["--input_dir", str(tmp_path / "sweep")]) == 0
+    text = (tmp_path / "sweep" / "report.html").read_text()
+    assert "Students and their teachers on each held-out domain of DigitsDG" in text
+    assert sweep.main(flags("launch", tmp_path / "sweep", "--datasets", "DigitsDG",
+                            "--test_envs", "0", "--hparams",
+                            '{"batch_size": 4, "wrn_depth": 10, "wrn_widen": 1}')) == 0
+    with pytest.raises(ValueError, match="hold out 0, some 0 1 3: these cannot share a column"):
+        collect_results.main(["--input_dir", str(tmp_path / "sweep")])
 
 
 def test_commands_come_in_the_order_of_the_list(tmp_path, launched):
@@ -386,6 +438,11 @@ def test_defaults_are_domainbeds():
     (["--command_launcher", "locl"], "Launcher not found: locl. Did you mean local?"),
     (["--command_launcher", "no_module:f"], "Launcher not found: no_module:f"),
     (["--command_launcher", "os:getcwd", "--jobs_per_device", "2"], "does not take"),
+    (["--test_envs", "3"], "Debug28 has environments 0 to 2"),
+    (["--test_envs", "0", "1", "2"], "holds out all of Debug28"),
+    (["--test_envs", "0", "1", "1"], "names an environment twice"),
+    (["--test_envs", "0", "1"], "Name one, or three or more"),
+    (["--test_envs", "0", "--single_test_envs"], "Leave one out"),
     (["--retry", "-1"], "--retry is -1"),
     (["--slurm_gpus", "-1"], "--slurm_gpus is -1"),
     (["--slurm_time", "0"], "--slurm_time is 0"),
