@@ -112,7 +112,8 @@ def test_each_domain_held_out_with_others_has_a_column_and_runs_are_chosen_witho
     assert collect_results.main(["--input_dir", str(tmp_path / "sweep")]) == 0
     out = capsys.readouterr().out
     for name in ("ERM", "KD"):
-        row = next(line.split() for line in out.splitlines() if line.startswith(f"{name} "))
+        line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        row = line.replace("?", " ").split()  # the teacher of so short a run is a bad one
         assert [row[i] for i in (1, 4, 7, 10)] == wanted[name]
     assert "texture" not in out and "absent" not in out
     assert report.main(["--input_dir", str(tmp_path / "sweep")]) == 0
