@@ -1,7 +1,9 @@
+import fcntl
 import gzip
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +70,12 @@ def pacs() -> Path:
     if not (SHARED_DATA / "PACS").is_dir():
         pytest.skip("no PACS images beside this checkout")
     return SHARED_DATA
+
+
+@pytest.fixture
+def ray():
+    """Ray, for one test of this machine at a time: `auto` finds the clusters of all others."""
+    library = pytest.importorskip("ray")
+    with open(Path(tempfile.gettempdir()) / "domainbed_kd_tests_of_ray.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield library

@@ -258,8 +258,7 @@ def test_in_a_folder_that_is_there_it_is_noted_what_was_wrong(tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["--ray_cpus", "999"], "takes 999.0 CPUs"), (["--ray_address", "auto"], "no Ray cluster")])
 @pytest.mark.slow
-def test_what_a_ray_cluster_refuses_leaves_no_folder(flags, message, tmp_path, capsys):
-    pytest.importorskip("ray")
+def test_what_a_ray_cluster_refuses_leaves_no_folder(flags, message, ray, tmp_path, capsys):
     status, _, err = said([*LAUNCH, *RAY, *flags], capsys)
     assert status == 2 and message in err and not (tmp_path / "sweep").exists()
 

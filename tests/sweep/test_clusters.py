@@ -32,11 +32,6 @@ def submitit():
     return pytest.importorskip("submitit")
 
 
-@pytest.fixture
-def ray():
-    return pytest.importorskip("ray")
-
-
 def start(folder, *flags):
     """Starts a sweep in a folder of its own; all such sweeps have the same paths."""
     folder.mkdir(exist_ok=True)

@@ -721,8 +721,10 @@ def test_two_launchers_on_one_folder_run_each_job_once(tmp_path):
     ("local", "torch", 4, ["ERM", "SWAD"]), ("ray", "ray", 2, ["KDDG"]),
     ("slurm", "submitit", 2, ["KDDG"])])
 def test_a_sweep_that_is_killed_again_and_again_ends_in_the_same_bits(
-        launcher, library, kills, algorithms, tmp_path):
+        launcher, library, kills, algorithms, tmp_path, request):
     pytest.importorskip(library)
+    if launcher == "ray":
+        request.getfixturevalue("ray")
     tool = ROOT / "tools" / "chaos.py"
     ran = subprocess.run(
         [sys.executable, str(tool), "--folder", str(tmp_path / "chaos"), "--dataset", "Debug28",
