@@ -12,9 +12,9 @@ import domainbed_kd
 PACKAGE = Path(domainbed_kd.__file__).parent
 # Each floor imports from itself and from those below it, but the rooms of MIDDLE never from each
 # other: what passes between them is the folder of a run.
-GROUND = {"seeds", "console", "machine", "networks", "losses", "averaging", "checkpoints",
-          "datasets", "folder", "tasks"}
-METHODS = {"teachers", "algorithms", "hparams_registry"}
+GROUND = {"seeds", "console", "machine", "networks", "backbones", "segmenters", "losses",
+          "averaging", "loss_valley", "checkpoints", "datasets", "folder", "tasks"}
+METHODS = {"teachers", "clip_teacher", "algorithms", "hparams_registry"}
 MIDDLE = ("run", "sweep", "results")
 BRIDGES = {"plugin", "extensions"}
 # DomainBed's names, which point into a room.

@@ -14,7 +14,7 @@ import torchvision
 from conftest import golden
 from torch import nn
 
-from domainbed_kd import hparams_registry, networks
+from domainbed_kd import backbones, hparams_registry, networks
 
 NETS = golden("networks.json")["nets"]
 MLP_HPARAMS = {"mlp_width": 256, "mlp_depth": 3, "mlp_dropout": 0.0}
@@ -175,7 +175,7 @@ def test_hparams_that_name_nothing_are_refused(changes, side, says):
 
 
 def test_resnet18_beside_augmix_warns_once_that_augmix_is_trained_as_upstream_does():
-    networks._warn_once.cache_clear()
+    backbones._warn_once.cache_clear()
     with pytest.warns(UserWarning, match='"resnet50_augmix": false') as caught:
         for _ in range(2):
             network = networks.Featurizer((3, 64, 64), hparams(resnet18=True))

@@ -13,7 +13,7 @@ from conftest import losses_in_double
 from PIL import Image
 from torch import nn
 
-from domainbed_kd import checkpoints, datasets, hparams_registry, networks, teachers
+from domainbed_kd import checkpoints, clip_teacher, datasets, hparams_registry, networks, teachers
 from domainbed_kd.algorithms import get_algorithm_class
 from domainbed_kd.scripts import train
 
@@ -734,8 +734,8 @@ def test_a_weak_teacher_of_unequal_classes_is_not_taken_for_one_in_another_order
 def test_the_tests_of_openais_files_know_torchscript_from_other_archives(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
         archive.writestr("archive/data.pkl", "")
-    assert not teachers._is_torchscript(str(tmp_path / "other.pt"))
-    assert not teachers._is_torchscript("openai")
+    assert not clip_teacher._is_torchscript(str(tmp_path / "other.pt"))
+    assert not clip_teacher._is_torchscript("openai")
 
 
 def test_a_default_of_null_takes_any_kind_of_value():

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from domainbed_kd import datasets, teachers
+from domainbed_kd import clip_teacher, datasets
 
-ASSETS = Path(teachers.__file__).parent / "assets"
+ASSETS = Path(clip_teacher.__file__).parent / "assets"
 TOOLS = ASSETS.parents[1] / "tools"
 NAMES = datasets.class_names("DigitsDG")
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return teachers.tiny_clip()
+    return clip_teacher.tiny_clip()
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_the_card_states_a_teachers_accuracy():
 
 
 def test_methods_reach_it_by_its_name():
-    teacher = teachers.clip({"clip_backbone": "tiny", "clip_renormalize": True}, (3, 32, 32))
+    teacher = clip_teacher.clip({"clip_backbone": "tiny", "clip_renormalize": True}, (3, 32, 32))
     text = teacher.sentences(["a photo of a {}"], NAMES)[:, 0]
     domain = datasets.get_dataset_class("DigitsDG")(None, [], {})[1]
     images, labels = domain.tensors
@@ -167,7 +167,7 @@ def test_every_phrase_of_the_captions_is_known(tiny, renderer):
 
 
 def test_words_about_the_look_are_understood_better_than_by_chance(tiny):
-    teacher = teachers.clip({"clip_backbone": "tiny", "clip_renormalize": True}, (3, 32, 32))
+    teacher = clip_teacher.clip({"clip_backbone": "tiny", "clip_renormalize": True}, (3, 32, 32))
     digits = datasets.get_dataset_class("DigitsDG")(None, [], {})
     styled = teacher.sentences([f"a {name} of a {{}}" for name in digits.DOMAIN_NAMES], NAMES)
     shares = []

@@ -19,7 +19,7 @@ import torch
 from render_digits import NUMERALS, PROMPTS, WORDS, Renderer, caption, phrases
 from safetensors import torch as safetensors
 
-from domainbed_kd import datasets, teachers
+from domainbed_kd import clip_teacher, datasets
 
 ASSETS = Path(__file__).parents[1] / "domainbed_kd" / "assets"
 PROMPT = "a photo of a {}"
@@ -56,7 +56,7 @@ def train(seed: int, steps: int, batch: int, lr: float) -> tuple[open_clip.CLIP,
     torch.manual_seed(seed)
     renderer, settings = Renderer(seed), config()
     model = open_clip.CLIP(**settings["model_cfg"])
-    tokenizer = teachers.TinyTokenizer(settings)
+    tokenizer = clip_teacher.TinyTokenizer(settings)
     clip_loss = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.05)
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -113,7 +113,7 @@ def save(model: open_clip.CLIP, settings: dict, folder: Path) -> None:
 @torch.no_grad()
 def evaluate(folder: Path) -> dict[str, float]:
     """Zero-shot accuracy in [0, 1] of the files in a folder, on each domain of DigitsDG."""
-    model, tokenizer, _, mean, std = teachers.tiny_clip(folder)
+    model, tokenizer, _, mean, std = clip_teacher.tiny_clip(folder)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     digits = datasets.get_dataset_class("DigitsDG")(None, [], {})
     text = model.encode_text(tokenizer([PROMPT.format(word) for word in digits.class_names]),

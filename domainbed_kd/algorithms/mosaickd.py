@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import networks, teachers
+from domainbed_kd import clip_teacher, networks
 from domainbed_kd.algorithms.base import (
     above,
     at_least,
@@ -189,7 +189,7 @@ class MosaicKD(Taught):
             self.discriminator = patch_discriminator(input_shape, hparams["mosaic_width"])
             self.register_buffer("noise_seed", torch.randint(2**62, ()))
         self.count_updates()
-        for name, values in zip(("mean", "std"), teachers.normalization(hparams, input_shape)):
+        for name, values in zip(("mean", "std"), clip_teacher.normalization(hparams, input_shape)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
         self.generator_optimizer, self.discriminator_optimizer = (

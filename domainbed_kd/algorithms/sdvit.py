@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import datasets, networks
+from domainbed_kd import backbones, datasets
 from domainbed_kd.algorithms.base import above, at_least, fixed, forked_rng
 from domainbed_kd.algorithms.erm import ERM
 from domainbed_kd.losses import kd_loss
@@ -53,7 +53,7 @@ class SDViT(ERM):
         """A transformer as the student, and the authors' grid as draws."""
         return {
             "backbone": fixed(
-                networks.SMALL_VIT if datasets.facts(dataset).SMALL_IMAGES
+                backbones.SMALL_VIT if datasets.facts(dataset).SMALL_IMAGES
                 else "deit_small_patch16_224"),
             "sdvit_weight": (0.5, lambda r: r.choice([0.1, 0.2, 0.5])),
             "sdvit_temperature": (3.0, lambda r: r.choice([3.0, 5.0])),

@@ -210,11 +210,11 @@ def test_sentences_name_each_class_in_each_training_domain_and_nothing_else():
 
 
 def test_a_run_never_names_its_test_domain_to_clip(tmp_path, monkeypatch):
-    from domainbed_kd import teachers
+    from domainbed_kd import clip_teacher
     from domainbed_kd.scripts import train
 
     clip = StubCLIP()
-    monkeypatch.setattr(teachers, "tiny_clip", lambda: (
+    monkeypatch.setattr(clip_teacher, "tiny_clip", lambda: (
         clip, clip.tokenizer, 12, (0.0,) * 3, (1.0,) * 3), raising=False)
     train.main(["--dataset", "DigitsDG", "--algorithm", "RISE", "--steps", "1", "--test_envs", "3",
                 "--allow_bad_teacher", "--output_dir", str(tmp_path), "--hparams",
@@ -247,7 +247,7 @@ def test_a_mix_of_teachers_has_a_student_for_each_that_learns_its_own_loss():
 
 
 def test_a_mix_is_also_named_by_backbones(monkeypatch):
-    from domainbed_kd import teachers
+    from domainbed_kd import clip_teacher
 
     asked = []
 
@@ -255,7 +255,7 @@ def test_a_mix_is_also_named_by_backbones(monkeypatch):
         asked.append(name)
         return StubCLIP(), StubCLIP().tokenizer, 12, (0.0,) * 3, (1.0,) * 3
 
-    monkeypatch.setattr(teachers, "_open_clip", stub)
+    monkeypatch.setattr(clip_teacher, "_open_clip", stub)
     assert len(make("RISE", rise_teachers=["ViT-B-16", "RN101"]).network) == 2
     assert asked == ["ViT-B-16", "RN101"]
 

@@ -15,7 +15,7 @@ from test_averaging import (
 from torch import nn
 
 from domainbed_kd import averaging
-from domainbed_kd.averaging import LossValley, Segment
+from domainbed_kd.loss_valley import LossValley, Segment
 
 NOISE = torch.Generator().manual_seed(0)
 LOSSES = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from domainbed_kd import datasets, teachers
+from domainbed_kd import clip_teacher, datasets
 from domainbed_kd.datasets import images
 from domainbed_kd.run import build
 
@@ -69,7 +69,7 @@ def test_statistics_hold_for_training_and_test_images_and_are_told_to_teachers(
     found = dataset[0].transform(image)[0]
     np.testing.assert_allclose(found, red, rtol=1e-4, atol=1e-5)
     known = {"normalization": dataset.NORMALIZATION}
-    assert teachers.normalization(known, (3, 16, 16)) == images.STATISTICS[name]
+    assert clip_teacher.normalization(known, (3, 16, 16)) == images.STATISTICS[name]
 
 
 @pytest.mark.parametrize("hparams, words", [
