@@ -57,11 +57,8 @@ def predict(algorithm: nn.Module, x: Tensor) -> list[list[float]]:
     return logits.tolist()
 
 
-def run(algorithm_class: Callable, case: dict, nudge: float = 0.0) -> dict:
-    """What the class does in a case: returned values, logits, sums of tensors, next draws.
-
-    Every initial weight is first multiplied by 1 + or - `nudge`, by a stream of its own.
-    """
+def run(algorithm_class: Callable, case: dict) -> dict:
+    """What the class does in a case: returned values, logits, sums of tensors, next draws."""
     updates, probe = inputs(case)
     random.seed(case["seed"])
     np.random.seed(case["seed"])
@@ -69,11 +66,6 @@ def run(algorithm_class: Callable, case: dict, nudge: float = 0.0) -> dict:
     algorithm = algorithm_class(tuple(case["input_shape"]), case["num_classes"],
                                 case["num_domains"], dict(case["hparams"]))
     result = {"streams_after_construction": next_draws(), "initial": sums(algorithm), "values": []}
-    if nudge:
-        coin = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for weight in algorithm.parameters():
-                weight.mul_(1 + nudge * (2 * torch.randint(2, weight.shape, generator=coin) - 1))
     for i, minibatches in enumerate(updates, 1):
         values = algorithm.update(minibatches)
         result["values"].append({key: float(value) for key, value in values.items()})

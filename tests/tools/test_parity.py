@@ -1,5 +1,6 @@
 """tools/parity.py, asked about stand-ins for a DomainBed checkout."""
 
+import re
 import subprocess
 import sys
 
@@ -57,6 +58,21 @@ def get_algorithm_class(name):
     assert "ERM: 0 of 2 agree, largest difference " in answer.stdout
     assert ", the first: {'input_shape': " in answer.stdout
     assert "CORAL: 2 of 2 agree" in answer.stdout
+
+
+def test_a_checkout_that_differs_by_a_magnified_last_bit_agrees_in_float64(tmp_path):
+    answer = ask(checkout(tmp_path, algorithms="""import torch
+from domainbed_kd import algorithms
+ALGORITHMS = ['ERM']
+class ERM(algorithms.ERM):
+    def predict(self, x):
+        eps = torch.finfo(x.dtype).eps
+        return super().predict(x) * (1 + 2000 * eps)
+def get_algorithm_class(name):
+    return ERM"""))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert re.search(r"ERM: 2 of 2 agree, largest difference \S+e-0[1-4], in float64 \S+e-1\d\n",
+                     answer.stdout), answer.stdout
 
 
 @pytest.mark.parametrize("folder", ["absent", "."])
