@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from domainbed_kd import algorithms, datasets, tasks
+from domainbed_kd.algorithms import composed
 from domainbed_kd.algorithms.kddg import keep_mask
 from domainbed_kd.losses import kd_loss, kd_per_sample, mean_of_labelled
 from domainbed_kd.tasks import IGNORED
@@ -186,6 +187,93 @@ def test_kddgs_loss_on_maps_is_that_of_its_labelled_pixels_one_by_one(on, norm):
     values = algorithm.update(batch)
     assert values["loss"].item() == pytest.approx((loss.sum() / n).item(), rel=1e-4)
     assert values["filtered"].item() == pytest.approx(1 - keep.mean().item(), abs=1e-5)
+
+
+# Teachers on top.
+
+
+def composed_on_maps(teachers_of, name="ERM", **changes):
+    torch.manual_seed(0)
+    hparams = task_hparams(name, teachers=["run:ERM"] * len(teachers_of), teacher=teachers_of,
+                           **changes)
+    return composed.assembled(algorithms.get_algorithm_class(name), hparams)(
+        (3, 64, 64), 11, 3, hparams)
+
+
+@pytest.mark.parametrize("mix", ["sum", "mean"])
+def test_teachers_on_top_teach_labelled_pixels_one_by_one(mix):
+    torch.manual_seed(3)
+    teachers = [OneByOne(), OneByOne()]
+    algorithm = composed_on_maps(teachers, distill_weight=0.7, distill_temperature=2.0,
+                                 teacher_mix=mix)
+    batch = digits(n=1)[:3]
+    x, y = (torch.cat(part) for part in zip(*batch))
+    with torch.no_grad():
+        student, seen = algorithm.network(x).double(), [t(x).double() for t in teachers]
+    cost, kd = [], []
+    for b, i, j in pixels(y)[::7]:
+        q = (student[b, :, i, j] / 2).softmax(0)
+        p = [(z[b, :, i, j] / 2).softmax(0) for z in seen]
+        if mix == "mean":
+            p = [(p[0] + p[1]) / 2]
+        cost.append(-student[b, :, i, j].log_softmax(0)[y[b, i, j]].item())
+        kd.append(np.mean([4 * (each * (each / q).log()).sum().item() for each in p]))
+    every_seventh = torch.full_like(y, IGNORED)
+    for b, i, j in pixels(y)[::7]:
+        every_seventh[b, i, j] = y[b, i, j]
+    n = len(batch[0][0])
+    values = algorithm.update(list(zip(x.split(n), every_seventh.split(n))))
+    assert values["loss"].item() == pytest.approx(np.mean(cost) + 0.7 * np.mean(kd), rel=1e-4)
+    assert values["logit"].item() == pytest.approx(np.mean(kd), rel=1e-4)
+
+
+def test_shares_by_accuracy_are_those_of_labelled_pixels():
+    torch.manual_seed(3)
+    teachers = [OneByOne(), OneByOne()]
+    algorithm = composed_on_maps(teachers, teacher_mix="accuracy")
+    (x, y), *_ = digits()
+    rows = y != IGNORED
+
+    def validate(predict):
+        logits = predict(x)
+        return torch.nn.functional.cross_entropy(logits, y).item()
+
+    algorithm.checkpoint(0, False, validate, None)
+    right = [(t(x).argmax(1) == y)[rows].float().mean().item() for t in teachers]
+    torch.testing.assert_close(algorithm.taught.shares, torch.tensor(right) / sum(right),
+                               rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [
+    name for name in algorithms.SHIPPED
+    if not algorithms.get_algorithm_class(name).needs_image_labels])
+def test_teachers_go_on_top_of_a_method_of_pixels_or_it_says_why_not(name):
+    cls = algorithms.get_algorithm_class(name)
+    if (cls.learns_from_run or cls.teacher_logits or cls.no_teachers or cls.rearranges_images):
+        with pytest.raises(ValueError, match="teachers do not go with this: ") as error:
+            composed_on_maps([OneByOne()], name)
+        assert "\n" not in str(error.value)
+        return
+    algorithm = composed_on_maps([OneByOne()], name)
+    before = [p.clone() for p in algorithm.network.parameters()]
+    values = algorithm.update(digits()[:3])
+    assert values["logit"] > 0 and math.isfinite(values["loss"])
+    assert not all(p.equal(was) for p, was in zip(algorithm.network.parameters(), before))
+
+
+@pytest.mark.parametrize("name, hparams, says", [
+    ("ERM", {"teachers": ["run:ERM"], "distill": "feature"}, 'distill takes "logit" alone'),
+    ("ERM", {"teachers": ["run:ERM"], "distill": ["logit", "relation"]}, '"logit" alone'),
+    ("ERM", {"teachers": ["run:ERM"], "distill": "text"}, '"logit" alone'),
+    ("ERM", {"teachers": ["clip"]}, "CLIP cannot teach where each pixel has a label"),
+    ("ERM", {"teachers": ["timm:resnet18"]}, "resnet18 cannot teach where each pixel has a label"),
+    ("ERM", {"teachers": ["run:CORAL"]}, "CORAL cannot teach where each pixel has a label"),
+    ("KD", {"teacher": "run:CORAL"}, "CORAL cannot teach where each pixel has a label"),
+    ("Mixup", {"teachers": ["run:ERM"]}, "nothing tells which pixels are ignored")])
+def test_teachers_that_have_no_meaning_on_pixels_are_refused_in_one_line(name, hparams, says):
+    with pytest.raises(ValueError, match=says) as error:
+        composed.check(algorithms.get_algorithm_class(name), hparams | {"task": "segmentation"})
+    assert "\n" not in str(error.value)
 
 
 def test_the_mean_of_images_is_the_plain_mean_to_the_bit():

@@ -5,7 +5,8 @@ descends, on what its own forward pass computed:
 
     base_weight L + distill_weight / J  sum over J teachers and the words of `distill` of a term
 
-logit: Hinton et al., 2014, `losses.kd_loss`. feature: cosine distance of projected features, after
+logit: Hinton et al., 2014, `losses.kd_loss`; on maps the one term that there is, over the pixels
+that are not ignored. feature: cosine distance of projected features, after
 Romero et al., "FitNets", ICLR 2015. relation: Park et al., "Relational Knowledge Distillation",
 CVPR 2019, on cosines. text: RISE's distances, with its constants; see rise.py. With base_weight
 1 - alpha and distill_weight alpha, ERM and one teacher are KD.
@@ -18,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import averaging, networks, teachers
+from domainbed_kd import algorithms, averaging, networks, teachers
 from domainbed_kd.algorithms import rise, scheduled
 from domainbed_kd.algorithms.base import above, at_least, forked_rng, one_of
 from domainbed_kd.folder import composition
 from domainbed_kd.losses import kd_loss
+from domainbed_kd.tasks import SEGMENTATION
 
 # Where the relative distance pulls as hard as the absolute one; see rise.py.
 TEXT_TEMPERATURE = 0.1
@@ -52,11 +54,17 @@ def check(algorithm_class: type, hparams: dict) -> None:
         ValueError: saying why.
     """
     name = algorithm_class.display_name or algorithm_class.__name__
-    if composition.teacher_of_method(hparams) and not algorithm_class.learns_from_run:
+    of_method = composition.teacher_of_method(hparams)
+    if of_method and not algorithm_class.learns_from_run:
         raise ValueError(f"{name} does not learn from a run: leave out the hparam teacher, or put "
                          'the run on top of it: "teachers": [...].')
     asked = composition.teachers(hparams)
     words, mix = composition.words(hparams), hparams.get("teacher_mix", "sum")
+    of_maps = hparams.get("task") == SEGMENTATION.name
+    for teacher in (*asked, of_method) if of_maps else ():
+        if reason := teacher and _why_no_maps(teacher):
+            raise ValueError(f"{name}: {teacher.shown} cannot teach where each pixel has a label: "
+                             f"{reason}.")
     if not asked:
         if idle := [key for key in ("distill", "distill_weight", "teacher_mix") if key in hparams]:
             raise ValueError(f"{name}: {idle[0]} needs teachers. Name one, for example "
@@ -68,6 +76,11 @@ def check(algorithm_class: type, hparams: dict) -> None:
         reason = "it brings its own teacher. Choose a base that has none, such as ERM or CORAL"
     elif algorithm_class.no_teachers:
         reason = algorithm_class.no_teachers
+    elif of_maps and words != ["logit"]:
+        reason = f'where each pixel has a label, distill takes "logit" alone, not {words}'
+    elif of_maps and algorithm_class.rearranges_images:
+        reason = ("the images of its loss are not its minibatches', so that nothing tells which "
+                  "pixels are ignored")
     elif unknown := [word for word in words if word not in list(composition.DISTILL)]:
         reason = f"distill is {unknown[0]!r}; it takes {', '.join(composition.DISTILL)}, or a list"
     elif not words or len(set(words)) < len(words):
@@ -84,6 +97,13 @@ def check(algorithm_class: type, hparams: dict) -> None:
     else:
         return
     raise ValueError(f"{name}: teachers do not go with this: {reason}.")
+
+
+def _why_no_maps(teacher: composition.Teacher) -> str | None:
+    if teacher.kind == "clip":
+        return "it compares sentences with images, not with pixels"
+    return (algorithms.get_algorithm_class(teacher.name).needs_image_labels
+            if teacher.kind == "run" else None)
 
 
 @contextlib.contextmanager
@@ -154,7 +174,8 @@ class Composed:
             self._build_teachers(input_shape, num_classes, hparams)
         self.projection_optimizer = (
             self.adam(self.taught.projections) if self.taught.projections else None)
-        self._images = self._logits = self._terms = None
+        self.needs_labels = "text" in self.words or hparams.get("task") == SEGMENTATION.name
+        self._images = self._logits = self._labels = self._terms = None
 
     def _build_teachers(self, input_shape, num_classes, hparams):
         folders = hparams.get("teacher") or []
@@ -194,7 +215,7 @@ class Composed:
         """The algorithm's update, whose one step is on the teachers' terms too."""
         if not self.weight and self.base_weight == 1:
             return super().update(minibatches, unlabeled)
-        if "text" in self.words:
+        if self.needs_labels:
             self._labels = torch.cat([y for _, y in minibatches])
         self._terms = None
         with caught(self.featurizer) as self._images, caught(self.classifier) as self._logits:
@@ -232,7 +253,8 @@ class Composed:
         terms = {}
         for word in self.words:
             if word == "logit" and self.mix != "sum":
-                terms[word] = kd_loss(logits, self._mixed(seen, self.temperature), self.temperature)
+                terms[word] = kd_loss(logits, self._mixed(seen, self.temperature),
+                                      self.temperature, self._labels)
                 continue
             terms[word] = sum(self._term(word, i, features, logits, of_one)
                               for i, of_one in enumerate(seen)) / len(seen)
@@ -240,7 +262,7 @@ class Composed:
 
     def _term(self, word, i, features, logits, seen):
         if word == "logit":
-            return kd_loss(logits, self.heads[i](seen), self.temperature)
+            return kd_loss(logits, self.heads[i](seen), self.temperature, self._labels)
         if word == "relation":
             return relation_distance(features, seen)
         projected = self.taught.projections[f"{word}{i}"](features)
@@ -252,10 +274,11 @@ class Composed:
                     projected, text, styled, self._labels, TEXT_TEMPERATURE))
 
     def _mixed(self, seen: list[Tensor], temperature: float) -> Tensor:
-        """The logits (B, C) of the teachers' mean probabilities at a temperature."""
+        """The logits (B, C, ...) of the teachers' mean probabilities at a temperature."""
         of_all = torch.stack([(head(of_one) / temperature).log_softmax(dim=1)
-                              for head, of_one in zip(self.heads, seen)])  # (J, B, C)
-        return temperature * (of_all + self.taught.shares.log()[:, None, None]).logsumexp(dim=0)
+                              for head, of_one in zip(self.heads, seen)])  # (J, B, C, ...)
+        shares = self.taught.shares.view(-1, *(1 for _ in of_all.shape[1:]))
+        return temperature * (of_all + shares.log()).logsumexp(dim=0)
 
     def _misfit(self, reason: str) -> str:
         return (f"{self.display_name or type(self).__name__}: teachers do not go with this: "
@@ -272,12 +295,12 @@ class Composed:
         """A predictor whose cross-entropy is ERROR where teacher `i` is wrong, else 0."""
         def predict(x):
             guess = self.heads[i](self.teachers[i](x)).argmax(dim=1)
-            return ERROR * F.one_hot(guess, self.num_classes).float()
+            return ERROR * F.one_hot(guess, self.num_classes).movedim(-1, 1).float()
 
         return predict
 
     @torch.no_grad()
     def teacher_logits(self, x):
-        """What the teachers together make of images: logits (B, C)."""
+        """What the teachers together make of images: logits (B, C, ...)."""
         seen = [eye(x) for eye in self.teachers]
         return self.heads[0](seen[0]) if len(seen) == 1 else self._mixed(seen, 1.0)

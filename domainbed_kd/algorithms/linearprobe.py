@@ -16,6 +16,7 @@ class LinearProbe(ERM):
     """ERM of the classifier alone; the featurizer stays as it was loaded, in eval mode."""
 
     no_teachers = "its features never move"
+    needs_image_labels = "its frozen network would have layers that nothing trained"
 
     @staticmethod
     def search_space(dataset):

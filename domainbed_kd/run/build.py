@@ -308,9 +308,10 @@ def make_algorithm(args: dict, hparams: dict, dataset, device: torch.device) -> 
     taught_by = {"teacher": args["teacher"]} if "teacher" in args else {}
     if dataset.domain_names is not None:
         context["domain_names"] = [dataset.domain_names[i] for i in training]
-    cls = composed.assembled(algorithms.get_algorithm_class(args["algorithm"]), hparams)
+    known = context | hparams
+    cls = composed.assembled(algorithms.get_algorithm_class(args["algorithm"]), known)
     algorithm = cls(dataset.input_shape, dataset.num_classes, len(training),
-                    context | hparams | taught_by).to(device)
+                    known | taught_by).to(device)
     if hparams.get("canonical_view"):
         canonical_view.check(algorithm)
     algorithm = precision.laid_out(algorithm, args.get("fast", False))
@@ -330,8 +331,7 @@ def _check_fits_pixels(args: dict, hparams: dict) -> None:
         name: reason for name, reason in (
             ("class_balanced", "an image has no class to balance by"),
             ("class_groups", "an image has no class to group by"),
-            ("canonical_view", "it would keep a prediction for every pixel"),
-            ("teachers", "what it distills is of images"))
+            ("canonical_view", "it would keep a prediction for every pixel"))
         if hparams.get(name)} | {
         f"--{name}": reason for name, reason in (
             ("save_logits", "it would keep a prediction for every pixel"),

@@ -111,12 +111,15 @@ def refuse_teachers(all_jobs: list[Job]) -> None:
     Raises:
         ValueError: saying why.
     """
-    asked = {(job.train_args["algorithm"], job.train_args.get("hparams")) for job in all_jobs}
-    for name, text in sorted(asked, key=str):
+    asked = {(job.train_args["algorithm"], job.train_args.get("hparams"),
+              job.train_args["dataset"]) for job in all_jobs}
+    for name, text, dataset in sorted(asked, key=str):
         if text and ('"teacher' in text or '"distill' in text):
             from domainbed_kd.algorithms import composed
 
-            composed.check(algorithms.get_algorithm_class(name), console.parse_hparams(text))
+            task = datasets.facts(dataset).TASK.name
+            composed.check(algorithms.get_algorithm_class(name),
+                           console.parse_hparams(text) | {"task": task})
 
 
 def warn_of_unread(args: argparse.Namespace) -> None:

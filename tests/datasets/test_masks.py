@@ -1,6 +1,7 @@
 """Images with masks: five collections in their own layouts, and folders of a user's own."""
 
 import json
+import shutil
 import struct
 import zlib
 
@@ -34,19 +35,20 @@ def mask(path, values, size=(48, 32), palette=False):
     image.save(path)
 
 
-def synthia(path, values, size=(48, 32)):
-    """Three channels of 16 bits: the class, an instance, nothing."""
+def synthia(path, values, size=(48, 32), channels=3):
+    """Channels of 16 bits: the class and, if there are more, an instance and nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.zeros((size[1], size[0], 3), ">u2")
+    pixels = np.zeros((size[1], size[0], channels), ">u2")
     pixels[..., 0] = np.repeat(values, size[0] // len(values))[:size[0]]
-    pixels[..., 1] = 700
+    pixels[..., 1:2] = 700
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
 
     def chunk(kind, data):
         return (struct.pack(">I", len(data)) + kind + data
                 + struct.pack(">I", zlib.crc32(kind + data)))
 
-    head = struct.pack(">IIBBBBB", *size, 16, 2, 0, 0, 0)
+    colours = {1: 0, 2: 4, 3: 2}[channels]  # grey, grey with alpha, RGB
+    head = struct.pack(">IIBBBBB", *size, 16, colours, 0, 0, 0)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
                      + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
@@ -88,6 +90,57 @@ def test_every_collections_labels_become_the_same_classes(streets):
         x, y = domain[0]
         assert x.dtype == torch.float32 and y.dtype == torch.int64
         assert set(y.unique().tolist()) == wanted[name]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_of_16_bit_masks_the_first_channel_is_the_class(channels, tmp_path):
+    synthia(tmp_path / "mask.png", [3, 8, 0, 300], channels=channels)
+    assert set(np.unique(masks.load_mask(str(tmp_path / "mask.png")))) == {0, 3, 8, 255}
+
+
+@pytest.mark.parametrize("name, train, val", [
+    ("gtav", ("images/train/01/7.png", "labels/train/01/7.png"),
+     ("images/valid/02/7.png", "labels/valid/02/7.png")),
+    ("gtav", ("images/7.png", "labels/7.png"), None),
+    ("synthia", ("RGB/train/7.png", "GT/LABELS/train/7.png"),
+     ("RGB/val/7.png", "GT/LABELS/val/7.png")),
+    ("synthia", ("RGB/7.png", "GT/LABELS/7.png"), None),
+    ("cityscapes",
+     ("leftImg8bit/train/ulm/7_leftImg8bit.png", "gtFine/train/ulm/7_gtFine_labelIds.png"),
+     ("leftImg8bit/val/bonn/7_leftImg8bit.png", "gtFine/val/bonn/7_gtFine_labelIds.png")),
+    ("bdd100k", ("images/train/7.jpg", "labels/train/7_train_id.png"),
+     ("images/val/7.jpg", "labels/val/7_train_id.png")),
+    ("bdd100k", ("images/10k/train/7.jpg", "labels/sem_seg/masks/train/7.png"),
+     ("images/10k/val/7.jpg", "labels/sem_seg/masks/val/7.png")),
+    ("mapillary", ("training/images/7.jpg", "training/labels/7.png"),
+     ("validation/images/7.jpg", "validation/labels/7.png"))])
+def test_each_layout_of_a_collection_is_read(name, train, val, streets):
+    folder = streets / "street_scenes" / name
+    shutil.rmtree(folder)
+    parts = [train, val] if val else [train]
+    for image, label in parts:
+        picture(folder / image)
+        mask(folder / label, [0, 7])
+    domain = build(streets)[datasets.get_dataset_class("StreetScenes").ENVIRONMENTS.index(name)]
+    assert domain.pairs == [(str(folder / image), str(folder / label)) for image, label in parts]
+    assert domain.n_train == (1 if val else None)
+
+
+@pytest.mark.parametrize("names, table", [
+    (("cityscapes", "gtav"),
+     "7:0 8:1 11:2 12:3 13:4 17:5 19:6 20:7 21:8 22:9 23:10 24:11 25:12 26:13 27:14 28:15 31:16 "
+     "32:17 33:18"),
+    (("synthia",),
+     "1:10 2:2 3:0 4:1 5:4 6:8 7:5 8:13 9:7 10:11 11:18 12:17 15:6 16:9 17:12 18:14 19:15 20:16 "
+     "21:3"),
+    (("bdd100k",), " ".join(f"{i}:{i}" for i in range(19))),
+    (("mapillary",),
+     "13:0 24:0 41:0 2:1 15:1 17:2 6:3 3:4 45:5 47:5 48:6 50:7 30:8 29:9 27:10 19:11 20:12 21:12 "
+     "22:12 55:13 61:14 54:15 58:16 57:17 52:18")])
+def test_labels_are_mapped_as_robustnet_maps_them(names, table):
+    published = {int(value): int(i) for value, i in (pair.split(":") for pair in table.split())}
+    for name in names:
+        assert datasets.get_dataset_class("StreetScenes").TRAIN_IDS[name] == published
 
 
 def test_a_whole_image_is_resized_and_its_mask_is_not(streets):
@@ -177,9 +230,3 @@ def test_a_value_that_is_no_class_is_ignored(tmp_path):
     values = masks.load_mask(str(tmp_path / "mask.png"))
     found = np.frombuffer(masks.table({0: 0, 1: 1}), np.uint8)[values]
     assert set(np.unique(found)) == {0, 1, 255}
-
-
-def test_each_class_of_a_collection_has_a_value():
-    for name, ids in datasets.get_dataset_class("StreetScenes").TRAIN_IDS.items():
-        missing = set(range(19)) - set(ids.values())
-        assert missing == ({9, 14, 16} - set(ids.values()) if name == "synthia" else set())

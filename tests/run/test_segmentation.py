@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from domainbed_kd.datasets import looks
+from domainbed_kd.folder import curves
 from domainbed_kd.run import training
-from domainbed_kd.scripts import collect_results, report, train
+from domainbed_kd.scripts import collect_results, report, sweep, train
 from domainbed_kd.tasks import IGNORED
 
 SHORT = ["--dataset", "DigitsSeg", "--steps", "4", "--checkpoint_freq", "2", "--hparams",
@@ -59,12 +60,19 @@ def test_a_record_says_that_its_accuracies_are_miou(tmp_path):
     assert last["env0_in_acc"] == pytest.approx(np.mean(ious)) and len(last["env1_out_iou"]) == 11
 
 
-@pytest.mark.parametrize("name", ["ERM", "KDDG", "MosaicKD", "SWAD"])
-def test_a_run_resumed_at_any_record_ends_in_the_same_bits(name, tmp_path, monkeypatch):
+TWO_TEACHERS = {"batch_size": 2, "teachers": ["run:ERM", "run:ERM"], "teacher_mix": "accuracy",
+                "averaging": "sma", "sma_start": 1}
+
+
+@pytest.mark.parametrize("name, n_teachers", [
+    ("ERM", 0), ("KDDG", 1), ("MosaicKD", 1), ("SWAD", 0), ("VREx", 2)])
+def test_a_run_resumed_at_any_record_ends_in_the_same_bits(name, n_teachers, tmp_path, monkeypatch):
     flags = ["--algorithm", name]
-    if name in ("KDDG", "MosaicKD"):
+    if n_teachers:
         run(tmp_path / "teacher")
-        flags += ["--teacher", str(tmp_path / "teacher")]
+        flags += ["--teacher", *n_teachers * [str(tmp_path / "teacher")]]
+    if n_teachers == 2:
+        flags += ["--hparams", json.dumps(TWO_TEACHERS)]
     run(tmp_path / "whole", *flags)
     update, n_updates = training.update, []
 
@@ -109,11 +117,28 @@ def test_the_loss_that_swad_compares_is_the_mean_over_labelled_pixels(tmp_path):
     (["--algorithm", "4Ds"], "4Ds: needs one label per image"),
     (["--save_logits"], "--save_logits: needs one label per image"),
     (["--diagnostics"], "--diagnostics: needs one label per image"),
-    (["--hparams", '{"class_balanced": true}'], "class_balanced: needs one label per image")])
+    (["--hparams", '{"class_balanced": true}'], "class_balanced: needs one label per image"),
+    (["--hparams", '{"teachers": ["clip"]}'], "CLIP cannot teach where each pixel has a label"),
+    (["--hparams", '{"teachers": ["folder:x"], "distill": "feature"}'], 'takes "logit" alone')])
 def test_what_has_no_meaning_on_pixels_is_refused_in_one_line(flags, says, tmp_path):
     with pytest.raises(ValueError, match=says) as error:
         train.main([*SHORT, *flags, "--output_dir", str(tmp_path)])
     assert "\n" not in str(error.value)
+
+
+def test_a_sweep_trains_teachers_of_pixels_first_and_names_the_row(tmp_path, capsys):
+    flags = ["launch", *SHORT, "--algorithms", "SD", "--n_hparams", "1", "--n_trials", "1",
+             "--test_envs", "0", "--command_launcher", "dummy", "--output_dir", str(tmp_path)]
+    flags[flags.index("--dataset")] = "--datasets"
+    assert sweep.main([*flags, "--hparams", '{"teachers": ["run:ERM"]}']) == 0
+    commands = [line.split() for line in capsys.readouterr().out.splitlines()
+                if "scripts.train" in line]
+    names = [words[words.index("--algorithm") + 1] for words in commands]
+    assert names == ["ERM", "SD"]
+    assert curves.row({"algorithm": "SD", "hparams": '{"teachers": ["run:ERM"]}'}) == (
+        "SD + KD(ERM)")
+    with pytest.raises(ValueError, match="takes \"logit\" alone"):
+        sweep.main([*flags, "--hparams", '{"teachers": ["run:ERM"], "distill": "relation"}'])
 
 
 def test_a_teacher_of_pixels_that_guesses_is_refused(tmp_path):
