@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from domainbed_kd.folder import files
+
 CHUNK = 1 << 20  # bytes
 
 
@@ -93,7 +95,7 @@ def fetch_drive(file_id: str, path: Path) -> None:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -109,7 +111,8 @@ def verified(path: Path) -> Iterator[None]:
         ValueError: if the SHA-256 differs; the archive is then deleted.
     """
     digest, known = sha256(path), path.with_name(f"{path.name}.sha256")
-    expected = (known.read_text(encoding="utf-8").split() or [""])[0] if known.exists() else digest
+    expected = files.read_bytes(known).decode(errors="replace") if known.exists() else digest
+    expected = (expected.split() or [""])[0]
     if digest != expected:
         path.unlink()
         raise ValueError(
@@ -145,6 +148,7 @@ def unpack(archive: Path, folder: Path, url: str = "") -> None:
         ValueError: if it is damaged or encrypted, or would write outside the folder.
     """
     with opened(archive, url):
+        files.open_regular(archive).close()
         if archive.suffix != ".zip":
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")

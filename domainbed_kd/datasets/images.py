@@ -1,6 +1,8 @@
 """How an image becomes a tensor: reading, DomainBed's transforms, and images listed by path."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from types import MappingProxyType
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -24,36 +26,51 @@ def load_image(path: str, whole: bool = False):
     refuses a truncated file; not while another thread wants the other.
 
     Raises:
-        FileNotFoundError: if the file has been taken away since the folder was listed.
-        OSError: if the system does not let it be read, or it is not a regular file.
-        ValueError: if the file is not an image, or not all of one, or its values have no range.
+        As `opened`, and ValueError if not all of the image is there or its values have no range.
     """
-    from PIL import Image, ImageFile
-
-    from domainbed_kd.folder import files
+    from PIL import ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = not whole
-    try:
-        with io.BufferedReader(files.open_regular(path)) as file, Image.open(file) as image:
-            if (rgb := _as_rgb(image)) is not None:
-                return rgb
-            mode = image.mode
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there any more. Put the images back: the same "
-                                "command goes on from the run's last state.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
-            error.filename = str(path)
-            raise
-        raise ValueError(f"{path} cannot be read as an image. Replace it.") from error
+    with opened(path) as image:
+        if (rgb := _as_rgb(image)) is not None:
+            return rgb
+        mode = image.mode
     kind = "floats" if mode == "F" else "integers of 32 bits"
     raise ValueError(f"{path} holds {kind}, and nothing says which is white. Convert it to 8 or "
                      "16 bits per channel.")
 
 
+@contextlib.contextmanager
+def opened(path: str, what: str = "an image") -> Iterator:
+    """A file as Pillow's image, which is decoded inside.
+
+    Raises:
+        FileNotFoundError: if the file has been taken away since the folder was listed.
+        OSError: if the system does not let it be read, or it is not a regular file.
+        ValueError: if the file is not `what`.
+    """
+    from PIL import Image
+
+    from domainbed_kd.folder import files
+
+    try:
+        with io.BufferedReader(files.open_regular(path)) as file, Image.open(file) as image:
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there any more. Put the images back: the same "
+                                "command goes on from the run's last state.") from None
+    except (OSError, SyntaxError, ValueError, RuntimeError,
+            Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
+            error.filename = str(path)
+            raise
+        raise ValueError(f"{path} cannot be read as {what}. Replace it.") from error
+
+
 def _as_rgb(image):
     """A Pillow image as RGB; None if its values have no range of their own."""
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+    if image.mode.startswith("I;16") or (image.mode, image.format) in (
+            ("I", "PNG"), ("I", "PPM")):
         import numpy as np
         from PIL import Image
 

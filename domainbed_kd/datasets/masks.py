@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 from domainbed_kd.datasets.base import MultipleDomainDataset, Source
 from domainbed_kd.datasets.image_folders import subfolders
-from domainbed_kd.datasets.images import STATISTICS, image_size, load_image, statistics, view
+from domainbed_kd.datasets.images import (
+    STATISTICS,
+    image_size,
+    load_image,
+    opened,
+    statistics,
+    view,
+)
 from domainbed_kd.tasks import IGNORED, SEGMENTATION
 
 VOID = 255
@@ -67,23 +74,17 @@ def load_mask(path: str):
     Of three channels of 16 bits, as SYNTHIA has them, the first is the class.
 
     Raises:
-        ValueError: if it is not an image of numbers.
+        As `images.opened`, and ValueError if it holds colours.
     """
     import numpy as np
-    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            values = np.asarray(image)
+    with opened(path, "a mask") as image:
+        values = np.asarray(image)
         if values.ndim == 3:
             import torchvision
 
             values = torchvision.io.decode_image(str(path), "UNCHANGED").numpy()
             values = values[0] if values.dtype == np.uint16 else values
-    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
-            raise
-        raise ValueError(f"{path} cannot be read as a mask. Replace it.") from error
     if values.ndim != 2:
         raise ValueError(f"{path} holds colours. A mask has one channel, of class numbers.")
     return np.where(values < VOID, values, VOID).astype(np.uint8)

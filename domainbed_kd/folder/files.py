@@ -326,8 +326,8 @@ def last_error(folder: str | Path) -> str:
 def cost(folder: str | Path) -> dict[str, float]:
     """What a run has taken so far, by its memory.json; empty before its first record.
 
-    At most "rss_mb" and "gpu_mb" MiB of process and GPU, and "seconds" for "steps" updates,
-    which older runs lack. A damaged file counts as none: it is not a result.
+    At most "rss_mb" and "gpu_mb" MiB of process and GPU, and "seconds" for "steps" updates, both
+    of which older runs lack. A damaged file counts as none: it is not a result.
     """
     found = _read_object(f"{folder}/{MEMORY}")
     try:
@@ -335,7 +335,9 @@ def cost(folder: str | Path) -> dict[str, float]:
                  if name in found}
     except (ValueError, TypeError):
         return {}
-    return found if all(0 <= value < float("inf") for value in found.values()) else {}
+    is_sound = (("seconds" in found) == ("steps" in found)
+                and all(0 <= value < float("inf") for value in found.values()))
+    return found if is_sound else {}
 
 
 def divergence(folder: str | Path) -> str | None:

@@ -103,7 +103,8 @@ def _with_choice(run: str, records: list[dict]) -> list[dict]:
 # Logits that a run kept.
 
 #: What reading an .npz file from anywhere raises.
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError,
+              zipfile.BadZipFile, zlib.error)
 
 
 @contextlib.contextmanager

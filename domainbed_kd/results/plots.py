@@ -8,7 +8,6 @@ import base64
 import io
 import re
 import textwrap
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +17,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from domainbed_kd.algorithms import display_name
 from domainbed_kd.folder import files
-from domainbed_kd.results import significance, summaries, tables
+from domainbed_kd.results import logits, significance, summaries, tables
 from domainbed_kd.results.formats import printable
 
 WIDTH = 4.6  # inches
@@ -38,7 +38,7 @@ STYLE = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
     "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4,
-    "figure.constrained_layout.use": True, "svg.hashsalt": "domainbed_kd", "pdf.fonttype": 42}
+    "svg.hashsalt": "domainbed_kd", "pdf.fonttype": 42}
 # No date in the files, so that the same sweep gives the same bytes.
 METADATA = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
@@ -115,8 +115,7 @@ def _legend(figure: Figure) -> None:
 
 def _plot(name: str, caption: str, alt: str, figure: Figure) -> Plot:
     """The plot; its figure is laid out once, instead of once for each file."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    ConstrainedLayoutEngine().execute(figure)
     return Plot(name, caption, alt, figure)
 
 
@@ -350,10 +349,9 @@ def read_pictures(run: Path, env: int) -> dict[str, np.ndarray] | None:
     None if it left nothing, or nothing of that shape.
     """
     try:
-        with files.open_regular(run / files.PICTURES) as file, np.load(
-                file, allow_pickle=False) as arrays:
+        with logits.read_arrays(run / files.PICTURES) as arrays:
             found = {name: arrays[f"env{env}_{name}"] for name in ("image", "label", "guess")}
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile):
+    except logits.UNREADABLE:
         return None
     shape = found["label"].shape
     fits = {"image": (*shape, 3), "label": shape, "guess": shape}

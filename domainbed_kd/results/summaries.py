@@ -94,9 +94,9 @@ def hparam_effects(frame):
         draws = group.groupby(["args.trial_seed", "args.hparams_seed"])
         whole = draws["test_env"].nunique() == group["test_env"].nunique()
         accuracy = draws["val_acc"].mean()[whole]
-        for name in names:
+        for name in names if len(accuracy) >= LEAST_DRAWS else ():
             values = numbers(draws[name].first())[whole]
-            if len(accuracy) >= LEAST_DRAWS and values.notna().all() and values.nunique() > 1:
+            if values.notna().all() and values.nunique() > 1:
                 rho = stats.spearmanr(values, accuracy).statistic
                 rows.append((dataset, algorithm, name.removeprefix("hparams."), rho, len(values)))
     return pd.DataFrame(rows, columns=["dataset", "algorithm", "hparam", "rho", "n_draws"])

@@ -128,6 +128,7 @@ def _kept(folder: Path | None, teacher, dataset, batches: Callable, about: list[
         outputs = _outputs(teacher, dataset, batches)
         files.write_atomically(path, lambda part: _save(part, outputs))
     try:
+        files.open_regular(path).close()
         outputs = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise ValueError(f"--teacher_cache: {path} is damaged ({error}). Delete it, and it is "

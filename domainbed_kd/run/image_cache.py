@@ -20,6 +20,7 @@ from PIL import Image
 
 from domainbed_kd import datasets
 from domainbed_kd.folder import files
+from domainbed_kd.folder.foreign import parse_json
 
 # Images that are decoded before they are written: a bound on memory.
 _AT_ONCE = 256
@@ -49,10 +50,11 @@ class ImageCache:
     def __init__(self, path: Path, root: Path):
         self._path, self._root = path, root
         # "c", so that torch takes it; an array, as slices of a memmap take longer.
-        self._pixels = np.asarray(np.memmap(path, np.uint8, "c"))
+        with files.open_regular(path) as file:
+            self._pixels = np.asarray(np.memmap(file, np.uint8, "c"))
         end = len(self._pixels) - 8
         start = end - int.from_bytes(self._pixels[max(end, 0):].tobytes(), "little")
-        index = json.loads(self._pixels[max(start, 0):max(end, 0)].tobytes())
+        index = parse_json(self._pixels[max(start, 0):max(end, 0)].tobytes())
         if not isinstance(index, dict) or index.get("Pillow") != PIL.__version__:
             raise ValueError(f"{path} was not decoded by Pillow {PIL.__version__}.")
         self._entries = {name: _Entry(*entry) for name, entry in index["images"].items()}

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 from torchvision import transforms as T
 
 from domainbed_kd import machine
+from domainbed_kd.datasets.images import opened
 from domainbed_kd.run import augmentation
 from domainbed_kd.run.image_cache import ImageCache
 
@@ -231,7 +232,7 @@ def _sizes(domain) -> Iterator[tuple[int, int]]:
         if isinstance(domain.loader, ImageCache):
             yield domain.loader.array(path).shape[:2]
         else:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 yield image.height, image.width
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from domainbed_kd import algorithms, console, datasets
 from domainbed_kd.folder import args as runs
-from domainbed_kd.folder import manifest
+from domainbed_kd.folder import files, manifest
+from domainbed_kd.folder.foreign import parse_json
 from domainbed_kd.sweep import clusters
 
 # DomainBed's default: all but its debug datasets.
@@ -290,17 +291,17 @@ def grid_text(grid: str) -> str:
     if not grid.lstrip().startswith(("{", "[")):
         if not os.path.isfile(grid):
             raise FileNotFoundError(f"--grid {grid}: there is no such file, and it is not JSON.")
-        with open(grid, encoding="utf-8") as file:
-            grid = file.read()
+        grid = files.read_bytes(grid).decode(errors="replace")
     try:
-        found = json.loads(grid)
+        found = parse_json(grid)
     except ValueError as error:
         raise ValueError(f"--grid is not JSON ({error}): {grid[:200]}") from None
     if isinstance(found, dict):
         if not all(isinstance(values, list) for values in found.values()):
             raise ValueError("--grid takes an object whose values are lists, or a list of objects.")
         found = [dict(zip(found, point)) for point in itertools.product(*found.values())]
-    if not found or not all(isinstance(point, dict) for point in found):
+    if not isinstance(found, list) or not found or not all(
+            isinstance(point, dict) for point in found):
         raise ValueError(f"--grid lists no combination of hparams: {grid[:200]}")
     return json.dumps(found)
 

@@ -539,7 +539,7 @@ def loaded(path):
     return np.asarray(datasets.load_image(str(path)))
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_grey_of_16_bits_is_scaled_to_8_by_257(tmp_path, suffix):
     grey = np.array([[0, 128, 257, 300], [65535, 32896, 65406, 129]], dtype=np.uint16)
     Image.fromarray(grey).save(tmp_path / f"x.{suffix}")

@@ -145,7 +145,8 @@ def test_progress_costs_the_same_however_long_the_file_is(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[" * 10000, '{"seconds": 1' + "0" * 400 + "}", "[1]", "",
-                                  '{"seconds": "\\ud800"}', '{"steps": -1}', '{"steps": NaN}'])
+                                  '{"seconds": "\\ud800"}', '{"steps": -1}', '{"steps": NaN}',
+                                  '{"steps": 2}', '{"seconds": 1.5}'])
 def test_a_damaged_memory_json_tells_nothing(text, tmp_path):
     (tmp_path / files.MEMORY).write_text(text)
     assert files.cost(tmp_path) == {} and files.divergence(tmp_path) is None

@@ -122,6 +122,11 @@ def test_a_damaged_file_is_named(domains, tmp_path):
         os.truncate(path, 150)
     with pytest.raises(ValueError, match=r"cache/.*\.npy is damaged .* Delete it"):
         views_of(domains, tmp_path / "cache")
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(OSError, match="Not a regular file"):
+        views_of(domains, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name, reason", [("MosaicKD", "generator has just made"),

@@ -1,5 +1,6 @@
 import ast
 import json
+import multiprocessing.forkserver
 import os
 import re
 import shlex
@@ -227,27 +228,32 @@ print([name for name in sys.modules if name not in known], file=sys.stderr)"""
     assert all(name.startswith("torch.utils.serialization") for name in heavy)  # torch.save's
 
 
-SERVER = """if True:
-    import multiprocessing.forkserver, os, signal, sys, threading, time
+STRUCK = """if True:
+    import os, signal, sys, threading, time
     from domainbed_kd.sweep import workers
 
-    def server():
-        # The one child of this process that is no resource tracker.
-        found = []
-        for pid in open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split():
-            if b"forkserver" in open(f"/proc/{pid}/cmdline", "rb").read():
-                found.append(int(pid))
-        return found
+    def helpers():
+        # What multiprocessing runs beside this process: a fork server and a resource tracker.
+        return [int(pid) for pid in
+                open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
+                if sys.argv[3].encode() in open(f"/proc/{pid}/cmdline", "rb").read()]
 
     def strike():
         folder, n = sys.argv[1], int(sys.argv[2])
         while len(os.listdir(folder)) < n:
             time.sleep(0.01)
-        for pid in server():
+        for pid in helpers():
             os.kill(pid, signal.SIGKILL)
+            print("killed", file=sys.stderr)
 
     threading.Thread(target=strike, daemon=True).start()
-    print(workers.local(sys.argv[3:], jobs_per_device=2))"""
+    print(workers.local(sys.argv[4:], jobs_per_device=2))"""
+
+
+def struck(helper, folder, n, commands):
+    """A launcher whose helper is killed once n files are in the folder."""
+    return subprocess.run([sys.executable, "-c", STRUCK, str(folder), str(n), helper, *commands],
+                          capture_output=True, text=True, timeout=60)
 
 
 def test_a_sweep_goes_on_when_its_fork_server_is_killed_and_no_two_of_a_job_overlap(tmp_path):
@@ -269,15 +275,42 @@ def test_a_sweep_goes_on_when_its_fork_server_is_killed_and_no_two_of_a_job_over
     begun = tmp_path / "begun"
     begun.mkdir()
     (tmp_path / "at_work").mkdir()
-    ran = subprocess.run(
-        [sys.executable, "-c", SERVER, str(begun), "2",
-         *(python(code, begun, i) for i in range(2))],
-        capture_output=True, text=True, timeout=60)
+    ran = struck("forkserver", begun, 2, [python(code, begun, i) for i in range(2)])
     assert ran.stdout == "[0, 0]\n", ran
     assert "Traceback" not in ran.stderr
     assert ran.stderr.count("The server that starts jobs died. Its 2 jobs are interrupted") == 1
     assert [(tmp_path / f"log{i}").read_text() for i in range(2)] == ["xx", "xx"]
     assert not (tmp_path / "overlap").exists() and os.listdir(tmp_path / "at_work") == []
+
+
+def test_a_sweep_does_not_notice_that_its_resource_tracker_is_killed(tmp_path):
+    code = "import sys, time; open(sys.argv[1], 'w'); time.sleep(0.5)"
+    ran = struck("resource_tracker", tmp_path, 2,
+                 [python(code, tmp_path / str(i)) for i in range(5)])
+    assert ran.stdout == "[0, 0, 0, 0, 0]\n" and len(os.listdir(tmp_path)) == 5
+    assert ran.stderr.count("killed\n") == 1 and "Traceback" not in ran.stderr
+
+
+def test_a_server_that_dies_while_it_is_asked_for_a_job_is_replaced(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("forkserver")
+    start, killed = context.Process.start, []
+
+    def start_too_late(process):
+        if not killed:
+            killed.append(multiprocessing.forkserver._forkserver._forkserver_pid)
+            os.kill(killed[0], signal.SIGKILL)
+            os.waitid(os.P_PID, killed[0], os.WEXITED | os.WNOWAIT)
+        start(process)
+
+    monkeypatch.setattr(context.Process, "start", start_too_late)
+    assert local([python(f"open({str(tmp_path / 'x')!r}, 'w')")]) == [0]
+    assert killed and (tmp_path / "x").exists()
+
+
+def test_what_another_process_trains_is_left_and_not_said_to_have_failed(capfd):
+    assert local([python("import sys; sys.exit(75)")]) == [75]
+    said = capfd.readouterr().err
+    assert "another process trains it" in said and "failed" not in said
 
 
 def test_a_job_that_exits_with_255_has_failed_and_is_not_started_again(tmp_path):
