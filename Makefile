@@ -16,6 +16,7 @@ test: lint
 
 lint: $(VENV)/tests-installed
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 # The site, into site/; a link that leads nowhere fails. `serve` shows it while you write.
 docs: $(VENV)/docs-installed

@@ -41,6 +41,7 @@ def train(output_dir: "str | os.PathLike[str]", **flags: object) -> "pandas.Data
         ValueError, OSError, NotImplementedError: as the run's own errors say.
     """
     import json
+    import os
 
     from domainbed_kd import results
     from domainbed_kd.scripts import train as script
@@ -57,10 +58,10 @@ def train(output_dir: "str | os.PathLike[str]", **flags: object) -> "pandas.Data
         elif value is not True:
             words.append(str(value))
     script.main(words)
-    return results.to_frame(output_dir)
+    return results.to_frame(os.fspath(output_dir))
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in __all__:
         import importlib
 
@@ -68,5 +69,5 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

@@ -6,8 +6,9 @@ import functools
 import pickle
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import safetensors.torch
 import torch
@@ -28,7 +29,7 @@ class Staged(nn.Module):
         """Features (B, n_outputs) of what the last stage returns."""
         raise NotImplementedError(f"{type(self).__name__} does not implement pool().")
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Features (B, n_outputs) of images (B, C, H, W)."""
         for stage in self.stages():
             x = stage(x)
@@ -43,7 +44,9 @@ class ResNet(Staged):
     mode; its scale and shift still learn.
     """
 
-    def __init__(self, input_shape, hparams):
+    network: Any
+
+    def __init__(self, input_shape: Sequence[int], hparams: Mapping[str, Any]) -> None:
         super().__init__()
         self.network, self.n_outputs, first_conv = _imagenet_network(input_shape[1], hparams)
         if input_shape[0] != 3:
@@ -53,7 +56,7 @@ class ResNet(Staged):
         self.freeze_bn = hparams["freeze_bn"]
         self.train()
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "ResNet":
         """As nn.Module's, except that `freeze_bn` keeps BatchNorm in eval mode."""
         super().train(mode)
         if self.freeze_bn:
@@ -62,7 +65,7 @@ class ResNet(Staged):
                     module.eval()
         return self
 
-    def stages(self):
+    def stages(self) -> list[Callable[[Tensor], Tensor]]:
         """A ResNet's four; an EfficientNet's groups of blocks; of other models all in one.
 
         What a transformer's one stage returns are tokens (B, n, c), not an image.
@@ -78,7 +81,7 @@ class ResNet(Staged):
                     nn.Sequential(last, net.conv_head, net.bn2)]
         return [net.forward_features]
 
-    def pool(self, x):
+    def pool(self, x: Tensor) -> Tensor:
         """Pooled features (B, n_outputs), after dropout."""
         net = self.network
         x = net.forward_head(x) if hasattr(net, "forward_head") else net.avgpool(x).flatten(1)
@@ -93,8 +96,9 @@ class DINOv2(nn.Module):
     """
 
     n_outputs = 5 * 768
+    network: Any
 
-    def __init__(self, input_shape, hparams):
+    def __init__(self, input_shape: Sequence[int], hparams: Mapping[str, Any]) -> None:
         super().__init__()
         channels, side = input_shape[:2]
         if channels != 3 or side % 14:
@@ -114,7 +118,7 @@ class DINOv2(nn.Module):
         self.dropout = nn.Dropout(hparams["vit_dropout"])
         self.activation = nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(B, 3840) of images (B, 3, H, W), H and W multiples of 14."""
         blocks = self.network.get_intermediate_layers(x, n=4, return_class_token=True)
         patches, _ = blocks[-1]  # (B, H / 14 * W / 14, 768)
@@ -122,7 +126,7 @@ class DINOv2(nn.Module):
         return self.activation(self.dropout(torch.cat(tokens, dim=1)))
 
 
-def refuse_contradictions(side: int, hparams) -> None:
+def refuse_contradictions(side: int, hparams: Mapping[str, Any]) -> None:
     """Raises ValueError if the hparams name two networks, or an option of one not named."""
     backbone, vit = hparams.get("backbone"), hparams["vit"]
     for contradiction, advice in (
@@ -145,7 +149,7 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _imagenet_network(side: int, hparams) -> tuple[nn.Module, int, str]:
+def _imagenet_network(side: int, hparams: Mapping[str, Any]) -> tuple[nn.Module, int, str]:
     """The network that hparams name, without its classifier; its width; its first convolution."""
     weights, backbone = hparams.get("weights"), hparams.get("backbone")
     if not backbone:
@@ -171,7 +175,8 @@ def _torchvision_network(name: str, weights: str | None) -> tuple[nn.Module, int
         raise ValueError(f"weights is {weights!r}; {name} takes {', '.join(tags)}, 'none', or a "
                          "file that ends in .pth or .safetensors.")
     with _downloading(f"The weights of {name}"):
-        network = models.get_model(name, weights=None if random else weights or "IMAGENET1K_V1")
+        network: Any = models.get_model(
+            name, weights=None if random else weights or "IMAGENET1K_V1")
     width, network.fc = network.fc.in_features, nn.Identity()
     if _is_file(weights):
         _load_file(network, weights, "fc.")
@@ -187,9 +192,9 @@ def _timm_network(name: str, side: int, weights: str | None) -> tuple[nn.Module,
             raise ValueError("backbone 'small_vit' takes a side that 4 divides, and starts at "
                              f"random; found {side} pixels and weights {weights!r}.")
         width = 64
-        network = VisionTransformer(
-            img_size=side, patch_size=4, num_classes=0, embed_dim=width, depth=6, num_heads=4)
-        return network, width, "patch_embed.proj"
+        return VisionTransformer(
+            img_size=side, patch_size=4, num_classes=0, embed_dim=width, depth=6, num_heads=4
+        ), width, "patch_embed.proj"
     if not timm.is_model(name) or "." in name and not is_model_pretrained(name):
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
         raise ValueError(f"backbone: timm has no {name!r}. Near it: {', '.join(near) or 'none'}.")
@@ -200,9 +205,9 @@ def _timm_network(name: str, side: int, weights: str | None) -> tuple[nn.Module,
     if weights is None and not is_model_pretrained(name):
         raise ValueError(f"timm has no weights for {name}: pass a file or 'none' as weights.")
     fixed_side = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    options: dict[str, Any] = {"img_size": side} if fixed_side else {}
     with _downloading(f"The weights of {name}"):
-        network = timm.create_model(
-            name, pretrained=weights is None, **({"img_size": side} if fixed_side else {}))
+        network: Any = timm.create_model(name, pretrained=weights is None, **options)
     network.reset_classifier(0)
     if _is_file(weights):
         _load_file(network, weights, network.default_cfg["classifier"])
@@ -216,8 +221,9 @@ def _replace_first_conv(network: nn.Module, name: str, channels: int) -> None:
     if not isinstance(old, nn.Conv2d):
         raise ValueError(
             f"{type(network).__name__} takes images of 3 channels, and these have {channels}.")
-    new = type(old)(channels, old.out_channels, old.kernel_size, old.stride, old.padding,
-                    bias=old.bias is not None)
+    kind: Any = type(old)
+    new = kind(channels, old.out_channels, old.kernel_size, old.stride, old.padding,
+               bias=old.bias is not None)
     new.load_state_dict(old.state_dict() | {
         "weight": old.weight[:, [i % 3 for i in range(channels)]]})
     parent, _, leaf = name.rpartition(".")
@@ -236,7 +242,7 @@ def _downloading(what: str) -> Iterator[None]:
                       ) from error
 
 
-def _is_file(weights: str | None) -> bool:
+def _is_file(weights: str | None) -> TypeGuard[str]:
     """Whether it looks like one: a suffix or a folder, which no torchvision name has."""
     return isinstance(weights, str) and ("." in weights or "/" in weights)
 
@@ -273,6 +279,7 @@ def _read_tensors(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights: there is no file {path}.")
     try:
+        content: Any
         if path.endswith(".safetensors"):
             content = safetensors.torch.load_file(path)
         else:

@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from domainbed_kd import datasets, networks
 ASSETS = Path(__file__).parent / "assets"
 
 
-def check_class_names(method: str, hparams: dict, num_classes: int) -> None:
+def check_class_names(method: str, hparams: dict[str, Any], num_classes: int) -> None:
     """Refuses to read text about classes that are not named.
 
     Raises:
@@ -49,7 +50,9 @@ class CLIP(networks.Frozen):
         weights_loaded: the share of its weights that came from a file, if that is known.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Callable, size: int,
+    module: Any
+
+    def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor], size: int,
                  mean: Sequence[float], std: Sequence[float],
                  student_mean: Sequence[float], student_std: Sequence[float],
                  renormalize: bool = True, weights_loaded: float | None = 1.0):
@@ -61,7 +64,7 @@ class CLIP(networks.Frozen):
         self.weights_loaded = weights_loaded
 
     @property
-    def preprocessing(self) -> str:
+    def preprocessing(self) -> str:  # type: ignore[override]
         """What is done to the student's images, in words."""
         size = f"3 channels, {self.size} x {self.size} pixels"
         if not self.renormalize:
@@ -79,7 +82,7 @@ class CLIP(networks.Frozen):
 
     def preprocess(self, x: Tensor) -> Tensor:
         """The student's images (B, c, h, w) as CLIP's own (B, 3, size, size)."""
-        def per_channel(values):
+        def per_channel(values: Sequence[float]) -> Tensor:
             return torch.as_tensor(values, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
 
         if self.renormalize:
@@ -127,7 +130,8 @@ class ImageTower(nn.Module):
         return self.visual(self.clip.preprocess(x)).to(x.dtype)
 
 
-def normalization(hparams: dict, input_shape: Sequence[int]) -> tuple:
+def normalization(hparams: dict[str, Any], input_shape: Sequence[int]
+                  ) -> tuple[Sequence[float], Sequence[float]]:
     """(mean, std) of the student's images, a number per channel each.
 
     They are hparams["normalization"], where None stands for images in [0, 1]. Where a fork does
@@ -139,7 +143,7 @@ def normalization(hparams: dict, input_shape: Sequence[int]) -> tuple:
     return known or ((0.0,) * channels, (1.0,) * channels)
 
 
-def clip(hparams: dict, input_shape: Sequence[int]) -> CLIP:
+def clip(hparams: dict[str, Any], input_shape: Sequence[int]) -> CLIP:
     """The CLIP that hparams["clip_backbone"] names, or the object in hparams["clip_model"].
 
     Names are "tiny" (ships with the package), "ViT-B-16" (OpenAI's weights), any
@@ -156,7 +160,7 @@ def clip(hparams: dict, input_shape: Sequence[int]) -> CLIP:
     student_mean, student_std = normalization(hparams, input_shape)
     options = {"student_mean": student_mean, "student_std": student_std,
                "renormalize": hparams.get("clip_renormalize", True)}
-    model = hparams.get("clip_model")
+    model: Any = hparams.get("clip_model")
     if model is None:
         name = hparams["clip_backbone"]
         return CLIP(*(tiny_clip() if name == "tiny" else _open_clip(name)), **options)
@@ -167,12 +171,13 @@ def clip(hparams: dict, input_shape: Sequence[int]) -> CLIP:
                          "encode_text, logit_scale and tokenizer; found a "
                          f"{type(model).__name__} without {', '.join(absent) or 'being a module'}. "
                          "A name goes into clip_backbone.")
-    return CLIP(model, model.tokenizer, getattr(model, "image_size", input_shape[-1]),
+    tokenizer: Any = model.tokenizer
+    return CLIP(model, tokenizer, getattr(model, "image_size", input_shape[-1]),
                 getattr(model, "image_mean", (0.0,) * 3), getattr(model, "image_std", (1.0,) * 3),
                 weights_loaded=None, **options)
 
 
-def _open_clip(name: str) -> tuple:
+def _open_clip(name: str) -> tuple[Any, ...]:
     """(model, tokenizer, size, mean, std) of "model" or "model/pretrained"."""
     import open_clip
 
@@ -227,7 +232,7 @@ class TinyTokenizer:
         config: the content of assets/tiny_clip.json.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict[str, Any]):
         import open_clip
 
         vocabulary = config["vocabulary"]  # 0: padding, 1: unknown, last: the end
@@ -243,7 +248,7 @@ class TinyTokenizer:
         return self.ids[self.bpe(texts)]
 
 
-def tiny_clip(folder: Path = ASSETS) -> tuple:
+def tiny_clip(folder: Path = ASSETS) -> tuple[Any, ...]:
     """(model, tokenizer, size, mean, std) of the CLIP that ships with the package.
 
     It reads sentences about digits and sees 32 x 32 pixels; see assets/tiny_clip.md.

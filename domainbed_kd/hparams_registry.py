@@ -6,12 +6,13 @@ or reordering entries moves no other draw. Values are plain Python, so they surv
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from domainbed_kd import algorithms, datasets
-from domainbed_kd.algorithms.base import fixed
+from domainbed_kd.algorithms.base import Space, Takes, fixed
 from domainbed_kd.console import did_you_mean, parse_hparams
 from domainbed_kd.folder import composition
 from domainbed_kd.seeds import seed_hash
@@ -54,7 +55,7 @@ OPTIONAL = {
 }
 
 
-def _shared(dataset: str) -> dict:
+def _shared(dataset: str) -> Space:
     """{name: (default, draw)} of the hparams that every algorithm has (DomainBed b93c22a)."""
     facts = datasets.facts(dataset)
     small = facts.SMALL_IMAGES
@@ -85,19 +86,19 @@ def _shared(dataset: str) -> dict:
     } | facts.HPARAMS
 
 
-def search_space(algorithm: str, dataset: str) -> dict:
+def search_space(algorithm: str, dataset: str) -> Space:
     """{name: (default, draw)} of an algorithm on a dataset; draw(RandomState) -> value."""
     return _shared(dataset) | algorithms.get_algorithm_class(algorithm).search_space(dataset)
 
 
-def default_hparams(algorithm: str, dataset: str) -> dict:
+def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
     """{name: value}, all at their defaults."""
     if brought := _brought(algorithm):
         return brought(dataset, None)
     return {name: default for name, (default, _) in search_space(algorithm, dataset).items()}
 
 
-def random_hparams(algorithm: str, dataset: str, seed: int) -> dict:
+def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
     """{name: value}, each drawn from its own stream of `seed`."""
     if brought := _brought(algorithm):
         return brought(dataset, seed)
@@ -105,7 +106,7 @@ def random_hparams(algorithm: str, dataset: str, seed: int) -> dict:
     return _drawn(search_space(algorithm, dataset), seed)
 
 
-def of_teachers(text: str | None, seed: int | None) -> dict:
+def of_teachers(text: str | None, seed: int | None) -> dict[str, Any]:
     """Those that teachers add which --hparams put on top: drawn, or the defaults without a seed."""
     space = composition.search_space(parse_hparams(text)) if text else {}
     if seed is None:
@@ -113,20 +114,21 @@ def of_teachers(text: str | None, seed: int | None) -> dict:
     return _drawn(space, seed)
 
 
-def _drawn(space: dict, seed: int) -> dict:
-    def draw(name, draw_value):
+def _drawn(space: Space, seed: int) -> dict[str, Any]:
+    def draw(name: str, draw_value: Callable[[Any], Any]) -> Any:
         value = draw_value(np.random.RandomState(seed_hash(seed, name)))
         return value.item() if isinstance(value, np.generic) else value
 
     return {name: draw(name, draw_value) for name, (_, draw_value) in space.items()}
 
 
-def _brought(algorithm: str):
+def _brought(algorithm: str) -> Callable[[str, int | None], dict[str, Any]] | None:
     """The function of (dataset, seed) with which a fork's algorithm brings its fork's hparams."""
     return algorithms.get_algorithm_class(algorithm).all_hparams
 
 
-def override(hparams: dict, text: str | None, takes: Mapping = {}) -> dict:
+def override(hparams: dict[str, Any], text: str | None, takes: Mapping[str, Takes] = {}
+             ) -> dict[str, Any]:
     """`hparams` with those of a JSON object, such as '{"lr": 0.001}', on top.
 
     A value must be of its default's kind. Some of DomainBed's defaults are whole numbers where it
@@ -153,11 +155,11 @@ def override(hparams: dict, text: str | None, takes: Mapping = {}) -> dict:
     return hparams | changes
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     return "an int" if type(value) is int else f"a {type(value).__name__}"
 
 
-def _replaces(value, default) -> bool:
+def _replaces(value: object, default: object) -> bool:
     """Whether a value is of its default's kind; an int does for a float."""
     if isinstance(default, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,5 +1,7 @@
 """Losses and measures that two methods or more share: pure functions of tensors."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,12 +49,13 @@ def mean_of_labelled(values: Tensor, y: Tensor) -> Tensor:
 
 def moment_distance(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference of two batches' (B, D) means plus that of their covariances."""
-    def moments(x):
+    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         mean = x.mean(dim=0, keepdim=True)
         centred = x - mean
         return mean, centred.T @ centred / (len(x) - 1)
 
-    return sum((of_a - of_b).square().mean() for of_a, of_b in zip(moments(a), moments(b)))
+    (mean_a, covariance_a), (mean_b, covariance_b) = moments(a), moments(b)
+    return (mean_a - mean_b).square().mean() + (covariance_a - covariance_b).square().mean()
 
 
 def gaussian_kernel(a: Tensor, b: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS) -> Tensor:
@@ -60,7 +63,7 @@ def gaussian_kernel(a: Tensor, b: Tensor, bandwidths: tuple[float, ...] = BANDWI
     aa, bb = a.square().sum(dim=1, keepdim=True), b.square().sum(dim=1)
     # |b|^2 - 2ab + |a|^2 can fall below 0 by rounding.
     squared = (torch.addmm(bb, a, b.T, alpha=-2) + aa).clamp(min=1e-30)
-    return sum(torch.exp(-gamma * squared) for gamma in bandwidths)
+    return functools.reduce(torch.add, (torch.exp(-gamma * squared) for gamma in bandwidths))
 
 
 def squared_mmd(a: Tensor, b: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS) -> Tensor:

@@ -5,6 +5,9 @@ that a run starts from the same bits and its model.pkl opens on either side. Net
 pretrained weights are in backbones.py, those for segmentation in segmenters.py.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,8 +15,12 @@ from torch import Tensor, nn
 from domainbed_kd.backbones import DINOv2, ResNet, Staged, refuse_contradictions
 from domainbed_kd.segmenters import DeepLab, UNet
 
+__all__ = ["MLP", "MNIST_CNN", "Classifier", "ContextNet", "CosineClassifier", "CountsOnCPU", "DINOv2",
+           "DeepLab", "Featurizer", "Frozen", "ResNet", "Staged", "UNet", "WideResNet",
+           "featurizer_and_classifier"]
 
-def Featurizer(input_shape, hparams) -> nn.Module:
+
+def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Module:
     """The network that turns inputs (B, *input_shape) into features (B, n_outputs).
 
     Vectors get an MLP; square images a small CNN from 16 pixels, a wide ResNet from 32, and from
@@ -64,8 +71,8 @@ def Classifier(in_features: int, out_features: int, is_nonlinear: bool = False) 
         nn.Linear(in_features // 4, out_features))
 
 
-def featurizer_and_classifier(input_shape, num_classes: int, hparams
-                              ) -> tuple[nn.Module, nn.Module]:
+def featurizer_and_classifier(input_shape: Sequence[int], num_classes: int,
+                              hparams: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
     """The two halves of a student: from images to features, and from these to logits.
 
     Logits are (B, num_classes), or maps (B, num_classes, H, W) for "segmentation".
@@ -73,7 +80,7 @@ def featurizer_and_classifier(input_shape, num_classes: int, hparams
     Raises:
         NotImplementedError, ValueError, OSError: as `Featurizer`.
     """
-    featurizer = Featurizer(input_shape, hparams)
+    featurizer: Any = Featurizer(input_shape, hparams)
     if hparams.get("task") == "segmentation":
         return featurizer, featurizer.classifier(num_classes)
     return featurizer, Classifier(
@@ -86,12 +93,15 @@ class CosineClassifier(nn.Module):
     Neither learns. Text is kept at unit length.
     """
 
+    text: Tensor
+    scale: Tensor
+
     def __init__(self, text: Tensor, scale: Tensor):
         super().__init__()
         self.register_buffer("text", F.normalize(text, dim=-1))
         self.register_buffer("scale", scale.clone())
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C)."""
         return self.scale * F.normalize(x, dim=-1) @ self.text.T
 
@@ -110,6 +120,12 @@ class Frozen(nn.Module):
     preprocessing = "the student's"
     #: What it gave before for the images at hand, which calls return then; see canonical_view.
     recalled: Tensor | None = None
+    #: Of a run: the domains that it held out, and its images' `view_statistics`.
+    held_out: Sequence[int] = ()
+    statistics: str | None = None
+
+    #: What it is.
+    module: nn.Module
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -129,11 +145,11 @@ class Frozen(nn.Module):
         if self.recalled is not None:
             self.recalled = self.recalled[rows.to(self.recalled.device)]
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: object) -> "Frozen":
         return self
 
 
@@ -143,7 +159,7 @@ class CountsOnCPU(nn.Module):
     Counters are its own buffers of one integer or truth value, such as the number of updates.
     """
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         counters = {name: buffer for name, buffer in self._buffers.items()
                     if buffer is not None and buffer.numel() == 1
                     and not buffer.is_floating_point()}
@@ -155,7 +171,7 @@ class CountsOnCPU(nn.Module):
 class MLP(nn.Module):
     """mlp_depth linear layers (2 or more), mlp_width wide: (B, n_inputs) -> (B, n_outputs)."""
 
-    def __init__(self, n_inputs: int, n_outputs: int, hparams):
+    def __init__(self, n_inputs: int, n_outputs: int, hparams: Mapping[str, Any]):
         super().__init__()
         width = hparams["mlp_width"]
         self.input = nn.Linear(n_inputs, width)
@@ -166,7 +182,7 @@ class MLP(nn.Module):
         self.n_outputs = n_outputs
         self.activation = nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(B, n_outputs) of x (B, n_inputs)."""
         for layer in (self.input, *self.hiddens):
             x = F.relu(self.dropout(layer(x)))
@@ -179,7 +195,7 @@ class ContextNet(nn.Module):
     Zhang et al., "Adaptive Risk Minimization", NeurIPS 2021, https://arxiv.org/abs/2007.02931.
     """
 
-    def __init__(self, input_shape):
+    def __init__(self, input_shape: Sequence[int]) -> None:
         super().__init__()
         self.context_net = nn.Sequential(
             nn.Conv2d(input_shape[0], 64, kernel_size=5, padding=2),
@@ -190,7 +206,7 @@ class ContextNet(nn.Module):
             nn.ReLU(),
             nn.Conv2d(64, 1, kernel_size=5, padding=2))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(B, 1, H, W) of x (B, C, H, W)."""
         return self.context_net(x)
 
@@ -200,7 +216,7 @@ class MNIST_CNN(Staged):
 
     n_outputs = 128
 
-    def __init__(self, input_shape):
+    def __init__(self, input_shape: Sequence[int]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(input_shape[0], 64, 3, padding=1)
         self.conv2 = nn.Conv2d(64, 128, 3, stride=2, padding=1)
@@ -212,13 +228,13 @@ class MNIST_CNN(Staged):
         self.bn3 = nn.GroupNorm(8, 128)
         self.activation = nn.Identity()
 
-    def stages(self):
+    def stages(self) -> list[Callable[[Tensor], Tensor]]:
         """Each convolution with its ReLU and normalization; the second halves the side."""
         return [nn.Sequential(conv, nn.ReLU(), norm) for conv, norm in (
             (self.conv1, self.bn0), (self.conv2, self.bn1),
             (self.conv3, self.bn2), (self.conv4, self.bn3))]
 
-    def pool(self, x):
+    def pool(self, x: Tensor) -> Tensor:
         """Mean over the pixels, (B, 128)."""
         return self.activation(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
@@ -236,7 +252,7 @@ class _WideBlock(nn.Module):
         if stride != 1 or n_in != n_out:
             self.shortcut.append(nn.Conv2d(n_in, n_out, 1, stride=stride))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.relu(self.bn1(x)))
         return self.conv2(F.relu(self.bn2(y))) + self.shortcut(x)
 
@@ -247,14 +263,14 @@ class WideResNet(Staged):
     Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016, https://arxiv.org/abs/1605.07146.
     """
 
-    def __init__(self, input_shape, depth: int = 16, widen: int = 2):
+    def __init__(self, input_shape: Sequence[int], depth: int = 16, widen: int = 2):
         super().__init__()
         if depth < 10 or depth % 6 != 4 or widen < 1:
             raise ValueError(f"wrn_depth is {depth} and wrn_widen {widen}: the depth must be 10, "
                              "16, 22, ... (6 n + 4), the width factor at least 1.")
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
 
-        def stage(n_in, n_out, stride):
+        def stage(n_in: int, n_out: int, stride: int) -> nn.Module:
             first = _WideBlock(n_in, n_out, stride)
             return nn.Sequential(first, *(
                 _WideBlock(n_out, n_out, 1) for _ in range((depth - 4) // 6 - 1)))
@@ -267,11 +283,11 @@ class WideResNet(Staged):
         self.n_outputs = widths[3]
         self.activation = nn.Identity()
 
-    def stages(self):
+    def stages(self) -> list[Callable[[Tensor], Tensor]]:
         """The three stages, at the image's side, its half and its quarter."""
         return [nn.Sequential(self.conv1, self.layer1), self.layer2,
                 nn.Sequential(self.layer3, self.bn1, nn.ReLU())]
 
-    def pool(self, x):
+    def pool(self, x: Tensor) -> Tensor:
         """Mean over the pixels, (B, n_outputs)."""
         return self.activation(F.avg_pool2d(x, x.shape[2:]).flatten(1))

@@ -1,8 +1,11 @@
 """Networks for segmentation: from images to maps of features, and from these to logits."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from domainbed_kd.backbones import ResNet, refuse_contradictions
 
@@ -17,14 +20,14 @@ class UNet(nn.Module):
 
     n_outputs = 32
 
-    def __init__(self, input_shape):
+    def __init__(self, input_shape: Sequence[int]) -> None:
         super().__init__()
         channels, *sides = input_shape
         if any(side % 8 for side in sides):
             raise ValueError("The U-Net for small images takes sides that 8 divides; found "
                              f"{sides}.")
 
-        def block(n_in, n_out):
+        def block(n_in: int, n_out: int) -> nn.Module:
             return nn.Sequential(*(layer for n in (n_in, n_out) for layer in (
                 nn.Conv2d(n, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())))
 
@@ -33,7 +36,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList([block(64 + 64, 64), block(64 + 32, 32)])
         self.activation = nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(B, 32, H / 2, W / 2) of images (B, C, H, W)."""
         first = self.down[0](self.stem(x))
         second = self.down[1](F.max_pool2d(first, 2))
@@ -60,25 +63,26 @@ class DeepLab(nn.Module):
 
     n_outputs = 256
 
-    def __init__(self, input_shape, hparams):
+    def __init__(self, input_shape: Sequence[int], hparams: Mapping[str, Any]) -> None:
         super().__init__()
         from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
         refuse_contradictions(input_shape[1], hparams)
-        self.backbone = None if hparams["vit"] else ResNet(input_shape, hparams)
-        if not hasattr(getattr(self.backbone, "network", None), "layer4"):
+        backbone = None if hparams["vit"] else ResNet(input_shape, hparams)
+        if backbone is None or not hasattr(backbone.network, "layer4"):
             raise ValueError("Segmentation takes a ResNet, torchvision's or timm's: leave out vit, "
                              "and name as backbone one that has a layer4, or none.")
-        for module in self.backbone.network.layer4.modules():
+        self.backbone = backbone
+        for module in backbone.network.layer4.modules():
             if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
                 module.dilation = module.padding = (2, 2)
             if hasattr(module, "stride"):
                 module.stride = (1, 1)
-        head = DeepLabHead(self.backbone.n_outputs, 1, atrous_rates=(6, 12, 18))  # at stride 16
+        head = DeepLabHead(backbone.n_outputs, 1, atrous_rates=(6, 12, 18))  # at stride 16
         self.head = nn.Sequential(*list(head)[:-1])
         self.activation = nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """(B, 256, H / 16, W / 16), rounded up, of images (B, C, H, W)."""
         for stage in self.backbone.stages():
             x = stage(x)

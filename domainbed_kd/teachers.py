@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,14 @@ from domainbed_kd.datasets import images
 from domainbed_kd.folder import composition, files
 from domainbed_kd.folder.args import are_args
 
+if TYPE_CHECKING:
+    from domainbed_kd.algorithms.base import Algorithm
+
 __all__ = ["CLIP", "ImageTower", "audit", "audit_confusion", "check_class_names", "clip",
            "from_run", "given", "in_two"]
 
-def given(hparams: dict, num_classes: int,
+
+def given(hparams: dict[str, Any], num_classes: int,
           input_shape: Sequence[int] | None = None) -> networks.Frozen | None:
     """hparams["teacher"], a finished run's folder or a module x -> logits; None if there is none.
 
@@ -32,7 +37,7 @@ def given(hparams: dict, num_classes: int,
     return _of_same_view(teacher, hparams, num_classes, input_shape)
 
 
-def _of_same_view(folder: str | Path, hparams: dict, num_classes: int,
+def _of_same_view(folder: str | Path, hparams: dict[str, Any], num_classes: int,
                   input_shape: Sequence[int] | None) -> networks.Frozen:
     """As `from_run`, for a student with these hparams, whose images must be normalized alike."""
     teacher = from_run(Path(folder), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
@@ -49,7 +54,7 @@ _NOT_TRAINED = ("The teacher {} is a run that a sweep trains first. Launch this 
                 "or name its folder: --teacher FOLDER.")
 
 
-def in_two(teacher: composition.Teacher, hparams: dict, num_classes: int,
+def in_two(teacher: composition.Teacher, hparams: dict[str, Any], num_classes: int,
            input_shape: Sequence[int], folders: Iterator[str | nn.Module], needs_features: bool
            ) -> tuple[networks.Frozen, networks.Frozen]:
     """A teacher as what it sees in images, (B, D), and a head that makes logits (B, C) of it.
@@ -68,7 +73,8 @@ def in_two(teacher: composition.Teacher, hparams: dict, num_classes: int,
     """
     if teacher.kind == "clip":
         check_class_names(f"The teacher {teacher.shown}", hparams, num_classes)
-        name = teacher.name or datasets.facts(hparams.get("dataset")).CLIP_BACKBONE or "ViT-B-16"
+        usual = datasets.facts(hparams.get("dataset") or "").CLIP_BACKBONE or "ViT-B-16"
+        name = teacher.name or usual
         known = hparams if teacher.name is None else hparams | {"clip_model": None}
         eye = clip(known | {"clip_backbone": name}, input_shape)
         template = hparams.get("teacher_template", "a photo of a {}")
@@ -85,7 +91,7 @@ def in_two(teacher: composition.Teacher, hparams: dict, num_classes: int,
 
 
 @torch.no_grad()
-def _features_and_head(run: networks.Frozen, folder: str, input_shape: Sequence[int]
+def _features_and_head(run: networks.Frozen, folder: str | nn.Module, input_shape: Sequence[int]
                        ) -> tuple[networks.Frozen, networks.Frozen]:
     """The two parts of a run's predictor, if it is the last layer of a sequence on all others."""
     x = torch.rand(2, *input_shape)
@@ -167,11 +173,11 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     return teacher
 
 
-def _what_is_not_a_models(model) -> str | None:
+def _what_is_not_a_models(model: object) -> str | None:
     """What tells that a checkpoint is not the model of a run, in words; None if nothing does."""
     if not isinstance(model, dict):
         return f"it holds a {type(model).__name__}"
-    kinds = {"args": dict, "model_dict": dict, "model_hparams": dict,
+    kinds: dict[str, Any] = {"args": dict, "model_dict": dict, "model_hparams": dict,
              "model_input_shape": (tuple, list), "model_num_classes": int,
              "model_num_domains": int}
     if absent := sorted(kinds.keys() - model.keys()):
@@ -184,8 +190,8 @@ def _what_is_not_a_models(model) -> str | None:
     return None
 
 
-def audit(algorithm: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
-          allow_bad: bool = False) -> dict | None:
+def audit(algorithm: "Algorithm", batches: Iterable[tuple[Tensor, Tensor]],
+          allow_bad: bool = False) -> dict[str, Any] | None:
     """What an algorithm's teacher is worth to it, before the first step.
 
     Args:
@@ -203,13 +209,13 @@ def audit(algorithm: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
     Raises:
         ValueError: if the teacher is near chance, or its classes are in another order.
     """
-    if not algorithm.teacher_is_ready():
+    if algorithm.teacher_logits is None or not algorithm.teacher_is_ready():
         return None
-    confusion, n_images = 0, 0
+    confusion, n_images = torch.zeros((), dtype=torch.long), 0
     for x, y in batches:
         logits = algorithm.teacher_logits(x)
         n_images += len(y)
-        confusion += tasks.confusion(tasks.at_size_of(logits, y), y).cpu()
+        confusion = confusion + tasks.confusion(tasks.at_size_of(logits, y), y).cpu()
     if y.dim() > 1:  # pixels: as many as there are images, and of each class that occurs the same
         of_label = confusion.sum(dim=1, keepdim=True)
         confusion = n_images / (of_label > 0).sum() * confusion / of_label.clamp(min=1)

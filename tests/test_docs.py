@@ -56,6 +56,21 @@ def test_the_commands_of_a_page_work_as_printed(page, tmp_path):
             run_python(code, tmp_path)
 
 
+@pytest.mark.slow
+def test_a_users_code_passes_mypy_in_strict_mode(tmp_path):
+    for i, code in enumerate(blocks(ROOT / "docs" / "python.md", "python")):
+        (tmp_path / f"block{i}.py").write_text(code, encoding="utf-8")
+    # PyTorch annotates neither `backward` nor what a ConcatDataset holds.
+    process = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--allow-untyped-calls",
+         "--disable-error-code", "var-annotated", "--follow-imports",
+         "silent", "--ignore-missing-imports", *map(str, sorted(tmp_path.glob("*.py")))],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "MYPYPATH": str(ROOT)})
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "no issues found in 6 source files" in process.stdout
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):

@@ -9,8 +9,12 @@ import importlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from domainbed_kd.console import did_you_mean
+
+if TYPE_CHECKING:
+    from domainbed_kd.algorithms.base import Algorithm
 
 # DomainBed's algorithms in its order, that of the rows of its tables.
 DOMAINBED = (
@@ -24,20 +28,32 @@ _ORDER = (*DOMAINBED, "SMA", "SWAD")
 _ABSTRACT = ("base", "annealed", "composed", "scheduled", "taught")
 
 
-def _discover() -> tuple[dict[str, str], set[str], dict[str, str]]:
-    """{class: module} of this folder's public algorithms, those that are Taught, {class: shown}."""
-    bases, files, shown = {}, {}, {}
+def _keys(tree: ast.AST) -> set[str]:
+    """The keys of all dicts in a syntax tree."""
+    return {key.value for node in ast.walk(tree) if isinstance(node, ast.Dict)
+            for key in node.keys
+            if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+
+
+def _discover() -> tuple[dict[str, str], set[str], set[str], dict[str, str]]:
+    """Of this folder: {public class: module}, who is Taught, who reads a CLIP, {class: shown}."""
+    bases: dict[str, set[str]] = {}
+    files: dict[str, str] = {}
+    readers: set[str] = set()
+    shown: dict[str, str] = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 bases[node.name] = {ast.unparse(base).split(".")[-1] for base in node.bases}
                 files[node.name] = path.stem
+                if "clip_backbone" in _keys(node):
+                    readers.add(node.name)
                 shown |= ((node.name, ast.literal_eval(line.value)) for line in node.body
                           if isinstance(line, ast.Assign)
                           and ast.unparse(line.targets[0]) == "display_name")
 
-    def descendants(root):
-        found = {root}
+    def descendants(*roots: str) -> set[str]:
+        found = set(roots)
         while grown := {name for name, parents in bases.items() if parents & found} - found:
             found |= grown
         return found
@@ -48,20 +64,18 @@ def _discover() -> tuple[dict[str, str], set[str], dict[str, str]]:
         (name for name in known if not name.startswith("_") and files[name] not in _ABSTRACT),
         key=lambda name: (order.get(name, len(order)), name))
     modules = {name: f"{__name__}.{files[name]}" for name in methods}
-    return modules, descendants("Taught"), shown
+    return modules, descendants("Taught"), descendants(*readers), shown
 
 
-_MODULES, _TAUGHT, _DISPLAY_NAMES = _discover()
-# A row's name: that of the class, then what is on top of it.
-_BASE = re.compile(r"(?s)([^ (]*)(.*)")
+_MODULES, _TAUGHT, _CLIP_READERS, _DISPLAY_NAMES = _discover()
 # Names that a class cannot have, as users type them: "4Ds" is FourDs.
 _ALIASES = {shown: name for name, shown in _DISPLAY_NAMES.items()}
-_REGISTERED: dict[str, type] = {}
+_REGISTERED: "dict[str, type[Algorithm]]" = {}
 SHIPPED = tuple(_MODULES)
 ALGORITHMS = list(SHIPPED)
 
 
-def register(cls: type) -> type:
+def register(cls: "type[Algorithm]") -> "type[Algorithm]":
     """Adds an Algorithm class defined elsewhere; usable as a decorator."""
     if cls.__name__ not in ALGORITHMS:
         ALGORITHMS.append(cls.__name__)
@@ -79,17 +93,17 @@ def display_name(name: str) -> str:
 
     What `curves.row` adds to a class's name is kept.
     """
-    name, mark = _BASE.match(name).groups()
-    if name in _REGISTERED:
-        shown = _REGISTERED[name].display_name or name
+    base = base_of(name)
+    if base in _REGISTERED:
+        shown = _REGISTERED[base].display_name or base
     else:
-        shown = _DISPLAY_NAMES.get(name, name)
-    return shown + mark
+        shown = _DISPLAY_NAMES.get(base, base)
+    return shown + name[len(base):]
 
 
 def base_of(row: str) -> str:
     """The algorithm's name of a table's row, without what `curves.row` adds to it."""
-    return _BASE.match(row)[1]
+    return re.split("[ (]", row, maxsplit=1)[0]
 
 
 def learns_from_run(name: str) -> bool:
@@ -97,6 +111,11 @@ def learns_from_run(name: str) -> bool:
     if name in _REGISTERED:
         return _REGISTERED[name].learns_from_run
     return name in _TAUGHT
+
+
+def ignores_clip(name: str) -> bool:
+    """Whether an algorithm that ships does not read the hparam `clip_backbone`."""
+    return name in _MODULES and name not in _CLIP_READERS
 
 
 def check_name(name: str) -> None:
@@ -131,12 +150,10 @@ def hparam_names() -> set[str]:
     here = Path(__file__).parent
     trees = (ast.parse(path.read_text(encoding="utf-8"))
              for path in (*here.glob("*.py"), here.parent / "hparams_registry.py"))
-    return {key.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Dict)
-            for key in node.keys
-            if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+    return {key for tree in trees for key in _keys(tree)}
 
 
-def get_algorithm_class(name: str) -> type:
+def get_algorithm_class(name: str) -> "type[Algorithm]":
     """The class of that name.
 
     Raises:
@@ -146,10 +163,11 @@ def get_algorithm_class(name: str) -> type:
     name = canonical_name(name)
     if name in _REGISTERED:
         return _REGISTERED[name]
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    found: type[Algorithm] = getattr(importlib.import_module(_MODULES[name]), name)
+    return found
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> "type[Algorithm]":
     if name in _MODULES or name in _REGISTERED:
         return get_algorithm_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,9 @@
 """What every algorithm is: DomainBed's four-argument constructor, `update` and `predict`."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from domainbed_kd import networks
 from domainbed_kd.datasets import MultipleDomainDataset
 
+#: Hparams: {name: (default, draw)}, where draw(RandomState) -> value.
+Space: TypeAlias = dict[str, tuple[Any, Callable[[Any], Any]]]
 
-def fixed(value) -> tuple:
+
+def fixed(value: Any) -> tuple[Any, Callable[[Any], Any]]:
     """A search-space entry that every draw leaves at `value`."""
     return value, lambda r: value
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real)
 
 
 class Takes(NamedTuple):
@@ -26,19 +33,19 @@ class Takes(NamedTuple):
 
 def at_least(low: float) -> Takes:
     """Numbers from `low` up."""
-    return Takes(lambda value: isinstance(value, Real) and value >= low, f"at least {low}")
+    return Takes(lambda value: _is_number(value) and value >= low, f"at least {low}")
 
 
 def above(low: float, up_to: float = float("inf")) -> Takes:
     """Numbers above `low`, at most `up_to`."""
     limit = "" if up_to == float("inf") else f", up to {up_to}"
-    return Takes(lambda value: isinstance(value, Real) and low < value <= up_to,
+    return Takes(lambda value: _is_number(value) and low < value <= up_to,
                  f"a number above {low}{limit}")
 
 
 def between(low: float, high: float) -> Takes:
     """Numbers from `low` to `high`, both included."""
-    return Takes(lambda value: isinstance(value, Real) and low <= value <= high,
+    return Takes(lambda value: _is_number(value) and low <= value <= high,
                  f"a number from {low} to {high}")
 
 
@@ -109,14 +116,19 @@ class Algorithm(networks.CountsOnCPU):
     #: None if it has no teacher. The teacher itself is `self.teacher`.
     teacher_logits: Callable[[Tensor], Tensor] | None = None
     #: (dataset, seed or None) -> all hparams, for a fork's method whose fork states them.
-    all_hparams: Callable[[str, int | None], dict] | None = None
+    all_hparams: Callable[[str, int | None], dict[str, Any]] | None = None
     #: What hparams take that do not take every value of their default's kind.
     takes: dict[str, Takes] = {
         "lr": at_least(0), "weight_decay": at_least(0), "resnet_dropout": between(0, 1),
         "vit_dropout": between(0, 1), "optimizer": one_of("adam", "sgd", "adamw"),
         "schedule": one_of("none", "step", "cosine")}
 
-    def __init__(self, input_shape, num_classes, num_domains, hparams):
+    #: The part that predicts, and the optimiser that trains it.
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int,
+                 hparams: dict[str, Any]) -> None:
         super().__init__()
         for name, takes in self.takes.items():
             if name in hparams and not takes.fits(hparams[name]):
@@ -132,9 +144,10 @@ class Algorithm(networks.CountsOnCPU):
     @property
     def total_steps(self) -> int:
         """How many updates the run takes; DomainBed's number where a fork does not tell."""
-        return self.hparams.get("total_steps", MultipleDomainDataset.N_STEPS)
+        steps: int = self.hparams.get("total_steps", MultipleDomainDataset.N_STEPS)
+        return steps
 
-    def count_updates(self, shape: tuple = ()) -> None:
+    def count_updates(self, shape: tuple[int, ...] = ()) -> None:
         """Declares the buffer `update_count`, 0 at first, which survives a restart.
 
         The method adds 1 in `update`. DomainBed's methods have it in shape (1,).
@@ -146,14 +159,15 @@ class Algorithm(networks.CountsOnCPU):
         return self.teacher_logits is not None
 
     @staticmethod
-    def search_space(dataset: str) -> dict:
+    def search_space(dataset: str) -> Space:
         """Hparams of this algorithm: `{name: (default, draw)}`, where draw(RandomState) -> value.
 
         Entries override those that all algorithms share, such as `lr`.
         """
         return {}
 
-    def update(self, minibatches, unlabeled=None):
+    def update(self, minibatches: list[tuple[Tensor, Tensor]],
+               unlabeled: list[Tensor] | None = None) -> dict[str, Tensor | float]:
         """One optimisation step.
 
         Args:
@@ -166,15 +180,17 @@ class Algorithm(networks.CountsOnCPU):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement update().")
 
-    def predict(self, x):
+    def predict(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of x (B, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not implement predict().")
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """The same as `predict`."""
         return self.predict(x)
 
-    def checkpoint(self, step: int, last: bool, validate, batches) -> None:
+    def checkpoint(self, step: int, last: bool,
+                   validate: Callable[[Callable[[Tensor], Tensor]], float],
+                   batches: Callable[[int], Iterator[list[tuple[Tensor, Tensor]]]]) -> None:
         """Called by the training loop after each update; does nothing unless overridden.
 
         Args:
@@ -187,20 +203,20 @@ class Algorithm(networks.CountsOnCPU):
         """
 
     def adam(self, *modules: nn.Module, lr: float | None = None,
-             weight_decay: float | None = None, **options) -> torch.optim.Optimizer:
+             weight_decay: float | None = None, **options: Any) -> torch.optim.Optimizer:
         """DomainBed's optimiser: Adam over the modules' parameters at the run's lr and decay.
 
         The hparam `optimizer` makes it AdamW, or SGD with momentum 0.9, unless the method has
         options for Adam.
         """
-        lr = self.hparams["lr"] if lr is None else lr
+        rate: float = self.hparams["lr"] if lr is None else lr
         decay = self.hparams["weight_decay"] if weight_decay is None else weight_decay
         kind = "adam" if options else self.hparams.get("optimizer", "adam")
         if kind == "sgd":
-            return self.sgd(*modules, lr=lr, weight_decay=decay)
-        parameters: Iterable = [p for module in modules for p in module.parameters()]
+            return self.sgd(*modules, lr=rate, weight_decay=decay)
+        parameters = [p for module in modules for p in module.parameters()]
         optimizer = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
-        return optimizer(parameters, lr=lr, weight_decay=decay, **options)
+        return optimizer(parameters, lr=rate, weight_decay=decay, **options)
 
     def sgd(self, *modules: nn.Module, lr: float | None = None,
             weight_decay: float | None = None) -> torch.optim.SGD:

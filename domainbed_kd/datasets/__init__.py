@@ -44,14 +44,14 @@ _DOMAINBED = (
     DomainNet, SVIRO, WILDSCamelyon, WILDSFMoW, SpawriousO2O_easy, SpawriousO2O_medium,
     SpawriousO2O_hard, SpawriousM2M_easy, SpawriousM2M_medium, SpawriousM2M_hard)
 DOMAINBED = tuple(cls.__name__ for cls in _DOMAINBED)
-_CLASSES: dict[str, type] = {
+_CLASSES: dict[str, type[MultipleDomainDataset]] = {
     cls.__name__: cls for cls in (*_DOMAINBED, DigitsDG, DigitsSeg, StreetScenes)}
 DATASETS: list[str] = list(_CLASSES)
 #: What reads images of a user's own, by what stands before the colon in "Folder:NAME".
 OWN = {"Folder": ImageFolders, "FolderSeg": FolderSeg}
 
 
-def register(cls: type) -> type:
+def register(cls: type[MultipleDomainDataset]) -> type[MultipleDomainDataset]:
     """Adds a dataset class under its name; usable as a decorator."""
     if cls.__name__ not in DATASETS:
         DATASETS.append(cls.__name__)
@@ -59,7 +59,8 @@ def register(cls: type) -> type:
     return cls
 
 
-def get_dataset_class(name: str, data_dir: str | Path | None = None) -> type:
+def get_dataset_class(name: str, data_dir: str | Path | None = None
+                      ) -> type[MultipleDomainDataset]:
     """The class of that name; for "Folder:NAME", one of OWN that reads `<data_dir>/NAME`.
 
     The message for an unknown name depends on what is in `data_dir`.
@@ -84,7 +85,7 @@ def get_dataset_class(name: str, data_dir: str | Path | None = None) -> type:
     return _CLASSES[name]
 
 
-def facts(name: str) -> type:
+def facts(name: str) -> type[MultipleDomainDataset]:
     """The class whose attributes say what is true of a dataset; the defaults for an unknown name.
 
     A fork's dataset is such a name: its hparams are drawn here too.

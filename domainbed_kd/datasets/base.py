@@ -1,13 +1,18 @@
 """What every dataset is: a list of domains, and a class that says what is true of it."""
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from domainbed_kd.tasks import CLASSIFICATION, Task
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Dataset
 
-def plain(dataset):
+
+def plain(dataset: Any) -> Any:
     """The same images without augmentation, of a domain or of a split of one.
 
     A shallow copy; where there is no augmentation to leave out, the argument itself.
@@ -67,34 +72,38 @@ class MultipleDomainDataset:
     #: Random batch sizes are at most 2 ** this; 2 ** 9 for small images.
     MAX_LOG2_BATCH = 5.5
     #: Hparams that differ from DomainBed's for images of its size: {name: (default, draw)}.
-    HPARAMS: dict = {}
+    HPARAMS: dict[str, tuple[Any, Any]] = {}
     #: Whether it is read from files, and the folder below the data directory that holds them.
     NEEDS_FILES = False
     FOLDER = ""
     #: Where its files come from; None if it needs none, or they are somebody's own.
     SOURCE: Source | None = None
     #: Published numbers of images by domain; by class in label order where these are known.
-    PUBLISHED: dict[str, int | tuple] = {}
+    PUBLISHED: dict[str, int | tuple[int, ...]] = {}
     #: The CLIP that knows its classes, if it is not a public one; None leaves that to the method.
     CLIP_BACKBONE: str | None = None
     #: Short labels of the domains, in order.
     ENVIRONMENTS: list[str] | None = None
     #: Where DomainBed states the shape (C, H, W) on the class.
-    INPUT_SHAPE: tuple | None = None
+    INPUT_SHAPE: tuple[int, ...] | None = None
     #: The classes' folder names in label order, and words where these differ from the names.
-    CLASSES: tuple = ()
+    CLASSES: tuple[str, ...] = ()
     WORDS: dict[str, str] = {}
     #: The domains as words, in order.
-    DOMAIN_NAMES: tuple | None = None
+    DOMAIN_NAMES: tuple[str, ...] | None = None
     #: (mean, std) per channel that images in [0, 1] were normalized with; None if they were not.
-    NORMALIZATION: tuple | None = None
+    NORMALIZATION: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
-    datasets: list
-    input_shape: tuple
+    datasets: "list[Dataset[tuple[Tensor, Any]]]"
+    input_shape: tuple[int, ...]
     num_classes: int
 
+    if TYPE_CHECKING:
+        def __init__(self, root: str | Path | None, test_envs: list[int],
+                     hparams: dict[str, Any]) -> None: ...
+
     @classmethod
-    def folder(cls, data_dir) -> Path:
+    def folder(cls, data_dir: str | Path | None) -> Path:
         """The folder that holds its files.
 
         Raises:
@@ -105,12 +114,17 @@ class MultipleDomainDataset:
         return Path(data_dir) / cls.FOLDER
 
     @classmethod
-    def domain_folders(cls, data_dir) -> list[str]:
+    def domain_folders(cls, data_dir: str | Path | None) -> list[str]:
         """The names of the domains' folders, in order; none where domains are not folders."""
         return []
 
     @classmethod
-    def words(cls, classes) -> list[str]:
+    def read_classes(cls, data_dir: str | Path | None) -> list[str]:
+        """The classes' folder names, in label order; none where files do not tell them."""
+        return []
+
+    @classmethod
+    def words(cls, classes: Iterable[str]) -> list[str]:
         """The words for classes' folder names: "Alarm_Clock" is an "alarm clock"."""
         return [cls.WORDS.get(c, c.replace("_", " ").lower()) for c in classes]
 
@@ -124,8 +138,8 @@ class MultipleDomainDataset:
         """The domains as words, in order; None where their names do not describe their look."""
         return None if self.DOMAIN_NAMES is None else list(self.DOMAIN_NAMES)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> "Dataset[tuple[Tensor, Any]]":
         return self.datasets[index]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.datasets)

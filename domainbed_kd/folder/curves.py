@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from domainbed_kd.console import parse_hparams
 from domainbed_kd.folder import composition, files
@@ -254,7 +254,8 @@ def say_skipped(left_out: list[str]) -> None:
 # Which checkpoint counts.
 
 
-def choose(candidates: Iterable[tuple[int, float, object]], only_last: bool):
+def choose(candidates: Iterable[tuple[int, float, Any]], only_last: bool
+           ) -> tuple[int, float, Any] | None:
     """DomainBed's rule: the first of (step, validation accuracy, ...) with the best accuracy.
 
     With `only_last`, for records that say `"selection": "last"` (SWAD), it is the one with the

@@ -4,12 +4,16 @@
 kept; see docs/analysis.md.
 """
 
-_LOGITS = ("to_frame", "load_logits")
-__all__ = [*_LOGITS]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from domainbed_kd.results.logits import load_logits, to_frame
+
+__all__ = ["to_frame", "load_logits"]
 
 
-def __getattr__(name: str):
-    if name in _LOGITS:
+def __getattr__(name: str) -> object:
+    if name in __all__:
         from domainbed_kd.results import logits  # it needs NumPy
 
         return getattr(logits, name)

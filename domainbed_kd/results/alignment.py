@@ -4,7 +4,8 @@ Teterwak et al., "Is Large-scale Pretraining the Secret to Good Domain Generaliz
 https://arxiv.org/abs/2412.02856: an image's alignment is the cosine of CLIP's embeddings of the
 image and of a sentence with its class. They call images from 0.21 on in-pretraining and those
 below out-of-pretraining, and leave out those below 0.15, which are often mislabelled, and above
-0.40. The thresholds belong to their CLIP, OpenCLIP's ViT-B/16. Where less than half of the images
+0.40, which often show their class as text (read in the reviews of the submission, which quote it).
+The thresholds belong to their CLIP, OpenCLIP's ViT-B/16. Where less than half of the images
 lie between these bounds, as another CLIP's cosines are larger, the split is at the median. All
 shares are over the test images of all runs of a row together.
 """

@@ -12,12 +12,15 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from domainbed_kd.folder import curves, files
 from domainbed_kd.results.selection import IIDAccuracySelectionMethod
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Predictions(NamedTuple):
@@ -28,10 +31,10 @@ class Predictions(NamedTuple):
     #: (N,) the true classes.
     labels: np.ndarray
     #: (N,) each image's number in its domain, the same in every run.
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # a tuple has a method of that name
 
 
-def to_frame(input_dir: str | Path, skipped: list[str] | None = None):
+def to_frame(input_dir: str | Path, skipped: list[str] | None = None) -> "pd.DataFrame":
     """A pandas DataFrame with a row for each record of a run or of a sweep's runs.
 
     Columns are named as in results.jsonl, with a dot where it nests: `env0_in_acc`, `loss`,
@@ -65,7 +68,7 @@ def to_frame(input_dir: str | Path, skipped: list[str] | None = None):
     return pd.DataFrame([dict(_flat(row)) for row in rows])
 
 
-def _flat(value: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Pairs of a dotted name and a value; what model selection reads comes last, and so wins."""
     for name, item in sorted(value.items(), key=lambda pair: not prefix and pair[0] == "args"):
         if isinstance(item, dict):
@@ -74,7 +77,7 @@ def _flat(value: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + name, _frozen(item)
 
 
-def _frozen(value):
+def _frozen(value: object) -> object:
     """Lists as tuples, at any depth, so that pandas can group by them."""
     if isinstance(value, list):
         return tuple(map(_frozen, value))
@@ -89,7 +92,7 @@ def _runs(folder: Path) -> list[Path]:
     return found
 
 
-def _with_choice(run: str, records: list[dict]) -> list[dict]:
+def _with_choice(run: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records with `run`, `val_acc`, `test_acc` and `selected` added."""
     chosen = curves.selected(records)
     shares = [{"selected_share": r["selected"]} if "selected" in r else {} for r in records]
@@ -139,7 +142,9 @@ def load_logits(run: str | Path, step: int | None = None) -> dict[str, Predictio
     """
     known = steps(run)
     if step is None:
-        step = curves.selected(records(run))["step"]
+        if (chosen := curves.selected(records(run))) is None:
+            raise FileNotFoundError(f"{run} kept no logits at a step that it recorded.")
+        step = chosen["step"]
     if step not in known:
         raise FileNotFoundError(f"{run} kept no logits at step {step}, but at "
                                 f"{', '.join(map(str, known))}.")
@@ -150,7 +155,7 @@ def load_logits(run: str | Path, step: int | None = None) -> dict[str, Predictio
                 for name in names}
 
 
-def records(run: str | Path) -> list[dict]:
+def records(run: str | Path) -> list[dict[str, Any]]:
     """A run's records with accuracies counted anew from its logits, for `model_selection`'s rules.
 
     They have `step`, `args`, `hparams`, `selection` if there is one, and the accuracies of the
@@ -171,7 +176,7 @@ class Chosen(NamedTuple):
     algorithm: str
     #: Number of its test domain.
     env: int
-    args: dict
+    args: dict[str, Any]
     #: By split, as `load_logits` returns them.
     predictions: dict[str, Predictions]
 

@@ -4,7 +4,7 @@ import os
 from typing import NamedTuple
 
 from domainbed_kd import datasets
-from domainbed_kd.algorithms import display_name
+from domainbed_kd.algorithms import display_name, ignores_clip
 from domainbed_kd.console import count
 from domainbed_kd.folder import composition
 from domainbed_kd.folder.args import teachers
@@ -71,7 +71,7 @@ def of_runs(grid: Grid) -> dict[tuple[str, str], set[Protocol]]:
         taught_by = [f"a run of {display_name(names[name])}" if name in names else "another run"
                      for name in runs] + composition.others(hparams)
         teacher = " and ".join(taught_by) or None
-        if not teacher and "clip_backbone" in hparams:
+        if not teacher and "clip_backbone" in hparams and not ignores_clip(args["algorithm"]):
             mix = hparams.get("rise_teachers") or hparams["clip_backbone"]
             teacher = "CLIP " + " + ".join(map(str, mix if isinstance(mix, list) else [mix]))
         if curve.teacher_problem:

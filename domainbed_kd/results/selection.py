@@ -10,11 +10,14 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from domainbed_kd.folder import curves
 from domainbed_kd.folder.curves import Curve, Search
 from domainbed_kd.results.records import Coverage, Grid
+
+#: A checkpoint's step, validation accuracy and test accuracy.
+Candidate = tuple[int, float, float]
 
 
 class SelectionMethod:
@@ -33,7 +36,7 @@ class SelectionMethod:
         raise NotImplementedError(f"{cls.__name__} does not implement select().")
 
     @classmethod
-    def run_acc(cls, run_records: list[dict]) -> dict[str, float] | None:
+    def run_acc(cls, run_records: list[dict[str, Any]]) -> dict[str, float] | None:
         """What `select` returns, of records as results.jsonl holds them."""
         return cls.select(curves.of_records(run_records))
 
@@ -43,10 +46,10 @@ class SelectionMethod:
 
         Of equals, the larger hparams_seed comes first; NaN comes last.
         """
-        accs = [(cls.select(draw), draw) for draw in search.by_seed.values()]
-        accs = [(acc, draw) for acc, draw in accs if acc is not None]
+        accs = [(acc, draw) for draw in search.by_seed.values()
+                if (acc := cls.select(draw)) is not None]
 
-        def val_acc(item):
+        def val_acc(item: tuple[dict[str, float], list[Curve]]) -> float:
             value = item[0]["val_acc"]
             return -math.inf if math.isnan(value) else value
 
@@ -59,7 +62,7 @@ class SelectionMethod:
         return accs[0][0]["test_acc"] if accs else None
 
 
-def _alone(draw: Iterable[Curve]) -> Iterator[tuple[int, Curve]]:
+def _alone(draw: Iterable[Curve]) -> Iterator[tuple[Any, Curve]]:
     """The test env and curve of each run, but of pairs and second stages, which have no accuracy.
 
     Of a run that holds out more than two it is the one that the draw is about.
@@ -71,7 +74,7 @@ def _alone(draw: Iterable[Curve]) -> Iterator[tuple[int, Curve]]:
             yield env, curve
 
 
-def _accuracies(chosen: tuple[int, float, float] | None) -> dict[str, float] | None:
+def _accuracies(chosen: Candidate | None) -> dict[str, float] | None:
     return chosen and {"val_acc": chosen[1], "test_acc": chosen[2]}
 
 
@@ -86,9 +89,10 @@ class IIDAccuracySelectionMethod(SelectionMethod):
     test_key = "env{}_in_acc"
 
     @classmethod
-    def select(cls, draw):
+    def select(cls, draw: list[Curve]) -> dict[str, float] | None:
         """See `SelectionMethod.select`."""
-        candidates, only_last = [], False
+        candidates: list[Candidate] = []
+        only_last = False
         for test_env, curve in _alone(draw):
             columns, test_key = curve.columns, cls.test_key.format(test_env)
             if test_key in columns:
@@ -111,26 +115,28 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
     uses_pairs = True
 
     @classmethod
-    def select(cls, draw):
+    def select(cls, draw: list[Curve]) -> dict[str, float] | None:
         """See `SelectionMethod.select`."""
-        alone = {}  # {step: (test accuracy, the other domains), or None if there are several}
+        # {step: (test accuracy, the other domains), or None if there are several}
+        alone: dict[int, Any] = {}
         for test_env, curve in _alone(curve for curve in draw if curve.env is None):
             columns = curve.columns
             others = curves.validation_columns(tuple(columns), (test_env,))
             for step, test_acc in zip(columns["step"], columns[f"env{test_env}_in_acc"]):
                 alone[step] = None if step in alone else (test_acc, others)
-        validation = defaultdict(dict)  # {other domain: {step: accuracy when it was held out too}}
+        # {other domain: {step: accuracy when it was held out too}}
+        validation: dict[int, dict[int, float]] = defaultdict(dict)
         for curve in draw if alone else ():
             if len(envs := curve.args["test_envs"]) == 2:
                 other = envs[envs[0] == test_env]
                 accs = curve.columns.get(f"env{other}_in_acc", ())
                 validation[other].update(zip(curve.columns["step"], accs))
 
-        candidates = []
+        candidates: list[Candidate] = []
         for step, (test_acc, others) in sorted(filter(operator.itemgetter(1), alone.items())):
-            accs = [validation[i].get(step) for i in others]
-            if accs and None not in accs:
-                candidates.append((step, curves.mean(accs), test_acc))
+            known = [validation[i][step] for i in others if step in validation[i]]
+            if known and len(known) == len(others):
+                candidates.append((step, curves.mean(known), test_acc))
         if any(curve.selection == "last" for curve in draw):
             last = max(step for curve in draw for step in curve.columns["step"])
             candidates = [candidate for candidate in candidates if candidate[0] == last]
@@ -143,9 +149,9 @@ class OracleSelectionMethod(SelectionMethod):
     name = "test-domain validation set (oracle)"
 
     @classmethod
-    def select(cls, draw):
+    def select(cls, draw: list[Curve]) -> dict[str, float] | None:
         """See `SelectionMethod.select`."""
-        candidates = []
+        candidates: list[Candidate] = []
         for test_env, curve in _alone(draw):
             names = "step", f"env{test_env}_out_acc", f"env{test_env}_in_acc"
             candidates += zip(*map(curve.columns.get, names))
@@ -162,9 +168,9 @@ class IIDAutoLRAccuracySelectionMethod(IIDAccuracySelectionMethod):
     test_key = "fd_env{}_in_acc"
 
     @classmethod
-    def select(cls, draw):
+    def select(cls, draw: list[Curve]) -> dict[str, float] | None:
         """See `SelectionMethod.select`."""
-        merged = []
+        merged: list[dict[str, Any]] = []
         for record in itertools.chain.from_iterable(curve.records() for curve in draw):
             same = (other for other in merged if _stage(other) == _stage(record))
             if (found := next(same, None)) is None:
@@ -174,7 +180,7 @@ class IIDAutoLRAccuracySelectionMethod(IIDAccuracySelectionMethod):
         return super().select(curves.of_records(merged))
 
 
-def _stage(record: dict) -> dict:
+def _stage(record: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record["args"].items() if k != "holdout_fraction"}
 
 
@@ -191,17 +197,21 @@ class Outcome(NamedTuple):
     places: dict[int, int] = {}
 
 
-def outcomes(searches: dict, grid: Grid, method: type[SelectionMethod]) -> dict:
+def outcomes(searches: dict[tuple[int, str, str, int], Search], grid: Grid,
+             method: type[SelectionMethod]) -> dict[tuple[str, str, int], Outcome]:
     """{(dataset, algorithm, test env): Outcome} of `curves.searches` and their `records.Grid`.
 
     Covers the whole grid; where nothing can be selected, `accs` is empty.
     """
-    accs = {(dataset, algorithm, env): {} for dataset in grid.datasets
-            for algorithm in grid.algorithms for env in range(grid.n_envs[dataset])}
-    places = {where: {} for where in accs}
+    accs: dict[Any, dict[int, float]] = {
+        (dataset, algorithm, env): {} for dataset in grid.datasets
+        for algorithm in grid.algorithms for env in range(grid.n_envs[dataset])}
+    places: dict[Any, dict[int, int]] = {where: {} for where in accs}
     for place, ((trial_seed, *where), search) in enumerate(searches.items()):
         if (acc := method.sweep_acc(search)) is not None:
             accs.setdefault(tuple(where), {})[trial_seed] = acc
             places.setdefault(tuple(where), {})[trial_seed] = place
-    return {cell: Outcome(by_trial, grid.coverage(*cell, method.uses_pairs), places[cell])
-            for cell, by_trial in accs.items()}
+    return {(dataset, algorithm, env): Outcome(
+                by_trial, grid.coverage(dataset, algorithm, env, method.uses_pairs),
+                places[dataset, algorithm, env])
+            for (dataset, algorithm, env), by_trial in accs.items()}

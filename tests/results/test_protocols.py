@@ -1,6 +1,6 @@
 import pytest
 
-from domainbed_kd import hparams_registry
+from domainbed_kd import algorithms, hparams_registry
 from domainbed_kd.folder.curves import of_records
 from domainbed_kd.results import protocols, tables
 from domainbed_kd.results.records import Grid
@@ -87,6 +87,18 @@ def test_teachers_are_named_whichever_of_a_runs_folders_they_are():
                 ({"algorithm": "KDDG", "teacher": "a/fast", "output_dir": "a/y"} | fast, {}))
     assert "exact mode (ERM, KDDG), fast mode (ERM, KDDG)" in said
     assert said.endswith("teacher a run of ERM (KDDG).")
+
+
+def test_a_clip_that_an_algorithm_does_not_read_is_no_teacher():
+    clip = {"clip_backbone": "b"}
+    assert line(({}, clip)).endswith("teacher none.")
+    assert line(({}, clip), ({"algorithm": "SCMD"}, clip)).endswith("teacher CLIP b (SCMD).")
+
+
+@pytest.mark.parametrize("name", algorithms.SHIPPED)
+def test_the_algorithms_said_to_ignore_a_clip_have_no_such_hparam(name):
+    hparams = hparams_registry.default_hparams(name, "PACS")
+    assert algorithms.ignores_clip(name) == ("clip_backbone" not in hparams)
 
 
 def test_what_was_wrong_with_a_teacher_is_said():
