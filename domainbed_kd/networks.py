@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from domainbed_kd.backbones import DINOv2, ResNet, Staged, refuse_contradictions
 from domainbed_kd.segmenters import DeepLab, UNet
 
-__all__ = ["MLP", "MNIST_CNN", "Classifier", "ContextNet", "CosineClassifier", "CountsOnCPU", "DINOv2",
-           "DeepLab", "Featurizer", "Frozen", "ResNet", "Staged", "UNet", "WideResNet",
+__all__ = ["MLP", "MNIST_CNN", "Classifier", "ContextNet", "CosineClassifier", "CountsOnCPU",
+           "DINOv2", "DeepLab", "Featurizer", "Frozen", "ResNet", "Staged", "UNet", "WideResNet",
            "featurizer_and_classifier"]
 
 
