@@ -1,5 +1,6 @@
 """What is measured: accuracy of images, and mean intersection over union of pixels."""
 
+import functools
 import math
 
 import numpy as np
@@ -155,11 +156,15 @@ class OneByOne(torch.nn.Module):
         return self.conv(x)
 
 
+@functools.cache
+def digits_seg():
+    return datasets.get_dataset_class("DigitsSeg")(None, [], {})
+
+
 def digits(n=2, ignored=0.2):
-    dataset = datasets.get_dataset_class("DigitsSeg")(None, [], {})
     random = torch.Generator().manual_seed(0)
     batches = []
-    for domain in dataset:
+    for domain in digits_seg():
         x, y = (tensor[:n].clone() for tensor in domain.tensors)
         y[torch.rand(y.shape, generator=random) < ignored] = IGNORED
         batches.append((x, y))
@@ -187,6 +192,49 @@ def test_kddgs_loss_on_maps_is_that_of_its_labelled_pixels_one_by_one(on, norm):
     values = algorithm.update(batch)
     assert values["loss"].item() == pytest.approx((loss.sum() / n).item(), rel=1e-4)
     assert values["filtered"].item() == pytest.approx(1 - keep.mean().item(), abs=1e-5)
+
+
+OF_PIXELS = [name for name in algorithms.SHIPPED
+             if not algorithms.get_algorithm_class(name).needs_image_labels]
+
+
+@pytest.mark.parametrize("name", [name for name in OF_PIXELS if name != "MosaicKD"])
+def test_no_loss_has_a_gradient_by_the_logits_of_ignored_pixels(name):
+    torch.manual_seed(0)
+    algorithm = algorithms.get_algorithm_class(name)((3, 64, 64), 11, 3, task_hparams(
+        name, teacher=OneByOne(), linear_steps=0))
+    batch = digits(ignored=0)[:3]
+    for _, y in batch:
+        y[:, :20] = IGNORED  # of every image, as Mixup mixes two
+    gradients = []
+
+    def watch(module, inputs, logits):
+        if logits.requires_grad:
+            logits.register_hook(gradients.append)
+
+    algorithm.classifier.register_forward_hook(watch)
+    for _ in range(2):
+        algorithm.update(batch)
+    assert gradients and all(g[:, :, 20:].any() for g in gradients)
+    assert not any(g[:, :, :20].any() for g in gradients)
+
+
+def test_mosaickds_student_learns_on_synthetic_pixels_and_on_real_ones_that_are_not_ignored():
+    torch.manual_seed(0)
+    algorithm = algorithms.get_algorithm_class("MosaicKD")((3, 64, 64), 11, 3, task_hparams(
+        "MosaicKD", teacher=OneByOne(), lr=0.0, mosaic_lr_g=0.0, mosaic_kd_steps=1,
+        mosaic_width=8, mosaic_batch=2))
+    batch = digits(n=1)[:3]
+    x, y = (torch.cat(part) for part in zip(*batch))
+    noise = torch.Generator().manual_seed(algorithm.noise_seed.item())
+    with torch.no_grad():
+        _, fake = (algorithm.synthesize(2, noise) for _ in range(2))  # the first are the players'
+        seen = torch.cat([fake, x])
+        student, teacher = algorithm.network(seen), algorithm.teacher(seen)
+    rows = torch.cat([torch.ones(2, 64, 64, dtype=torch.bool), y != IGNORED])
+    terms = kd_per_sample(student.movedim(1, -1)[rows], teacher.movedim(1, -1)[rows], 1.0)
+    values = algorithm.update(batch)
+    assert values["distill"].item() == pytest.approx(terms.double().mean().item(), rel=1e-4)
 
 
 # Teachers on top.
@@ -244,9 +292,7 @@ def test_shares_by_accuracy_are_those_of_labelled_pixels():
                                rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [
-    name for name in algorithms.SHIPPED
-    if not algorithms.get_algorithm_class(name).needs_image_labels])
+@pytest.mark.parametrize("name", OF_PIXELS)
 def test_teachers_go_on_top_of_a_method_of_pixels_or_it_says_why_not(name):
     cls = algorithms.get_algorithm_class(name)
     if (cls.learns_from_run or cls.teacher_logits or cls.no_teachers or cls.rearranges_images):

@@ -20,6 +20,7 @@ synthetic batches do not move its BatchNorm. `mosaic_published` restores the las
 Segmentation: the paper reports NYUv2, but its code has no script for it. This is our reading:
 entropies and divergences are means over pixels, and the balance is that of the mean softmax over
 batch and pixels. Where a few classes rule a scene, a `mosaic_balance` of 0 leaves that term out.
+Of minibatches' labels it reads only which pixels are ignored: the student does not learn on them.
 """
 
 import math
@@ -234,14 +235,15 @@ class MosaicKD(Taught):
             values = self._learn(x, y)
         else:
             noise = torch.Generator().manual_seed((self.noise_seed + self.update_count).item())
-            real = x if unlabeled is None else unlabeled
+            real, counts = (x, y) if unlabeled is None else (unlabeled, None)
             logits = self.teacher_logits(real)
             if hparams["mosaic_ood_share"] < 1:
                 kept = highest_entropy(
                     logits, max(1, round(hparams["mosaic_ood_share"] * len(real))))
                 real, logits = real[kept], logits[kept]
+                counts = counts if counts is None else counts[kept]
             values = self._play(real, noise)
-            steps = [self._learn(x, y, real, logits, noise)
+            steps = [self._learn(x, y, real, logits, counts, noise)
                      for _ in range(hparams["mosaic_kd_steps"])]
             values |= {name: sum(step[name].double() for step in steps) / len(steps)
                        for name in steps[0]}
@@ -287,17 +289,22 @@ class MosaicKD(Taught):
         self.generator_optimizer.step()
         return detached(loss_d=loss_d, loss_g=loss_g, **terms)
 
-    def _learn(self, x, y, real=None, real_logits=None, noise=None):
-        """One step of the student: on the teacher's predictions, on the labels, or on both."""
+    def _learn(self, x, y, real=None, real_logits=None, counts=None, noise=None):
+        """One step of the student: on the teacher's predictions, on the labels, or on both.
+
+        Real images' pixels that `counts`, labels (B, H, W), marks as ignored are left out.
+        """
         hparams = self.hparams
         loss, terms = 0, {}
         if hparams["mosaic_kd"]:
             with torch.no_grad():
                 fake = self.synthesize(hparams["mosaic_batch"] or len(real), noise)
+            if counts is not None:  # of synthetic images all pixels do
+                counts = torch.cat([counts.new_zeros(len(fake), *counts.shape[1:]), counts])
             terms["distill"] = kd_loss(
                 self.network(torch.cat([fake, real])),
                 torch.cat([self.teacher_logits(fake), real_logits]),
-                hparams["mosaic_temperature"])
+                hparams["mosaic_temperature"], counts)
             loss = hparams["mosaic_kd"] * terms["distill"]
         if hparams["mosaic_ce"]:
             terms["classify"] = F.cross_entropy(self.network(x), y)
