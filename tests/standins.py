@@ -174,11 +174,21 @@ def default_hparams(algorithm, dataset):
 def random_hparams(algorithm, dataset, seed):
     return {{a: c for a, (b, c) in _hparams(algorithm, dataset, seed).items()}}
 '''
+MISC = '''
+import numpy as np
+from torch.utils.data import Subset
+
+
+def split_dataset(dataset, n, seed=0):
+    keys = np.random.RandomState(seed).permutation(len(dataset))
+    return Subset(dataset, keys[:n]), Subset(dataset, keys[n:])
+'''
 RUN = '''
 import json, os, random
 import numpy as np
 import torch
 from domainbed import algorithms, datasets, hparams_registry
+from domainbed.lib import misc
 
 
 class Config:
@@ -219,6 +229,7 @@ def train(args, test_envs, output_dir):
         seed(0)
     passed = {passed_hparams}
     dataset = {make_dataset}
+    {split}
     minibatches = [next(iter(torch.utils.data.DataLoader(env, hparams["batch_size"])))
                    for i, env in enumerate(dataset) if i not in test_envs]
     build = lambda: algorithms.get_algorithm_class(args.algorithm)(
@@ -311,6 +322,7 @@ _PLAIN = {
     "unpack": "all_x, all_y = (torch.cat(part) for part in zip(*minibatches))",
     "own_arguments": "minibatches, unlabeled=None", "pass_on": "minibatches",
     "passed_hparams": "hparams", "around": "", "after": "",
+    "split": "splits = [misc.split_dataset(env, 3, i) for i, env in enumerate(dataset)]",
     "activation": "pass", "dataset_writes": "", "erm_reads": "",
     "make_dataset": "datasets.get_dataset_class(args.dataset)(None, test_envs, hparams)",
     "constructor_arguments": "", "call": "values = algorithm.update(minibatches, None)"}
@@ -319,7 +331,7 @@ _XY = _PLAIN | {
     "dataset_arguments": "", "update_arguments": "x, y, **kwargs",
     "unpack": "all_x, all_y = torch.cat(x), torch.cat(y)",
     "own_arguments": "x, y, **kwargs", "pass_on": "x, y",
-    "passed_hparams": "Config(hparams)",
+    "passed_hparams": "Config(hparams)", "split": "pass",
     "make_dataset": "datasets.get_dataset(test_envs, args, passed)",
     "call": ('values = algorithm.update(x=[x for x, _ in minibatches], '
              'y=[y for _, y in minibatches], step=step)'),
@@ -370,7 +382,7 @@ def make_fork(folder: Path, dialect: str) -> Path:
     package = folder / "domainbed"
     in_packages = dialect in ("SWAD", "MIRO")
     files = {
-        "__init__.py": "", "scripts/__init__.py": "",
+        "__init__.py": "", "scripts/__init__.py": "", "lib/__init__.py": "", "lib/misc.py": MISC,
         "networks.py": NETWORKS, "hparams_registry.py": HPARAMS, "scripts/run.py": RUN,
         "algorithms.py": ALGORITHMS + (MIRO if dialect == "MIRO" else ""),
         "datasets.py": DATASETS}

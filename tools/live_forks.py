@@ -34,8 +34,7 @@ class LiveTrial(trials.Trial):
             "-m", "domainbed.scripts.sweep", "launch", "--data_dir", str(self.folder / "data"),
             "--output_dir", "trial/sweep", "--command_launcher", "local", "--algorithms", "ERM",
             "RISE", "KDDG", "--datasets", "Debug28", "--n_hparams", "1", "--n_trials", "1",
-            "--steps", "2", "--single_test_envs", "--skip_confirmation",
-            "--hparams", json.dumps(trials.SMALL))
+            "--steps", "2", "--single_test_envs", "--hparams", json.dumps(trials.SMALL))
         done = len(list(self.copy.glob("trial/sweep/*/done")))
         error = (process.stderr.strip().splitlines() or [""])[-1][:200]
         self.results["sweep", "launch"] = "" if done == 9 else f"{done} of 9 jobs done: {error}"

@@ -58,9 +58,16 @@ def _watch_datasets(module: ModuleType) -> None:
     sightings.watch_datasets(module)
 
 
+def _watch_splits(module: ModuleType) -> None:
+    from domainbed_kd.plugin import sightings
+
+    sightings.watch_splits(module)
+
+
 _LESSONS = {"domainbed.algorithms": _teach_algorithms,
             "domainbed.hparams_registry": _teach_hparams,
-            "domainbed.datasets": _watch_datasets}
+            "domainbed.datasets": _watch_datasets,
+            "domainbed.lib.misc": _watch_splits}
 
 
 def _teach(name: str, module: ModuleType) -> None:

@@ -63,9 +63,11 @@ def doctor() -> int:
           f"{'a dict' if dialect.predicts_dict else 'logits'}")
     for name, fate in found.items():
         print(f"Method:   {name}: {fate}")
-    print("Averages: 'sma' on any of them: --hparams '{\"averaging\": \"sma\"}'. Not 'swad', as "
-          "the fork's loop does not show\n          its held-out images to algorithms: use the "
-          "fork's own SWAD if it has one, or our train.")
+    print("Method:   SDViT: left out, as it needs a transformer and the backbone is the fork's own")
+    print("Averages: 'sma' on any of them: --hparams '{\"averaging\": \"sma\"}'\nAverages: " + (
+        "not 'swad', which this fork has of its own" if dialect.takes_xy else
+        "'swad' likewise, in loops that split by domainbed.lib.misc.split_dataset; select the "
+        "last record"))
     print("Teacher:  trained by the method itself in its first updates (KD, KDDG, MosaicKD, 4Ds)"
           "\nTeacher:  a finished run: --hparams '{\"teacher\": \"FOLDER\"}'"
           "\nTeacher:  tiny CLIP for digits: ships with this package")

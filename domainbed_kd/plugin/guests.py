@@ -13,14 +13,14 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from domainbed_kd import algorithms, hparams_registry, networks
+from domainbed_kd import algorithms, averaging, hparams_registry, networks
 from domainbed_kd.algorithms import composed
-from domainbed_kd.plugin import sightings
+from domainbed_kd.plugin import held_out, sightings
 from domainbed_kd.plugin.dialects import Dialect, dialect_of, scope_of
 
 #: What a fork is given.
 METHODS = ("KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs", "VL2VADiP", "VL2VSD", "WAKD", "LFME",
-           "CLIPood", "XDED", "CLIP", "CLIPLinearProbe")
+           "CLIPood", "XDED", "SWAD", "CLIP", "CLIPLinearProbe")
 ADDED = "added"
 
 
@@ -34,7 +34,9 @@ def teach(module: ModuleType) -> dict[str, str]:
     scopes = {id(scope): scope for scope in (vars(module), scope_of(module))}.values()
     found = {}
     for name in METHODS:
-        if any(name in scope and not is_guest(scope[name]) for scope in scopes):
+        own_averaging = name == "SWAD" and dialect.takes_xy
+        if own_averaging or any(
+                name in scope and not is_guest(scope[name]) for scope in scopes):
             found[name] = "the fork's own is kept"
             continue
         found[name] = ADDED
@@ -114,6 +116,9 @@ class Guest:
         self.num_classes = num_classes
         self.num_domains = num_domains
         known = context(self.method, hparams, num_classes, num_domains)
+        if known.get("averaging") == "swad" and self.dialect.takes_xy:
+            raise ValueError(f"{self.method}: averaging by 'swad' validates on held-out images, "
+                             "which this fork's loop keeps to its own SWAD. Use that, or 'sma'.")
         cls = composed.assembled(algorithms.get_algorithm_class(self.method), known)
         theirs = importlib.import_module(f"{self.package}.networks")
         with borrowed_featurizer(theirs, input_shape, hparams):
@@ -123,6 +128,7 @@ class Guest:
             for name in ("class_names", "domain_names"):
                 if name in known:
                     hparams[name] = known[name]
+        self.steps = 0
 
     @property
     def network(self):
@@ -144,6 +150,9 @@ class Guest:
         if unlabeled is not None:
             unlabeled = [x[0] if isinstance(x, (tuple, list)) else x for x in unlabeled]
         values = self.core.update(minibatches, unlabeled)
+        if isinstance(self.core, averaging.WithLossValley):
+            held_out.end_step(self.core, self.method, self.num_domains, self.steps)
+        self.steps += 1
         return {name: float(value) for name, value in values.items()}
 
     def predict(self, x):
@@ -220,10 +229,6 @@ def context(method: str, hparams, num_classes: int, num_domains: int) -> dict:
     if given.get("class_groups"):
         raise ValueError(f"{method}: class_groups needs our own training loop, whose loaders draw "
                          "the same classes in every domain. Leave it out in a fork.")
-    if given.get("averaging") == "swad":
-        raise ValueError(f"{method}: averaging by 'swad' validates on held-out images, which a "
-                         "fork's loop does not show to its algorithms. Use 'sma', the fork's own "
-                         "SWAD, or our `train`.")
     defaults = hparams_registry.default_hparams(method, seen.name or "PACS")
     return defaults | {key: value for key, value in known.items() if value is not None} | given
 

@@ -49,12 +49,22 @@ class Seen(NamedTuple):
                  for i, name in enumerate(names) if i not in self.test_envs]
         return words if len(words) == num_domains else None
 
+    def splits(self, num_domains: int) -> list[tuple] | None:
+        """(held-out images, the others) of each training domain, or None if they were not seen."""
+        if self.dataset is None or self.test_envs is None:
+            return None
+        found = [next((parts for whole, parts in _splits if whole is domain), None)
+                 for i, domain in enumerate(self.dataset) if i not in self.test_envs]
+        return found if len(found) == num_domains and None not in found else None
+
     def _environments(self) -> list:
         environments = getattr(self.dataset, "datasets", None) or []
         return [getattr(env, "dataset", env) for env in environments]
 
 
 _seen = Seen()
+#: (images, the two parts that the fork made of them), in its order.
+_splits: list[tuple] = []
 
 
 def seen() -> Seen:
@@ -73,6 +83,20 @@ def watch_datasets(module: ModuleType) -> None:
     if inspect.isfunction(make := getattr(module, "get_dataset", None)):  # SWAD and MIRO
         if "test_envs" in inspect.signature(make).parameters:
             module.get_dataset = _noting_test_envs(make)
+
+
+def watch_splits(module: ModuleType) -> None:
+    """Notes what `split_dataset` of a fork's `domainbed.lib.misc` holds out, if it is there."""
+    if not inspect.isfunction(split := getattr(module, "split_dataset", None)):
+        return
+
+    @functools.wraps(split)
+    def wrapped(dataset, *args, **kwargs):
+        parts = split(dataset, *args, **kwargs)
+        _splits.append((dataset, parts))
+        return parts
+
+    module.split_dataset = wrapped
 
 
 def _noting(init: Callable) -> Callable:

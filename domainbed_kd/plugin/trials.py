@@ -71,8 +71,9 @@ class Trial:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "MKL_NUM_THREADS": "1", "DOMAINBED_KD_THREADS": "1"}
         try:
-            process = subprocess.run([*start, *words], cwd=self.copy, capture_output=True,
-                                     text=True, env=environment, timeout=PATIENCE)
+            process = subprocess.run(  # "y", as a fork's sweep asks whether it shall begin
+                [*start, *words], cwd=self.copy, capture_output=True, text=True, input="y\n",
+                env=environment, timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             process = subprocess.CompletedProcess(words, 124, "", f"not done in {PATIENCE} s")
         with (self.folder / "log").open("a") as log:
@@ -118,6 +119,9 @@ class Trial:
                 if name not in self.kept}
         if "RISE" in names:
             runs["RISE + sma"] = self.command("RISE", dataset, f"trial/{dataset}_sma", **AVERAGED)
+            if not self.takes_xy:
+                runs["RISE + swad"] = self.command(
+                    "RISE", dataset, f"trial/{dataset}_swad", averaging="swad", swad_interval=1)
         self._child(dataset, runs=runs)
 
     def reload(self, dataset: str) -> None:

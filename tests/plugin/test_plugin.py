@@ -13,8 +13,7 @@ from domainbed_kd.algorithms import get_algorithm_class
 from domainbed_kd.plugin import __main__ as plugin
 from domainbed_kd.plugin.guests import METHODS
 
-# SWAD's stand-in asks for an optimiser of its own, and a zero-shot CLIP has nothing to train.
-TRAINED = [name for name in METHODS if name != "CLIP"]
+XY = ("SWAD", "MIRO")  # they have an averaging of their own
 FIVE = ("KDDG", "SCMD", "RISE", "MosaicKD", "FourDs")
 SMALL = json.dumps({"mosaic_kd_steps": 1, "mosaic_width": 4, "mosaic_batch": 2})
 # One process trains all, since each would spend seconds on imports.
@@ -43,9 +42,14 @@ def digest(folder):
             for path in sorted(folder.rglob("*.py"))}
 
 
+def added(dialect):
+    """The methods that a fork of a dialect is given."""
+    return [name for name in METHODS if name != "SWAD" or dialect not in XY]
+
+
 def command(dialect, algorithm, *more):
     """A fork's own command for one run, and the folder of its results."""
-    if dialect in ("SWAD", "MIRO"):
+    if dialect in XY:
         return (["train_all.py", algorithm, "--algorithm", algorithm, *more],
                 Path("train_output", algorithm, "0"))
     return (["domainbed.scripts.train", "--algorithm", algorithm, *more,
@@ -57,11 +61,13 @@ def test_all_methods_train_and_save_in_a_fork_and_erm_keeps_its_bits(dialect, tm
     fork = make_fork(tmp_path, dialect)
     sources = digest(fork)
     small = json.dumps(json.loads(SMALL) | {"clip_backbone": "tiny"})
-    commands = [command(dialect, name, "--hparams", small, "--steps", "4") for name in TRAINED]
+    # A stand-in asks for an optimiser, and a zero-shot CLIP has nothing to train.
+    trained = [name for name in added(dialect) if name != "CLIP"]
+    commands = [command(dialect, name, "--hparams", small, "--steps", "4") for name in trained]
     erm = [command(dialect, "ERM"), command(dialect, "Own", "--hparams_seed", "3")]
     process = python("-c", ALL_IN_ONE.format(argvs=[argv for argv, _ in commands + erm]), cwd=fork)
     assert process.returncode == 0, process.stdout + process.stderr
-    for name, (_, folder) in zip(TRAINED, commands):
+    for name, (_, folder) in zip(trained, commands):
         assert (fork / folder / "done").exists()
         records = [json.loads(line) for line in (fork / folder / "results.jsonl").open()]
         assert [record["step"] for record in records] == [0, 1, 2, 3]
@@ -178,12 +184,71 @@ def test_any_method_is_averaged_in_any_forks_loop(name, tmp_path):
     assert any(not torch.equal(live[key], mean[key]) for key in live)
 
 
-@pytest.mark.parametrize(("name", "hparams", "words"), [
-    ("KDDG", '{"averaging": "swad"}', "Use 'sma', the fork's own SWAD, or our `train`."),
-    ("XDED", '{"class_groups": 4}', "class_groups needs our own training loop, whose loaders")])
-def test_what_a_forks_loop_or_loaders_cannot_do_is_refused(name, hparams, words, tmp_path):
+IN_A_LOOP = LOOK.format(name="SWAD", arguments="None, [1], hparams") + """
+import numpy as np
+import torch.nn.functional as F
+from domainbed.lib import misc
+algorithm.core.interval, algorithm.core.hparams["total_steps"] = 2, 6
+splits = [misc.split_dataset(env, 3, i) for i, env in enumerate(dataset)]
+batch = [next(iter(torch.utils.data.DataLoader(splits[i][1], 4))) for i in (0, 2, 3)]
+expected, weights, segments, add = [], [], [], algorithm.core.valley.add
+algorithm.core.valley.add = lambda segment: (segments.append(segment), add(segment))
+streams = torch.get_rng_state(), np.random.get_state()[1]
+for step in range(6):
+    algorithm.update(batch)
+    weights.append(torch.cat([p.detach().flatten() for p in algorithm.core.network.parameters()]))
+    if step % 2 == 0 or step == 5:
+        algorithm.eval()
+        expected.append(sum(F.cross_entropy(
+            algorithm.core.network(torch.stack([x for x, _ in splits[i][0]])),
+            torch.stack([y for _, y in splits[i][0]])).item() for i in (0, 2, 3)) / 3)
+        algorithm.train()
+names = list(dict(algorithm.core.network.named_parameters()))
+means = [torch.cat([segment.weights[name].flatten() for name in names]) for segment in segments]
+print(np.allclose([segment.loss for segment in segments], expected, atol=1e-6),
+      [(segment.start, segment.end) for segment in segments],
+      all(torch.allclose(mean, sum(weights[segment.start:segment.end + 1]) / (
+          segment.end - segment.start + 1), atol=1e-6) for mean, segment in zip(means, segments)),
+      torch.equal(streams[0], torch.get_rng_state()),
+      (streams[1] == np.random.get_state()[1]).all())
+model = torch.cat([p.flatten() for p in algorithm.core.average.network.parameters()])
+kept = [mean for pair in algorithm.core.valley.averaged for mean, segment in zip(means, segments)
+        if pair == (segment.start, segment.end)]
+x = torch.rand(2, 3, 32, 32)
+algorithm.eval(), algorithm.core.average.network.eval()
+print(torch.allclose(model, sum(kept) / len(kept), atol=1e-6),
+      torch.equal(algorithm.predict(x), algorithm.core.average.network(x)))
+"""
+
+
+def test_swad_averages_by_the_loss_on_what_a_fork_holds_out_of_its_training_domains(tmp_path):
+    process = python("-c", IN_A_LOOP, cwd=make_fork(tmp_path, "DomainBed"))
+    assert process.stdout == (
+        "True [(0, 0), (1, 2), (3, 4), (5, 5)] True True True\nTrue True\n"), process.stderr
+
+
+def test_swad_on_any_method_trains_and_reloads_in_a_forks_loop(tmp_path):
     fork = make_fork(tmp_path, "DomainBed")
-    process = python("-m", *command("DomainBed", name, "--hparams", hparams)[0], cwd=fork)
+    hparams = json.dumps({"averaging": "swad", "swad_interval": 1, "teacher_steps": 0})
+    words, folder = command("DomainBed", "KDDG", "--hparams", hparams)
+    process = python("-m", *words, cwd=fork)
+    assert process.returncode == 0 and (fork / folder / "done").exists(), process.stderr
+
+
+SWAD = '{"averaging": "swad"}'
+
+
+@pytest.mark.parametrize(("dialect", "name", "hparams", "words"), [
+    ("DomainBed", "KDDG", SWAD, 'did not see it. Use "averaging": "sma", or our `train`.'),
+    ("MIRO", "KDDG", SWAD, "which this fork's loop keeps to its own SWAD. Use that, or 'sma'."),
+    ("DomainBed", "XDED", '{"class_groups": 4}', "class_groups needs our own training loop")])
+def test_what_a_forks_loop_or_loaders_cannot_do_is_refused(
+        dialect, name, hparams, words, tmp_path):
+    fork = make_fork(tmp_path, dialect)
+    run = fork / "domainbed" / "scripts" / "run.py"  # a loop that splits in a way of its own
+    run.write_text(run.read_text().replace("misc.split_dataset(env, 3, i)", "env"))
+    argv, _ = command(dialect, name, "--hparams", hparams)
+    process = python(*(["-m"] if dialect not in XY else []), *argv, cwd=fork)
     assert words in process.stderr.splitlines()[-1]
 
 
@@ -319,7 +384,8 @@ def test_the_doctor_names_the_dialect_the_methods_and_one_next_command(dialect, 
                                  "PYTHONPATH": str(ROOT)})
     assert process.returncode == 0, process.stderr
     assert f"Dialect:  {dialect}:" in process.stdout
-    assert all(f"Method:   {name}: added" in process.stdout for name in METHODS)
+    assert process.stdout.count(": added\n") == len(added(dialect))
+    assert all(f"Method:   {name}: added" in process.stdout for name in added(dialect))
     assert process.stdout.splitlines()[-1].startswith("Next:     python -m domainbed_kd.plugin --")
 
 
