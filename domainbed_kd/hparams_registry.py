@@ -50,7 +50,7 @@ OPTIONAL = {
     "beta_start": "likewise: the update from which; 0 is for students that start trained (0)",
     "class_groups": "training batches are of so many classes, the same in every domain (all)",
     "mended": "true: mend the known defect in DomainBed's numbers of a method (docs/protocol.md)",
-    "canonical_view": "true: frozen teachers look at images without augmentation",
+    "canonical_view": "true, or a list by teacher: frozen ones look at plain images",
     "class_names": "the classes as words, in label order, for methods that read text",
 }
 

@@ -162,6 +162,15 @@ def test_the_beta_average_of_numbers_is_the_official_codes(beta, mean):
     assert average.network.weight.item() == pytest.approx(mean, abs=1e-6)
 
 
+@pytest.mark.parametrize(("beta", "density"), [
+    (0.5, [1.061033, 0.694609, 0.636620, 0.694609, 1.061033]),
+    (0.1, [0.442989, 0.206640, 0.176630, 0.206640, 0.442989])])
+def test_an_iterate_weighs_as_in_the_official_code(beta, density):
+    average = averaging.BetaAverage(nn.Linear(1, 1), n_steps=4, beta=beta)
+    so_far = np.cumsum(density)
+    assert [average.parts(n) for n in range(5)] == pytest.approx(so_far / density, rel=2e-5)
+
+
 @pytest.mark.parametrize("start", [0, 1, 5])
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 3.0])
 def test_the_beta_average_is_the_mean_of_all_weights_by_scipys_density(beta, start):

@@ -147,7 +147,9 @@ class RISE(Algorithm):
         return {
             "clip_backbone": fixed(datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-16"),
             "clip_renormalize": fixed(True),
-            "rise_teachers": fixed(None),  # null, or a list of what clip_backbone takes
+            # Null, or a list of what clip_backbone takes, or of objects with clip_backbone and
+            # with what else differs: clip_renormalize, or lr of the student.
+            "rise_teachers": fixed(None),
             "rise_templates": fixed(list(NEUTRAL)),
             "rise_text_init": fixed(True),
             "rise_temperature": (3.0, lambda r: r.uniform(2, 4)),
@@ -173,17 +175,26 @@ class RISE(Algorithm):
 
     def _mix(self) -> list[dict]:
         """The hparams in which teachers differ; a list may also hold CLIP objects."""
-        return [{"clip_model": None, "clip_backbone": teacher} if isinstance(teacher, str)
-                else {"clip_model": teacher} for teacher in self.hparams["rise_teachers"] or ()
-                ] or [{}]
+        def own(teacher):
+            if isinstance(teacher, dict):
+                return {"clip_model": None} | teacher
+            return ({"clip_model": None, "clip_backbone": teacher} if isinstance(teacher, str)
+                    else {"clip_model": teacher})
+
+        return [own(teacher) for teacher in self.hparams["rise_teachers"] or ()] or [{}]
 
     def _optimizer(self):
-        if self.hparams["rise_optimizer"] == "adam":
-            return self.adam(self.network)
-        sgd = self.sgd(self.network)
-        steps = int(0.8 * self.total_steps)  # 0.8: the authors' drop
-        self.scheduler = torch.optim.lr_scheduler.StepLR(sgd, max(1, steps), gamma=0.1)
-        return sgd
+        sgd = self.hparams["rise_optimizer"] == "sgd"
+        optimizer = (self.sgd if sgd else self.adam)(self.network)
+        lrs = [teacher.get("lr", self.hparams["lr"]) for teacher in self._mix()]
+        if len(set(lrs)) > 1:
+            optimizer.param_groups.clear()
+            for student, lr in zip(self.network, lrs):
+                optimizer.add_param_group({"params": student.parameters(), "lr": lr})
+        if sgd:
+            steps = int(0.8 * self.total_steps)  # 0.8: the authors' drop
+            self.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps), gamma=0.1)
+        return optimizer
 
     def update(self, minibatches, unlabeled=None):
         """One step of every student on its own loss."""

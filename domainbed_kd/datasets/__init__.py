@@ -24,7 +24,7 @@ from domainbed_kd.datasets.image_folders import (
 )
 from domainbed_kd.datasets.images import IMAGENET_MEAN, IMAGENET_STD, ImageList, load_image
 from domainbed_kd.datasets.masks import FolderSeg, StreetScenes
-from domainbed_kd.datasets.small import ColoredMNIST, Debug28, Debug224, RotatedMNIST
+from domainbed_kd.datasets.small import CIFAR, ColoredMNIST, Debug28, Debug224, RotatedMNIST
 from domainbed_kd.datasets.spawrious import (
     SpawriousM2M_easy,
     SpawriousM2M_hard,
@@ -45,7 +45,7 @@ _DOMAINBED = (
     SpawriousO2O_hard, SpawriousM2M_easy, SpawriousM2M_medium, SpawriousM2M_hard)
 DOMAINBED = tuple(cls.__name__ for cls in _DOMAINBED)
 _CLASSES: dict[str, type[MultipleDomainDataset]] = {
-    cls.__name__: cls for cls in (*_DOMAINBED, DigitsDG, DigitsSeg, StreetScenes)}
+    cls.__name__: cls for cls in (*_DOMAINBED, DigitsDG, DigitsSeg, StreetScenes, CIFAR)}
 DATASETS: list[str] = list(_CLASSES)
 #: What reads images of a user's own, by what stands before the colon in "Folder:NAME".
 OWN = {"Folder": ImageFolders, "FolderSeg": FolderSeg}

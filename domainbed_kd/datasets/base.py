@@ -38,7 +38,8 @@ class Source(NamedTuple):
     via: str
     licence: str
     page: str
-    #: What is fetched: a file's id at Google Drive, or a dataset's name in the package wilds.
+    #: What is fetched: a file's id at Google Drive, or names of datasets in the package wilds or
+    #: torchvision.
     id: str = ""
     #: The name that the archive gets, and the folder in it that becomes the dataset's.
     archive: str = ""

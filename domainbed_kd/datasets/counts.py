@@ -11,6 +11,21 @@ def published() -> list[str]:
     return [name for name in datasets.DATASETS if datasets.facts(name).PUBLISHED]
 
 
+def sizes(name: str, data_dir: str | Path | None) -> list[int]:
+    """Each domain's number of images, in order: as published, or as found in a user's own folder.
+
+    Empty if neither is known.
+    """
+    cls = datasets.get_dataset_class(name)
+    if cls.PUBLISHED or not issubclass(cls, datasets.ImageFolders):
+        return [sum(n) if isinstance(n, tuple) else n for n in cls.PUBLISHED.values()]
+    return [_images_in(cls.folder(data_dir) / domain) for domain in cls.domain_folders(data_dir)]
+
+
+def _images_in(folder: Path) -> int:
+    return sum(f.suffix.lower() in _IMAGE_SUFFIXES for f in folder.rglob("*"))
+
+
 def verify(name: str, data_dir: Path) -> bool:
     """Prints a dataset's numbers of images beside the published ones; False if they differ.
 
@@ -26,8 +41,7 @@ def verify(name: str, data_dir: Path) -> bool:
     rows = []
     for domain, numbers in cls.PUBLISHED.items():
         path = found.pop(_bare(domain), folder / domain)
-        counts = {c.name: sum(f.suffix.lower() in _IMAGE_SUFFIXES for f in c.rglob("*"))
-                  for c in _subfolders(path)}
+        counts = {c.name: _images_in(c) for c in _subfolders(path)}
         by_class = dict(zip(classes, numbers)) if isinstance(numbers, tuple) else {}
         total = sum(by_class.values()) or numbers
         rows.append((path.name, sum(counts.values()), total,

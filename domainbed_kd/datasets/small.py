@@ -1,4 +1,4 @@
-"""Datasets held in memory: noise to try code on, and the MNIST pair."""
+"""Datasets held in memory: noise to try code on, the MNIST pair, and the CIFAR pair."""
 
 from domainbed_kd.datasets.base import MultipleDomainDataset, Source
 
@@ -35,6 +35,17 @@ class Debug224(_Debug):
     INPUT_SHAPE = (3, SIDE, SIDE)
 
 
+def _both_parts(dataset, kind: type, root, place: str, what: str) -> list:
+    """Training and test part of one of torchvision's datasets, fetched if they are not there."""
+    root = dataset.folder(root)
+    try:
+        return [kind(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{type(dataset).__name__}: {root / place} does not hold {what}, and fetching them "
+            f"failed ({error}). Put them there.") from error
+
+
 class _MNIST(MultipleDomainDataset):
     """MNIST's 70,000 digits, shuffled and dealt out to the domains."""
 
@@ -42,19 +53,13 @@ class _MNIST(MultipleDomainDataset):
     SMALL_IMAGES = True
     NEEDS_FILES = True
     SOURCE = Source("12 MB", "https (torchvision)", "CC BY-SA 3.0",
-                    "https://yann.lecun.com/exdb/mnist/")
+                    "https://yann.lecun.com/exdb/mnist/", "MNIST")
 
     def __init__(self, root, test_envs, hparams):
         import torch
         from torchvision.datasets import MNIST
 
-        root = self.folder(root)
-        try:
-            parts = [MNIST(root, train=train, download=True) for train in (True, False)]
-        except (OSError, RuntimeError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{type(self).__name__}: {root / 'MNIST' / 'raw'} does not hold MNIST's four "
-                f"files, and fetching them failed ({error}). Put them there.") from error
+        parts = _both_parts(self, MNIST, root, "MNIST/raw", "MNIST's four files")
         images = torch.cat([part.data for part in parts])
         labels = torch.cat([part.targets for part in parts])
         order = torch.randperm(len(images))
@@ -117,3 +122,54 @@ class RotatedMNIST(_MNIST):
                 functional.to_pil_image(image), angle, InterpolationMode.BILINEAR, fill=0))
             for image in images])
         return TensorDataset(x, digits)
+
+
+class CIFAR(MultipleDomainDataset):
+    """CIFAR-100 and CIFAR-10 (Krizhevsky, 2009), 3x32x32 in [0, 1]: one has no class of the other.
+
+    For distillation without images of the teacher's domain, as MosaicKD's: the student is tested on
+    one, of which its teacher knows all, and sees the other's images, whose labels mean nothing to
+    it. A domain's published test images are what it is tested or validated on. Training images are
+    cropped from 40 pixels and flipped.
+    """
+
+    ENVIRONMENTS = ["CIFAR-100", "CIFAR-10"]
+    SIDE = 32
+    SMALL_IMAGES = True
+    NEEDS_FILES = True
+    SOURCE = Source("340 MB", "https (torchvision)", "not stated",
+                    "https://www.cs.toronto.edu/~kriz/cifar.html", "CIFAR100 CIFAR10")
+
+    def __init__(self, root, test_envs, hparams):
+        import torch
+        from torchvision import transforms as T
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        plain = T.ConvertImageDtype(torch.float32)
+        augmented = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), plain])
+        kinds = ((CIFAR100, "cifar-100-python"), (CIFAR10, "cifar-10-batches-py"))
+        self.datasets = [
+            _Images(_both_parts(self, kind, root, place, "its files"),
+                    augmented if hparams["data_augmentation"] and i not in test_envs else plain,
+                    plain)
+            for i, (kind, place) in enumerate(kinds)]
+        self.input_shape = (3, 32, 32)
+        self.num_classes = 100
+
+
+class _Images:
+    """The images of a training and a test part, in this order, which transforms make tensors of."""
+
+    def __init__(self, parts: list, transform, plain_transform):
+        import torch
+
+        self.images = torch.cat([torch.from_numpy(part.data) for part in parts]).permute(0, 3, 1, 2)
+        self.targets = [y for part in parts for y in part.targets]
+        self.n_train = len(parts[0].targets)
+        self.transform, self.plain_transform = transform, plain_transform
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.targets[i]

@@ -138,13 +138,14 @@ def _fetch_terra(cls: type, data_dir: Path) -> None:
 # What other packages fetch.
 
 
-def _fetch_mnist(cls: type, data_dir: Path) -> None:
-    from torchvision.datasets import MNIST
+def _fetch_torchvision(cls: type, data_dir: Path) -> None:
+    from torchvision import datasets as kinds
 
-    try:
-        MNIST(data_dir, download=True)
-    except (RuntimeError, http.client.HTTPException) as error:
-        raise OSError(f"MNIST cannot be fetched to {data_dir} ({error!r}).") from error
+    for name in cls.SOURCE.id.split():
+        try:
+            getattr(kinds, name)(data_dir, download=True)
+        except (RuntimeError, http.client.HTTPException) as error:
+            raise OSError(f"{name} cannot be fetched to {data_dir} ({error!r}).") from error
 
 
 def _fetch_wilds(cls: type, data_dir: Path) -> None:
@@ -162,7 +163,7 @@ def _fetch_wilds(cls: type, data_dir: Path) -> None:
 
 # By `Source.via`: functions of a dataset's class and the data directory.
 FETCHERS = {"Google Drive (gdown)": _from_drive, "https": _fetch_terra,
-            "https (torchvision)": _fetch_mnist, "https (wilds)": _fetch_wilds}
+            "https (torchvision)": _fetch_torchvision, "https (wilds)": _fetch_wilds}
 
 
 def known() -> list[str]:

@@ -21,7 +21,8 @@ OWN = ("teacher", "teachers", "distill", "distill_weight", "distill_temperature"
        "teacher_template", "base_weight", "averaging", "sma_start", "beta_average", "beta_start")
 # Hparams that say which network, or its weights.
 _NETWORK = ("backbone", "weights", "resnet18", "resnet50_augmix", "vit", "dinov2")
-_FORMS = ('a teacher is "run:ALGORITHM", {"run": ALGORITHM, "hparams": {...}, "steps": N}, '
+_FORMS = ('a teacher is "run:ALGORITHM", {"run": ALGORITHM, "hparams": {...}, "steps": N, '
+          '"swapped": true}, '
           '"timm:NETWORK", "folder:PATH", "clip" or what clip_backbone takes')
 
 
@@ -36,6 +37,8 @@ class Teacher(NamedTuple):
     hparams: dict = {}
     #: Of a run, instead of its student's.
     steps: int | None = None
+    #: Whether a run trains on what its student holds out, and holds out the student's domains.
+    swapped: bool = False
     #: What rows call it.
     shown: str = ""
 
@@ -73,13 +76,16 @@ def teacher_of_method(hparams: dict) -> Teacher | None:
 def _teacher(asked) -> Teacher:
     if isinstance(asked, dict):
         hparams, steps = asked.get("hparams", {}), asked.get("steps")
-        if (not isinstance(asked.get("run"), str) or not asked.keys() <= {"run", "hparams", "steps"}
+        swapped = asked.get("swapped", False)
+        if (not isinstance(asked.get("run"), str) or not isinstance(swapped, bool)
+                or not asked.keys() <= {"run", "hparams", "steps", "swapped"}
                 or not isinstance(hparams, dict) or not isinstance(steps, (int, type(None)))):
             raise ValueError(f"teachers: {asked!r} is none; {_FORMS}.")
         changes = {name: value for name, value in hparams.items() if name not in OWN}
         shown = [_row(asked["run"], hparams), *(f"{name} {value}" for name, value in (
-            changes | ({} if steps is None else {"steps": steps})).items())]
-        return Teacher("run", asked["run"], hparams, steps, ", ".join(shown))
+            changes | ({} if steps is None else {"steps": steps})).items()),
+            *["swapped"] * swapped]
+        return Teacher("run", asked["run"], hparams, steps, swapped, ", ".join(shown))
     if not isinstance(asked, str):
         raise ValueError(f"teachers: {asked!r} is none; {_FORMS}.")
     kind, colon, name = asked.partition(":")

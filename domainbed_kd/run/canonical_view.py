@@ -43,19 +43,28 @@ class CanonicalViews:
             algorithm's device.
         folder: where outputs are kept, memory-mapped; None computes them for this run.
         key: what else they depend on, such as the precision.
+        which: whether each of the teachers, in order, has this view; True: all.
 
     Raises:
-        ValueError: if a teacher has yet to be trained or may move, or if outputs cannot be kept.
+        ValueError: if a teacher has yet to be trained or may move, if outputs cannot be kept, or
+            if `which` does not tell of each teacher.
     """
 
     def __init__(self, algorithm: nn.Module, splits: list, batches: Callable,
-                 folder: Path | None = None, key: str = ""):
+                 folder: Path | None = None, key: str = "", which: bool | list[bool] = True):
         self.splits = splits
         self.outputs = {}  # by teacher, an array (N, D) for each split
         if algorithm.teacher_logits is not None and not algorithm.teacher_is_ready():
             raise ValueError(f"{type(algorithm).__name__}: canonical_view needs a teacher that is "
                              "trained already. Name one: --teacher FOLDER.")
-        for teacher in _teachers(algorithm):
+        found = _teachers(algorithm)
+        if which is not True and (not isinstance(which, list) or len(which) != len(found)
+                                  or not all(isinstance(each, bool) for each in which)):
+            raise ValueError(f"canonical_view is {which!r}; it takes true, or a list of true and "
+                             f"false for {len(found)} teachers.")
+        for teacher, has_it in zip(found, len(found) * [True] if which is True else which):
+            if not has_it:
+                continue
             if not isinstance(teacher, networks.Frozen):
                 raise ValueError(f"{type(algorithm).__name__}: canonical_view needs a teacher that "
                                  f"is a networks.Frozen; found a {type(teacher).__name__}.")
@@ -87,7 +96,8 @@ def of_run(run, in_order: Callable, folder: str | None) -> CanonicalViews | None
     with run.autocast():
         return CanonicalViews(
             run.algorithm, [run.splits.in_[i] for i in run.training], in_order, folder,
-            key=f"{run.device.type} {'fast' if run.is_fast else 'exact'}")
+            key=f"{run.device.type} {'fast' if run.is_fast else 'exact'}",
+            which=run.hparams["canonical_view"])
 
 
 def _teachers(algorithm) -> list:

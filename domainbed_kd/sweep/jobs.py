@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from domainbed_kd import algorithms, datasets
 from domainbed_kd.console import parse_hparams
+from domainbed_kd.datasets import counts
 from domainbed_kd.folder import claims, composition, files
 from domainbed_kd.folder.args import identity, label, of_sweep, off_record, words
 from domainbed_kd.folder.claims import BUSY, STOPPED
@@ -104,6 +105,9 @@ def _teacher_args(train_args: dict, teacher: composition.Teacher, hparams: dict 
     algorithms.check_name(teacher.name)
     name = algorithms.canonical_name(teacher.name)
     args = {**train_args, "algorithm": name, "hparams_seed": 0}
+    if teacher.swapped:
+        n_envs = datasets.num_environments(args["dataset"], args["data_dir"])
+        args["test_envs"] = [i for i in range(n_envs) if i not in train_args["test_envs"]]
     args["seed"] = seed_hash(args["dataset"], name, args["test_envs"], 0, args["trial_seed"])
     if teacher.steps is not None:
         args["steps"] = teacher.steps
@@ -171,6 +175,10 @@ def plan(launches: list[argparse.Namespace]) -> list["Job"]:
     def taught(job: Job, train_args: dict, args: argparse.Namespace) -> None:
         """Gives a job its teachers, and these theirs; teachers are added before their students."""
         for of_teacher in teachers_args(train_args):
+            if args.epochs and of_teacher["steps"] == train_args["steps"]:
+                if not args.checkpoint_freq:  # then an evaluation after each epoch
+                    del of_teacher["checkpoint_freq"]
+                _count_epochs(of_teacher, args.epochs)  # its domains or batches may be others
             if args.skip_model_save:
                 raise ValueError(f"--skip_model_save: {train_args['algorithm']} learns from the "
                                  f"model of a run of {of_teacher['algorithm']}. Leave the flag "
@@ -224,13 +232,12 @@ def _count_epochs(train_args: dict, epochs: float) -> None:
     Raises:
         ValueError: if the dataset's numbers of images or the batch size are not known.
     """
-    published = datasets.facts(train_args["dataset"]).PUBLISHED
+    found = counts.sizes(train_args["dataset"], train_args["data_dir"])
     batch_size = parse_hparams(train_args.get("hparams") or "{}").get("batch_size")
-    if not published or not batch_size:
+    if not found or not batch_size:
         raise ValueError(f"--epochs needs the hparam batch_size and a dataset whose numbers of "
-                         f"images are published; {train_args['dataset']} is trained by --steps.")
-    sizes = [sum(n) if isinstance(n, tuple) else n for n in published.values()]
-    sizes = [n for i, n in enumerate(sizes) if i not in train_args["test_envs"]]
+                         f"images are known; {train_args['dataset']} is trained by --steps.")
+    sizes = [n for i, n in enumerate(found) if i not in train_args["test_envs"]]
     kept = sum(n - int(n * train_args["holdout_fraction"]) for n in sizes)
     steps = max(1, kept // (batch_size * len(sizes)))  # an incomplete batch is dropped
     train_args["steps"] = max(1, round(epochs * steps))

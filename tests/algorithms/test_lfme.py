@@ -39,6 +39,9 @@ def test_the_loss_is_the_official_codes():
     assert values["classify"] == pytest.approx(0.317107, abs=1e-6)
     assert values["regularize"] == pytest.approx(0.754329, abs=1e-6)
     assert values["loss"] == pytest.approx(1.071436, abs=1e-6)
+    wanted, _ = worked()[0]._step_of_experts(batch)
+    torch.testing.assert_close(wanted, torch.tensor(
+        [[0.422319, 0.422319, 0.155362], [0.046613, 0.936240, 0.017148]]), rtol=0, atol=1e-6)
 
 
 def test_without_experts_the_labels_take_their_place():

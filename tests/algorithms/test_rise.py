@@ -246,6 +246,30 @@ def test_a_mix_of_teachers_has_a_student_for_each_that_learns_its_own_loss():
     torch.testing.assert_close(mix.predict(x).softmax(dim=1), sum(probabilities) / 2)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_student_of_a_mix_may_have_a_lr_of_its_own(optimizer):
+    """The authors' second student has twice the first one's."""
+    first, second = StubCLIP(), StubCLIP(width=8, seed=7)
+    mix = make("RISE", rise_teachers=[first, {"clip_model": second, "lr": 0.02}], lr=0.01,
+               rise_optimizer=optimizer)
+    alone = [make("RISE", clip_model=clip, rise_relative=0.0, lr=lr, rise_optimizer=optimizer)
+             for clip, lr in ((first, 0.01), (second, 0.02))]
+    for student, other in zip(mix.network, alone):
+        other.network[0].load_state_dict(student.state_dict())
+    batches = minibatches(3)
+    for algorithm in (mix, *alone):
+        run(algorithm, batches)
+    for student, other in zip(mix.network, alone):
+        for name, tensor in bits(student).items():
+            torch.testing.assert_close(tensor, bits(other.network[0])[name])
+
+
+def test_a_teacher_of_a_mix_may_have_its_own_preprocessing():
+    mix = make("RISE", clip_renormalize=False, rise_teachers=[
+        StubCLIP(), {"clip_model": StubCLIP(), "clip_renormalize": True}])
+    assert [teacher.renormalize for teacher in mix.teachers] == [False, True]
+
+
 def test_a_mix_is_also_named_by_backbones(monkeypatch):
     from domainbed_kd import clip_teacher
 

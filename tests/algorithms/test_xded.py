@@ -24,6 +24,7 @@ def test_ensembles_and_loss_are_the_official_codes():
     torch.testing.assert_close(
         class_means(LOGITS, Y)[[0, 2]], torch.tensor([[1.0, 0.5, 0], [0.5, 2.5, 1]]))
     assert term(LOGITS, Y).item() == pytest.approx(0.302600, abs=1e-6)
+    assert F.cross_entropy(LOGITS, Y).item() == pytest.approx(0.740078, abs=1e-6)
     total = F.cross_entropy(LOGITS, Y) + 5 * term(LOGITS, Y)
     assert total.item() == pytest.approx(2.253076, abs=5e-6)
 

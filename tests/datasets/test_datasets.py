@@ -207,6 +207,47 @@ def test_mnist_without_files_and_network_says_where_they_belong(tmp_path, monkey
         datasets.RotatedMNIST(tmp_path, [0], {})
 
 
+def cifar_part(n_classes):
+    """What torchvision makes of CIFAR's files, of 30 training and 8 test images."""
+    def part(root, train, download):
+        pixels, n = np.random.RandomState(n_classes + train), 30 if train else 8
+        return types.SimpleNamespace(data=pixels.randint(0, 255, (n, 32, 32, 3), dtype=np.uint8),
+                                     targets=pixels.randint(n_classes, size=n).tolist())
+    return part
+
+
+def test_cifar_is_two_domains_whose_test_images_are_held_out(tmp_path, monkeypatch):
+    import torchvision
+
+    from domainbed_kd.run import splits
+
+    for n in (10, 100):
+        monkeypatch.setattr(torchvision.datasets, f"CIFAR{n}", cifar_part(n))
+    dataset = datasets.CIFAR(tmp_path, [0], AUGMENTED)
+    assert (dataset.num_classes, dataset.input_shape, len(dataset)) == (100, (3, 32, 32), 2)
+    seen, own = cifar_part(100)(None, False, True), cifar_part(10)(None, True, True)
+    x, y = dataset[0][30]
+    np.testing.assert_allclose(x, seen.data[0].transpose(2, 0, 1) / 255, rtol=1e-6)
+    assert y == seen.targets[0] and x.dtype == torch.float32
+    made = splits.make_splits(dataset, [0], 0, 0.2)
+    # Tables show a test domain's in-split; a training domain is validated on its out-split.
+    assert sorted(made.in_[0].keys) == list(range(30, 38)) == made.out[1].keys
+    assert made.in_[1].keys == list(range(30))
+    assert [made.in_[1].underlying_dataset.targets[i] for i in range(30)] == own.targets
+
+    torch.manual_seed(0)
+    padded = np.pad(own.data[0], ((4, 4), (4, 4), (0, 0))).transpose(2, 0, 1) / 255
+    crops = [padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)]
+    either = np.stack([*crops, *(crop[:, :, ::-1] for crop in crops)]).astype(np.float32)
+    found = {int(np.abs(either - dataset[1][0][0].numpy()).sum(axis=(1, 2, 3)).argmin())
+             for _ in range(40)}
+    assert len(found) > 20
+    for _ in range(5):
+        assert np.abs(either - dataset[1][0][0].numpy()).max(axis=(1, 2, 3)).min() < 1e-6
+    plain = datasets.plain(dataset[1])[0][0]
+    np.testing.assert_allclose(plain, own.data[0].transpose(2, 0, 1) / 255, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["ColoredMNIST", "PACS", "SpawriousM2M_easy", "WILDSFMoW"])
 def test_data_that_need_a_directory_ask_for_it(name):
     with pytest.raises(ValueError, match=f"{name}.*--data_dir"):

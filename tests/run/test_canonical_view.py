@@ -105,6 +105,21 @@ def test_each_row_is_the_teachers_for_that_image_without_augmentation(domains):
         assert torch.equal(teacher(x), seen) and not torch.allclose(seen, torch.stack(naive))
 
 
+def test_one_of_several_teachers_may_have_it(domains):
+    parts = splits.make_splits(domains(), [2], 0, 0.2).in_[:2]
+    student = types.SimpleNamespace(teacher_logits=None, teachers=[
+        networks.Frozen(Teacher(n_classes=2, seed=seed).eval()) for seed in (1, 2)])
+    views = CanonicalViews(student, parts, IN_ORDER, which=[False, True])
+    endless = [iter(loaders.InfiniteDataLoader(split, None, 4, 8)) for split in parts]
+    x = torch.cat([next(loader)[0] for loader in endless])
+    first, second = (teacher(x) for teacher in student.teachers)
+    with views.recalled(endless):
+        assert torch.equal(student.teachers[0](x), first)
+        assert not torch.allclose(student.teachers[1](x), second)
+    with pytest.raises(ValueError, match="list of true and false for 2 teachers"):
+        CanonicalViews(student, parts, IN_ORDER, which=[True])
+
+
 def test_a_changed_image_or_teacher_is_looked_at_again(domains, tmp_path):
     folder = tmp_path / "cache"
     views_of(domains, folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from domainbed_kd import command_launchers
+from domainbed_kd.folder import composition
 from domainbed_kd.scripts import collect_results, sweep, train
 from domainbed_kd.sweep import flags, jobs
 from domainbed_kd.sweep.plan import wall_seconds
@@ -81,6 +82,19 @@ def test_chains_are_planned_from_their_first_link(tmp_path):
     assert found[0].train_args["steps"] == 7 and "steps" not in found[-1].train_args
     seconds = {id(job): 10.0 for job in found}
     assert wall_seconds(found, seconds, slots=100) == 30
+
+
+def test_a_swapped_teacher_trains_on_what_its_student_holds_out(tmp_path):
+    teacher = {"run": "ERM", "swapped": True, "hparams": {"batch_size": 2}}
+    found = planned(tmp_path, args_of(tmp_path, ["4Ds"], {"lr": 0.1, "teacher": teacher}))
+    students = [job for job in found if job.teachers]
+    assert [(job.train_args["test_envs"], job.teachers[0].train_args["test_envs"])
+            for job in students] == [([0], [1, 2]), ([1], [0, 2]), ([2], [0, 1])]
+    assert {job.teachers[0].train_args["hparams"] for job in students} == {
+        '{"lr": 0.1, "batch_size": 2}'}
+    assert composition.row("KD", {"teacher": teacher}) == "KD(ERM, batch_size 2, swapped)"
+    with pytest.raises(ValueError, match="is none; a teacher is"):
+        planned(tmp_path, args_of(tmp_path, ["KD"], {"teacher": teacher | {"swapped": 1}}))
 
 
 def test_a_timm_network_is_taught_by_its_linear_probe(tmp_path):
