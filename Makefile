@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
+CPU_BUILDS = torch torchvision --index-url https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint parity bench gpu chaos clean
 
@@ -51,8 +52,14 @@ clean:
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(if $(filter cpu,$(TORCH)),$(PY) -m pip install --quiet torch torchvision \
-		--index-url https://download.pytorch.org/whl/cpu)
+ifeq ($(TORCH),cpu)
+	@echo "Fetching PyTorch's CPU builds from download.pytorch.org; about 1 GB once all is installed."
+	@$(PY) -m pip install --quiet $(CPU_BUILDS) 2>/dev/null || { echo "TORCH=cpu: no CPU build for" \
+		"this Python and platform, or no connection: '$(PY) -m pip install $(CPU_BUILDS)' tells." \
+		"Or leave TORCH=cpu out."; exit 1; }
+else
+	@echo "Fetching PyTorch and the rest from PyPI; on Linux with CUDA, about 6 GB once installed."
+endif
 	$(PY) -m pip install --quiet --editable ".[report]"
 	touch $@
 
