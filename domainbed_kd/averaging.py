@@ -28,10 +28,10 @@ from domainbed_kd.loss_valley import LossValley, Segment, add_to_mean
 class MovingAverage(networks.CountsOnCPU):
     """The uniform mean of a network's weights after updates `start`, `start` + 1, ...
 
-    Updates count from 1; until `start` it is the live network; with 0 the mean begins with what
-    the network is now (Arpit et al., equation 1). Every
-    floating-point entry of the state dict is averaged, BatchNorm's statistics too. Count and mean
-    are in the state dict, so a resumed run ends in the same average.
+    Updates count from 1; until `start` it is the live network; with 0 the mean begins with the
+    network as it is now (Arpit et al., equation 1). Every floating-point entry of the state dict is
+    averaged, BatchNorm's statistics too. Count and mean are in the state dict, so a resumed run
+    ends in the same average.
     """
 
     def __init__(self, network: nn.Module, start: int = 1):
@@ -56,7 +56,7 @@ class MovingAverage(networks.CountsOnCPU):
         self.n_updates.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the averaged network makes of x."""
+        """The averaged network's output for x."""
         return self.network(x)
 
     @contextlib.contextmanager

@@ -232,7 +232,7 @@ def _replace_first_conv(network: nn.Module, name: str, channels: int) -> None:
 
 @contextlib.contextmanager
 def _downloading(what: str) -> Iterator[None]:
-    """Turns what the libraries raise without a connection into one line that says what to do."""
+    """Inside, errors without a connection say in one line what to do."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -243,7 +243,7 @@ def _downloading(what: str) -> Iterator[None]:
 
 
 def _is_file(weights: str | None) -> TypeGuard[str]:
-    """Whether it looks like one: a suffix or a folder, which no torchvision name has."""
+    """Whether weights look like a file: with a suffix or a folder."""
     return isinstance(weights, str) and ("." in weights or "/" in weights)
 
 

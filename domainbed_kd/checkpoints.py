@@ -1,4 +1,4 @@
-"""What a run leaves on disk besides its records: model.pkl, and the state that a restart needs.
+"""Checkpoints: model.pkl, and the state that a restart needs.
 
 Everything is written beside and then renamed, so a file is whole or absent, and is read back
 with `weights_only=True`: no pickled code is ever run.
@@ -105,22 +105,44 @@ def load_algorithm_state(algorithm, state: dict) -> None:
 
 def random_state() -> dict:
     """The global streams of random, numpy and torch (CPU and CUDA), as plain values."""
-    version, keys, gauss = random.getstate()
-    kind, words, *rest = np.random.get_state()
-    return {
-        "python": [version, list(keys), gauss],
-        "numpy": [kind, words.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return to_plain(get_streams()) | {"cuda": cuda}
 
 
 def set_random_state(state: dict) -> None:
     """Puts `random_state` back."""
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, words, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(words, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
+    set_streams(from_plain(state))
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# Streams of the CPU: (random's, NumPy's, torch's as an array, which crosses processes as bytes).
+
+
+def get_streams() -> tuple:
+    """This process's streams."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()
+
+
+def set_streams(streams: tuple) -> None:
+    """Puts `get_streams` back."""
+    python, numpy, torchs = streams
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(torch.from_numpy(torchs))
+
+
+def to_plain(streams: tuple) -> dict:
+    """What torch.load(weights_only=True) can read."""
+    (version, words, gauss), (kind, keys, *rest), torchs = streams
+    return {"python": [version, torch.tensor(words), gauss],
+            "numpy": [kind, torch.tensor(keys.astype(np.int64)), *rest],
+            "torch": torch.from_numpy(torchs)}
+
+
+def from_plain(plain: dict) -> tuple:
+    """The inverse of `to_plain`; earlier versions wrote lists."""
+    version, words, gauss = plain["python"]
+    kind, keys, *rest = plain["numpy"]
+    return ((version, tuple(np.asarray(words).tolist()), gauss),
+            (kind, np.asarray(keys).astype(np.uint32), *rest), plain["torch"].numpy())

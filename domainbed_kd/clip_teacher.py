@@ -1,4 +1,4 @@
-"""CLIP as a teacher: which one, what is done to images first, and the text that it reads."""
+"""CLIP as a teacher, with its own preprocessing and its text encoded once."""
 
 import copy
 import difflib
@@ -20,11 +20,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def check_class_names(method: str, hparams: dict[str, Any], num_classes: int) -> None:
-    """Refuses to read text about classes that are not named.
-
-    Raises:
-        ValueError: if hparams["class_names"] are missing, or not one for each class.
-    """
+    """Refuses hparams["class_names"] that are missing, or not one for each class."""
     names = hparams.get("class_names")
     if not names:
         raise ValueError(f"{method}: the classes have no names. Pass them in label order: "
@@ -65,7 +61,7 @@ class CLIP(networks.Frozen):
 
     @property
     def preprocessing(self) -> str:  # type: ignore[override]
-        """What is done to the student's images, in words."""
+        """How the student's images are changed first, in words."""
         size = f"3 channels, {self.size} x {self.size} pixels"
         if not self.renormalize:
             return f"{size}, normalization as the student's"
@@ -99,7 +95,7 @@ class CLIP(networks.Frozen):
 
     @property
     def scale(self) -> Tensor:
-        """What cosines are multiplied by to be its logits, a scalar: 100 for OpenAI's weights."""
+        """The factor, a scalar, from cosines to logits: 100 for OpenAI's weights."""
         return self.module.logit_scale.detach().exp().float()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Launchers: functions that take the command lines of a sweep's jobs and see to it that they run.
+"""Launchers: functions that run the command lines of a sweep's jobs.
 
 A launcher is `fn(commands)`, as DomainBed's are; it may return the list of the commands' exit
 statuses, from which a sweep learns what failed. `local` and `multi_gpu` are in workers.py, `slurm`
@@ -14,7 +14,7 @@ from domainbed_kd.sweep.workers import dummy, local, multi_gpu
 
 REGISTRY: dict[str, Callable] = {"local": local, "dummy": dummy, "multi_gpu": multi_gpu,
                                 "slurm": slurm, "ray": ray}
-# Those that return when the jobs have ended, so that what has not begun then waits for nobody.
+# Launchers that block until their jobs end; an untouched folder is then not queued.
 BLOCKING = (local, multi_gpu, slurm, ray)
 
 

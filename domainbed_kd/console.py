@@ -1,4 +1,4 @@
-"""What commands share in talking to people: parsers, one-line errors, exit status, progress."""
+"""The commands' talk to users: parsers, one-line errors, exit status, progress."""
 
 import argparse
 import difflib
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 # What a user can fix: a missing folder, an unknown name, a value out of range.
 USER_ERRORS = (ValueError, OSError, NotImplementedError)
-# What to do about an error of the system's.
+# What to do about errors of the system.
 HINTS = {
     errno.ENOSPC: ". Free some space there; the same command goes on from what is whole.",
     errno.EDQUOT: ". Free some space there; the same command goes on from what is whole.",
@@ -65,7 +65,7 @@ def one_line(error: Exception) -> str:
 
 
 def may_not(path: str | os.PathLike | None) -> str:
-    """What to do about a path whose permissions forbid what was tried with it."""
+    """What to do about a path without the needed permissions."""
     if not path:
         return ""
     found = os.path.abspath(path)
@@ -136,7 +136,7 @@ def parse_object(flag: str, text: str, example: str) -> dict:
 
 
 def renamed(hparams: dict) -> dict:
-    """Hparams that an earlier version may have recorded, by the names that they have now.
+    """Hparams by their present names; an earlier version may have recorded them.
 
     `upstream_exact` was the opposite of `mended`; true is now the default.
     """

@@ -21,7 +21,7 @@ KINDS = ("algorithms", "datasets", "launchers")
 
 
 def names(kind: str) -> list[str]:
-    """What installed packages offer of a kind in KINDS; nothing is imported."""
+    """The names that installed packages offer of a kind in KINDS; imports nothing."""
     return sorted(importlib.metadata.entry_points(group=f"domainbed_kd.{kind}").names)
 
 

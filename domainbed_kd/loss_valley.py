@@ -23,7 +23,7 @@ def add_to_mean(mean: dict[str, Tensor], new: dict[str, Tensor], n: float) -> No
         mean[name].copy_(new[name])
 
 
-# Which segments count; raised whenever that changes, so that no run follows two rules.
+# The version of the rules by which segments count: no run may follow two.
 _RULES = 2
 
 
@@ -138,11 +138,7 @@ class LossValley(nn.Module):
         }
 
     def set_extra_state(self, state: dict) -> None:
-        """The inverse of `get_extra_state`.
-
-        Raises:
-            ValueError: if an unfinished run's state was saved under other rules.
-        """
+        """The inverse of `get_extra_state`."""
         finished = state["averaged"] and not state["segments"]
         if state.get("rules") != _RULES and not finished:
             raise ValueError("SWAD: this run was begun by a version that averaged other segments, "

@@ -7,7 +7,7 @@ import sys
 
 
 def available() -> int:
-    """Those that it is bound to, where the system knows that; else all of the machine's."""
+    """The cores that this process is bound to, if the system tells; else all."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -15,9 +15,9 @@ def available() -> int:
 
 @functools.cache
 def n_gpus() -> int:
-    """How many torch can use here.
+    """How many GPUs torch can use here.
 
-    A process of its own asks, which takes a few seconds: no child of one that has asked CUDA
+    A process of its own asks, for a few seconds, as no child of a process that has asked CUDA
     anything can use a GPU.
     """
     asked = subprocess.run(
@@ -27,7 +27,7 @@ def n_gpus() -> int:
 
 
 def gpus() -> list[str]:
-    """Those that torch can use here, each as CUDA_VISIBLE_DEVICES names it."""
+    """The GPUs that torch can use here, as CUDA_VISIBLE_DEVICES names them."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return [str(i) for i in range(n_gpus())]

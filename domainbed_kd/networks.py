@@ -76,9 +76,6 @@ def featurizer_and_classifier(input_shape: Sequence[int], num_classes: int,
     """The two halves of a student: from images to features, and from these to logits.
 
     Logits are (B, num_classes), or maps (B, num_classes, H, W) for "segmentation".
-
-    Raises:
-        NotImplementedError, ValueError, OSError: as `Featurizer`.
     """
     featurizer: Any = Featurizer(input_shape, hparams)
     if hparams.get("task") == "segmentation":
@@ -116,9 +113,9 @@ class Frozen(nn.Module):
 
     #: The share of its weights that came from a file; None for an object that was passed in.
     weights_loaded: float | None = None
-    #: What is done to the student's images first, in words.
+    #: How the student's images are changed first, in words.
     preprocessing = "the student's"
-    #: What it gave before for the images at hand, which calls return then; see canonical_view.
+    #: Its kept outputs for the images at hand, which calls return then; see canonical_view.
     recalled: Tensor | None = None
     #: Of a run: the domains that it held out, and its images' `view_statistics`.
     held_out: Sequence[int] = ()
@@ -133,7 +130,7 @@ class Frozen(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """What the teacher makes of x (B, ...), without gradients, or what is recalled of it."""
+        """The teacher's output for x (B, ...), without gradients, or the recalled one."""
         return self.look(x) if self.recalled is None else self.recalled.to(x.device)
 
     def look(self, x: Tensor) -> Tensor:
@@ -141,7 +138,7 @@ class Frozen(nn.Module):
         return self.module(x)
 
     def keep(self, rows: Tensor) -> None:
-        """Narrows what is recalled to these rows of the batch, as its images are narrowed."""
+        """Keeps these rows of what is recalled, as of the batch's images."""
         if self.recalled is not None:
             self.recalled = self.recalled[rows.to(self.recalled.device)]
 

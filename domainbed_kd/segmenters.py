@@ -56,9 +56,6 @@ class DeepLab(nn.Module):
     Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017,
     https://arxiv.org/abs/1706.05587. The network's last stage is dilated, not strided. A batch of
     one image cannot train it: its pooled branch has a BatchNorm on single values.
-
-    Raises:
-        ValueError: if the hparams name another network than a ResNet.
     """
 
     n_outputs = 256

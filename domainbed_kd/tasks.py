@@ -1,4 +1,4 @@
-"""What a dataset's labels are, and what is measured on them: one per image, or one per pixel.
+"""Kinds of labels, and what is measured on them: one per image, or one per pixel.
 
 A dataset declares its task: `MultipleDomainDataset.TASK`. Maps of logits are (B, C, H, W), their
 labels int64 (B, H, W), where IGNORED marks pixels that count in no loss and in no metric. It is

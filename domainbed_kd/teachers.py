@@ -1,4 +1,4 @@
-"""Teachers: CLIP, and the networks of finished runs. Frozen, with their own preprocessing."""
+"""Teachers: finished runs, frozen, and the audit of any teacher; CLIP is in clip_teacher.py."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +39,7 @@ def given(hparams: dict[str, Any], num_classes: int,
 
 def _of_same_view(folder: str | Path, hparams: dict[str, Any], num_classes: int,
                   input_shape: Sequence[int] | None) -> networks.Frozen:
-    """As `from_run`, for a student with these hparams, whose images must be normalized alike."""
+    """As `from_run`, for a student with these hparams, and images normalized alike."""
     teacher = from_run(Path(folder), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
                        input_shape)
     own = hparams.get("view_statistics", "imagenet")
@@ -57,19 +57,11 @@ _NOT_TRAINED = ("The teacher {} is a run that a sweep trains first. Launch this 
 def in_two(teacher: composition.Teacher, hparams: dict[str, Any], num_classes: int,
            input_shape: Sequence[int], folders: Iterator[str | nn.Module], needs_features: bool
            ) -> tuple[networks.Frozen, networks.Frozen]:
-    """A teacher as what it sees in images, (B, D), and a head that makes logits (B, C) of it.
+    """A teacher in two parts: from images to features (B, D), and from these to logits (B, C).
 
-    Args:
-        teacher: which.
-        hparams: the student's, and what it knows of its data.
-        num_classes: of the student.
-        input_shape: of its images.
-        folders: those of the runs among the teachers, in order, or in Python modules
-            x -> logits; this one's is taken off.
-        needs_features: of a run, see its features; it may else see logits.
-
-    Raises:
-        ValueError, FileNotFoundError: as `from_run` and `clip`, or if a run has no features.
+    `hparams`, `num_classes` and `input_shape` are the student's. `folders` are those of the runs
+    among the teachers, in order, or in Python modules x -> logits; this one's is taken off. Unless
+    it `needs_features`, a run's first part may make logits, and the second nothing.
     """
     if teacher.kind == "clip":
         check_class_names(f"The teacher {teacher.shown}", hparams, num_classes)
@@ -93,7 +85,7 @@ def in_two(teacher: composition.Teacher, hparams: dict[str, Any], num_classes: i
 @torch.no_grad()
 def _features_and_head(run: networks.Frozen, folder: str | nn.Module, input_shape: Sequence[int]
                        ) -> tuple[networks.Frozen, networks.Frozen]:
-    """The two parts of a run's predictor, if it is the last layer of a sequence on all others."""
+    """The two parts of a run's predictor, if that is a sequence: its last layer, and the rest."""
     x = torch.rand(2, *input_shape)
     for owner in (getattr(run.module, "average", None), run.module):
         network = getattr(owner, "network", None)
@@ -174,7 +166,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
 
 
 def _what_is_not_a_models(model: object) -> str | None:
-    """What tells that a checkpoint is not the model of a run, in words; None if nothing does."""
+    """Why a checkpoint is not the model of a run, in words; None if it is."""
     if not isinstance(model, dict):
         return f"it holds a {type(model).__name__}"
     kinds: dict[str, Any] = {"args": dict, "model_dict": dict, "model_hparams": dict,
@@ -192,10 +184,10 @@ def _what_is_not_a_models(model: object) -> str | None:
 
 def audit(algorithm: "Algorithm", batches: Iterable[tuple[Tensor, Tensor]],
           allow_bad: bool = False) -> dict[str, Any] | None:
-    """What an algorithm's teacher is worth to it, before the first step.
+    """Measures an algorithm's teacher on validation images, before the first step.
 
     Args:
-        algorithm: one with `teacher_logits`, and `teacher`.
+        algorithm: one with `teacher_logits` and, usually, `teacher`.
         batches: (x, y) of the training domains' validation images, not augmented, on the
             algorithm's device.
         allow_bad: report a bad teacher's problem instead of raising it.
@@ -222,7 +214,7 @@ def audit(algorithm: "Algorithm", batches: Iterable[tuple[Tensor, Tensor]],
     problem = audit_confusion(confusion)
     if problem and not allow_bad:
         raise ValueError(f"The teacher {problem} Choose another, or pass --allow_bad_teacher.")
-    teacher = algorithm.teacher
+    teacher = algorithm.part("teacher")
     return {
         "accuracy": confusion.trace().item() / n_images, "chance": 1 / len(confusion),
         "n_images": n_images, "weights_loaded": getattr(teacher, "weights_loaded", None),

@@ -37,7 +37,7 @@ from pathlib import Path
 from domainbed_kd import algorithms, datasets
 from domainbed_kd.console import Parser, run_main
 from domainbed_kd.seeds import seed_hash
-from domainbed_kd.sweep import jobs
+from domainbed_kd.sweep import listing
 
 METHODS = ("ERM", "CORAL", "SWAD", "KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs", "WAKD",
            "VL2VADiP", "VL2VSD", "CLIPood", "LFME", "XDED", "SDViT", "CORAL + KD(ERM)")
@@ -316,10 +316,10 @@ def make_sweep(folder: Path, n_runs: int, n_records: int = 5) -> None:
     """Fills a folder with runs as DomainBed leaves them, of random accuracies and 1 kB a record."""
     from domainbed_kd import hparams_registry
 
-    each = sum(len(jobs.test_env_sets(4, False)) * 20 for _ in MADE_UP["datasets"]) * len(
+    each = sum(len(listing.test_env_sets(4, False)) * 20 for _ in MADE_UP["datasets"]) * len(
         MADE_UP["algorithms"])
     rng = random.Random(0)
-    for args in jobs.make_args_list(
+    for args in listing.make_args_list(
             -(-n_runs // each), MADE_UP["datasets"], MADE_UP["algorithms"], 0, 20, "data",
             "domain_generalization", 0.2, False, steps=5001)[:n_runs]:
         name = hashlib.md5(json.dumps(args, sort_keys=True).encode()).hexdigest()

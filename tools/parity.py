@@ -31,7 +31,7 @@ from domainbed_kd.algorithms import ALGORITHMS, get_algorithm_class
 from domainbed_kd.console import Parser, run_main
 from domainbed_kd.datasets import DOMAINBED
 from domainbed_kd.scripts import collect_results
-from domainbed_kd.sweep import jobs
+from domainbed_kd.sweep import jobs, listing
 
 TOLERANCE, TOLERANCE_IN_FLOAT64 = 1e-4, 1e-8  # relative
 SWEEP = Path(__file__).parents[1] / "tests" / "data" / "goldens" / "sweep_data"
@@ -78,7 +78,7 @@ def differences(theirs: dict) -> Iterator[tuple[str, int, list[str]]]:
         n_trials=2, dataset_names=["RotatedMNIST", "VLCS"], algorithms=["ERM", "CORAL"],
         n_hparams_from=0, n_hparams=3, steps=None, data_dir="/data",
         task="domain_generalization", holdout_fraction=0.2, single_test_envs=False, hparams=None)
-    pairs = list(zip(sweep.make_args_list(**wanted), jobs.make_args_list(**wanted), strict=True))
+    pairs = list(zip(sweep.make_args_list(**wanted), listing.make_args_list(**wanted), strict=True))
     yield "job folders", len(pairs), [
         str(our) for their, our in pairs
         if sweep.Job(their, "out").output_dir != jobs.Job(our, "out").output_dir]

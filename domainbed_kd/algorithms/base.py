@@ -154,6 +154,14 @@ class Algorithm(networks.CountsOnCPU):
         """
         self.register_buffer("update_count", torch.zeros(shape, dtype=torch.long))
 
+    def part(self, name: str):
+        """One of its parts, None if it has none of that name.
+
+        They are "network", which `predict` runs; its "featurizer" and "classifier"; "average", of
+        its weights; "teacher" or, where there are several, "teachers".
+        """
+        return getattr(self, name, None)
+
     def teacher_is_ready(self) -> bool:
         """Whether `teacher_logits` can be called: there is a teacher, and it is trained."""
         return self.teacher_logits is not None

@@ -38,10 +38,6 @@ class CLIPood(Algorithm):
 
     The mean is that of `averaging` "beta" and takes in CLIP as it was. With `clipood_beta` null
     the live network predicts.
-
-    Raises:
-        ValueError: if classes have no names, or as `Algorithm`, `teachers.clip` and
-            `teachers.ImageTower`.
     """
 
     no_teachers = "its student is CLIP's own image network"

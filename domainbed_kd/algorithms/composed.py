@@ -33,11 +33,7 @@ ERROR = 1000.0
 
 
 def assembled(algorithm_class: type, hparams: dict) -> type:
-    """The algorithm with the teachers, schedule and average that hparams put on top of it.
-
-    Raises:
-        ValueError: as `check` and `averaging.averaged`.
-    """
+    """The algorithm with the teachers, schedule and average that hparams put on top of it."""
     check(algorithm_class, hparams)
     if hparams.get("teachers"):
         algorithm_class = type(algorithm_class.__name__, (Composed, algorithm_class), {})
@@ -158,7 +154,7 @@ class Composed:
             if hparam in hparams and not takes.fits(hparams[hparam]):
                 raise ValueError(f"{name}: {hparam} is {hparams[hparam]!r}; it takes "
                                  f"{takes.words}.")
-        if not isinstance(getattr(self, "featurizer", None), nn.Module):
+        if not isinstance(self.part("featurizer"), nn.Module):
             raise ValueError(f"{name}: teachers do not go with this: it has no featurizer and "
                              "classifier of its own.")
         self.words = composition.words(hparams)

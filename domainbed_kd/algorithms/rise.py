@@ -128,9 +128,6 @@ class RISE(Algorithm):
     The student embeds images at CLIP's width and its classifier starts as CLIP's zero-shot one.
     Only `update` needs CLIP: `predict` is the bare student. With several `rise_teachers` there is
     a student for each, as in the paper's mix of teachers.
-
-    Raises:
-        ValueError: if classes have no names, or as `Algorithm` and `teachers.clip`.
     """
 
     takes = Algorithm.takes | {

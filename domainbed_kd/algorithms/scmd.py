@@ -41,9 +41,6 @@ class SCMD(ERM):
     One distillation is from CLIP's scores to the student's logits, the other to the cosines of
     the student's projected features with CLIP's text. In eval mode it predicts with the mean of
     the student's weights since one update before `scmd_sma_start`. Only `update` needs CLIP.
-
-    Raises:
-        ValueError: if classes have no names, or as `Algorithm` and `teachers.clip`.
     """
 
     needs_image_labels = "its sentences describe one class per image"

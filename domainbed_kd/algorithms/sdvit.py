@@ -39,9 +39,6 @@ class SDViT(ERM):
 
     Every block is followed by the same normalization and classifier, so nothing is added to the
     network.
-
-    Raises:
-        ValueError: if the student is not a vision transformer, or as `Algorithm`.
     """
 
     no_teachers = "its classifier looks at each image twice"

@@ -18,9 +18,6 @@ class Taught(ERM):
     Only a teacher that warmed up here is in the state dict.
 
     Subclasses implement `distill(x, y)`, one step of the student.
-
-    Raises:
-        FileNotFoundError, ValueError: as `Algorithm` and `teachers.given`.
     """
 
     learns_from_run = True

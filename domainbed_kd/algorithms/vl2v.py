@@ -46,9 +46,6 @@ class VL2VADiP(Algorithm):
 
     It predicts by CLIP's zero-shot classifier on the projected features. CLIP is needed only to
     train.
-
-    Raises:
-        ValueError: if classes have no names, or as `Algorithm` and `teachers.clip`.
     """
 
     display_name = "VL2V-ADiP"

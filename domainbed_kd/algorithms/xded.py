@@ -66,11 +66,7 @@ class UniStyle(nn.Module):
 
 
 class XDED(ERM):
-    """Cross-entropy, and the divergence from the mean logits of the class across domains.
-
-    Raises:
-        ValueError: as `Algorithm` and `UniStyle`.
-    """
+    """Cross-entropy, and the divergence from the mean logits of the class across domains."""
 
     needs_image_labels = "it averages predictions of images of one class"
     takes = ERM.takes | {

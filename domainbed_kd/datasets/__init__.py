@@ -114,11 +114,7 @@ def num_environments(name: str, data_dir: str | Path | None = None) -> int:
 
 
 def check_test_envs(name: str, n_envs: int, test_envs: Collection[int]) -> None:
-    """Refuses domains to hold out that do not exist, and holding out all of them.
-
-    Raises:
-        ValueError: naming them.
-    """
+    """Refuses domains to hold out that do not exist, and holding out all of them."""
     asked = f"--test_envs {' '.join(map(str, test_envs))}"
     if not set(test_envs) <= set(range(n_envs)):
         raise ValueError(f"{asked}: {name} has environments 0 to {n_envs - 1}.")

@@ -68,12 +68,7 @@ def fetch_url(url: str, path: Path) -> None:
 
 
 def fetch_drive(file_id: str, path: Path) -> None:
-    """Downloads a file from Google Drive to `path`.
-
-    Raises:
-        ValueError: if gdown is not installed.
-        OSError: if Drive does not give the file.
-    """
+    """Downloads a file from Google Drive to `path`."""
     if path.exists():
         return
     try:
@@ -142,11 +137,7 @@ def opened(archive: Path, url: str = "") -> Iterator[None]:
 
 
 def unpack(archive: Path, folder: Path, url: str = "") -> None:
-    """Unpacks a .zip or .tar.* into an existing folder; messages name its URL.
-
-    Raises:
-        ValueError: if it is damaged or encrypted, or would write outside the folder.
-    """
+    """Unpacks a .zip or .tar.* into an existing folder; messages name its URL."""
     with opened(archive, url):
         files.open_regular(archive).close()
         if archive.suffix != ".zip":

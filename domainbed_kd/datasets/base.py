@@ -1,4 +1,4 @@
-"""What every dataset is: a list of domains, and a class that says what is true of it."""
+"""The base of every dataset: a list of domains, and facts on its class."""
 
 import copy
 from collections.abc import Iterable
@@ -105,11 +105,7 @@ class MultipleDomainDataset:
 
     @classmethod
     def folder(cls, data_dir: str | Path | None) -> Path:
-        """The folder that holds its files.
-
-        Raises:
-            ValueError: if no data directory is given.
-        """
+        """The folder that holds its files."""
         if data_dir is None:
             raise ValueError(f"{cls.__name__}: no data directory is given. Pass --data_dir.")
         return Path(data_dir) / cls.FOLDER

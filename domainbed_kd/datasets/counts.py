@@ -1,10 +1,11 @@
-"""How many images a dataset should have, as published, and whether a copy has them."""
+"""Published numbers of images, and whether a copy has them."""
 
 from pathlib import Path
 
 from domainbed_kd import datasets
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+
 
 def published() -> list[str]:
     """The datasets whose numbers of images are published."""
@@ -27,11 +28,7 @@ def _images_in(folder: Path) -> int:
 
 
 def verify(name: str, data_dir: Path) -> bool:
-    """Prints a dataset's numbers of images beside the published ones; False if they differ.
-
-    Raises:
-        ValueError: if none were published by domain.
-    """
+    """Prints a dataset's numbers of images beside the published ones; False if they differ."""
     cls = datasets.get_dataset_class(name)
     if not cls.PUBLISHED:
         raise ValueError(f"{name} has no published numbers of images by domain to compare with. "
@@ -56,7 +53,7 @@ def verify(name: str, data_dir: Path) -> bool:
 
 
 def _difference(counts: dict, total: int, classes: tuple, by_class: dict) -> str:
-    """What a domain has too few or too many of; empty if it is as published."""
+    """How a domain differs from what is published; empty if it does not."""
     def amount(n):
         return f"{n} missing" if n > 0 else f"{-n} too many"
 
@@ -78,5 +75,5 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _bare(name: str) -> str:
-    """A folder's name without what differs between copies: "Real World" is "real_world"."""
+    """A folder's name for comparison: "Real World" is "real_world"."""
     return name.lower().replace("_", "").replace(" ", "")

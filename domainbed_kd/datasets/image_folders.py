@@ -1,4 +1,4 @@
-"""Datasets that are folders of images: DomainBed's five and SVIRO, and a user's own."""
+"""Datasets in folders of images: DomainBed's, and a user's own."""
 
 import os
 from pathlib import Path
@@ -66,11 +66,7 @@ class ImageFolders(MultipleDomainDataset):
 
     @classmethod
     def domain_folders(cls, data_dir) -> list[str]:
-        """The names of the domains' folders, in order; hidden ones are left out.
-
-        Raises:
-            FileNotFoundError: if there is none, or none has folders of classes.
-        """
+        """The names of the domains' folders, in order; hidden ones are left out."""
         folder = cls.folder(data_dir)
         names = subfolders(folder) if folder.is_dir() else []
         if not names:

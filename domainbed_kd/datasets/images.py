@@ -13,7 +13,7 @@ STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # OpenAI's
     "half": ((0.5,) * 3, (0.5,) * 3),
 }
-# DomainBed's view of training images: the least share of the area, of colours, and that is gray.
+# DomainBed's view of training images: least share of the area, jitter of colours, share of grays.
 _VIEW = {"view_crop": 0.7, "view_jitter": 0.3, "view_gray": 0.1}
 _LIMITS = {"view_crop": 1, "view_jitter": 0.5, "view_gray": 1}
 
@@ -80,11 +80,7 @@ def _as_rgb(image):
 
 
 def image_size(hparams, default: int = 224) -> int:
-    """Side in pixels of a dataset's images.
-
-    Raises:
-        ValueError: if the hparam is not a positive whole number.
-    """
+    """Side in pixels of a dataset's images."""
     size = hparams.get("image_size", default)
     if type(size) is not int or size < 1:
         raise ValueError(f"hparams['image_size'] is {size!r}; it must be a side in whole pixels, "
@@ -93,11 +89,7 @@ def image_size(hparams, default: int = 224) -> int:
 
 
 def view(hparams, name: str) -> float:
-    """What hparams say of the view of training images, by one of the names that begin with view_.
-
-    Raises:
-        ValueError: if it is not a number in its range.
-    """
+    """The hparam of that name, one of those that begin with view_, or its default."""
     value, most = hparams.get(name, _VIEW[name]), _LIMITS[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
         raise ValueError(f"hparams[{name!r}] is {value!r}; it takes a number from 0 to {most}.")
@@ -105,11 +97,7 @@ def view(hparams, name: str) -> float:
 
 
 def statistics(hparams) -> tuple:
-    """(mean, std), per channel, with which hparams have images normalized.
-
-    Raises:
-        ValueError: if they name none.
-    """
+    """(mean, std) per channel that images are normalized with."""
     name = hparams.get("view_statistics", "imagenet")
     if name not in STATISTICS:
         raise ValueError(f"hparams['view_statistics'] is {name!r}; it takes "
@@ -118,7 +106,7 @@ def statistics(hparams) -> tuple:
 
 
 def differs_in_colour(hparams) -> bool:
-    """Whether colours are not distorted and normalized as DomainBed's, as fast mode does it."""
+    """Whether colours are distorted or normalized otherwise than DomainBed's."""
     return (any(view(hparams, name) != _VIEW[name] for name in ("view_jitter", "view_gray"))
             or statistics(hparams) != STATISTICS["imagenet"])
 
@@ -131,7 +119,7 @@ def make_transform(first: list, augment: bool, hparams=MappingProxyType({})):
                    T.RandomGrayscale(view(hparams, "view_gray"))] if augment else []
     transform = T.Compose(
         [*first, *distortions, T.ToTensor(), T.Normalize(*statistics(hparams))])
-    # What a GPU may do otherwise: it finishes images, and in fast mode distorts and resizes them.
+    # For GPUs, which finish images themselves and, in fast mode, distort and resize them.
     transform.geometry, transform.is_augmented = first, augment
     return transform
 

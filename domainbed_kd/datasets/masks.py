@@ -302,11 +302,7 @@ class FolderSeg(MaskFolders):
 
     @classmethod
     def read_classes(cls, data_dir) -> list[str]:
-        """The lines of classes.txt.
-
-        Raises:
-            FileNotFoundError: if it is not there.
-        """
+        """The lines of classes.txt."""
         path = cls.folder(data_dir) / "classes.txt"
         if not path.is_file():
             raise FileNotFoundError(f"{cls.__name__}: {path} is not there. It names the classes, "
@@ -315,11 +311,7 @@ class FolderSeg(MaskFolders):
 
     @classmethod
     def domain_folders(cls, data_dir) -> list[str]:
-        """The names of the domains' folders, in order; hidden ones are left out.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """The names of the domains' folders, in order; hidden ones are left out."""
         folder = cls.folder(data_dir)
         names = subfolders(folder) if folder.is_dir() else []
         if not names:

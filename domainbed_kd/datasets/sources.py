@@ -18,11 +18,7 @@ TERRA_ANNOTATIONS = ("cis_test", "cis_val", "train", "trans_test", "trans_val")
 
 
 def check_name(name: str) -> None:
-    """Refuses unknown names, and datasets that need no files.
-
-    Raises:
-        NotImplementedError, ValueError: saying so.
-    """
+    """Refuses unknown names, and datasets that need no files."""
     if not datasets.get_dataset_class(name).SOURCE:
         raise ValueError(f"{name} has no files to fetch: it is built in, or your own.")
 
@@ -96,9 +92,6 @@ def build_terra(images: Path, annotations: Path, folder: Path) -> None:
     """Unpacks the images that belong to TerraIncognita to `folder/location_<n>/<class>/`.
 
     An image of several classes goes to each of them, as in DomainBed.
-
-    Raises:
-        ValueError: if an archive is damaged or does not hold what it should.
     """
     places = defaultdict(set)
     with archives.opened(annotations, TERRA_URL + annotations.name), tarfile.open(

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from domainbed_kd.console import parse_hparams
 
-# Whether a flag's value stands among the args of each record: always, as DomainBed's do; only if
-# it is given, since DomainBed's records do not know it; or never.
+# Whether a flag's value is in each record's args: always, as DomainBed's are; only if it is given,
+# as DomainBed's records lack it; or never.
 ALWAYS, IF_GIVEN, NEVER = "always", "if given", "never"
 
 
@@ -20,18 +20,18 @@ class Flag(NamedTuple):
 
     name: str
     help: str
-    #: Of its value; bool for a switch.
+    #: Its value's type; bool for a switch.
     type: Callable = str
-    #: What a run does without it, and what is meant where a record lacks it.
+    #: The value if it is not given, or if a record lacks it.
     default: object = None
     #: ALWAYS, IF_GIVEN or NEVER.
     on_record: str = ALWAYS
-    #: Whether runs that differ in it are different runs: one cannot continue the other.
+    #: Whether runs that differ in it are different runs, which cannot continue each other.
     is_identity: bool = False
     #: Whether runs of one cell of a table must agree in it for their accuracies to be compared.
     is_setting: bool = False
-    #: Whether a sweep takes it for all of its runs. What is on record is part of a folder's name:
-    #: with ALWAYS in any case, else if it is given.
+    #: Whether a sweep takes it for all of its runs. Flags on record are part of a folder's name:
+    #: with ALWAYS in any case, with IF_GIVEN if given.
     in_sweep: str | None = None
     #: Further arguments of `add_argument`.
     options: Mapping = {}
@@ -168,11 +168,7 @@ def add_flags(group, flags: Iterable[Flag], for_sweep: bool = False) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses values that no run can use, of the flags of `train` or those that `sweep` shares.
-
-    Raises:
-        ValueError: naming the flag, what was found and what it takes.
-    """
+    """Refuses values that no run can use, of the flags of `train` or those that `sweep` shares."""
     if not args.output_dir:
         raise ValueError("--output_dir is empty; it takes a folder.")
     for name in ("steps", "checkpoint_freq", "loader_processes", "gpu_image_gb"):
@@ -200,11 +196,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Refuses values that no run can use, of flags that only `train` takes, and then as `check`.
-
-    Raises:
-        ValueError: naming the flag, what was found and what it takes.
-    """
+    """Refuses values that no run can use, of flags that only `train` takes, and then as `check`."""
     check(args)
     if not 0 <= args.wait < math.inf:
         raise ValueError(f"--wait is {args.wait}; it takes a number of seconds from 0 up.")
@@ -224,19 +216,19 @@ def on_record(args: argparse.Namespace) -> dict:
 
 
 def of_sweep(args: argparse.Namespace) -> dict:
-    """What a sweep's flags say of each run's records, by name; it makes the folders' names."""
+    """The args that a sweep's flags put on each run's record; folders are named by them."""
     return {name: value for name, flag in FLAGS.items() if flag.in_sweep and flag.on_record != NEVER
             and ((value := getattr(args, name)) is not None or flag.in_sweep == ALWAYS)}
 
 
 def off_record(args: argparse.Namespace) -> list[str]:
-    """The words of a train command for what a sweep's flags say beside `of_sweep`."""
+    """The words of a train command for a sweep's flags that are not on record."""
     return words({name: getattr(args, name) for name, flag in FLAGS.items()
                   if flag.in_sweep and flag.on_record == NEVER and name != "fork"})
 
 
 def words(args: Mapping) -> list[str]:
-    """The flags of a command line that say these args, by name; None and False are left out."""
+    """The words of a command line that gives these args; None and False are left out."""
     found = []
     for name, value in args.items():
         if isinstance(value, bool):
@@ -257,7 +249,7 @@ def _words(name: str, value) -> list[str]:
 
 
 def are_args(args) -> bool:
-    """Whether args from anywhere tell what a run trains, in values that every reader can bear."""
+    """Whether args, which anybody may have written, say what a run trains, in sane values."""
     try:
         envs = args["test_envs"]
         if not all(isinstance(i, int) and 0 <= i < MOST_ENVS for i in envs):
@@ -285,10 +277,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def identity(args: Mapping) -> dict[str, Hashable]:
-    """What makes a run the run that it is, from its args on record; equal for the same run.
+    """What two runs must share to be the same run, from its args on record.
 
-    Where data, results and teachers lie is not part of it, nor is what a run keeps beside its
-    records. A teacher counts by the name of its folder.
+    The folders of data and results are not part of it, nor is what a run keeps beside its records.
+    A teacher counts by its folder's name.
     """
     found = {}
     for name, flag in FLAGS.items():
@@ -303,7 +295,7 @@ def identity(args: Mapping) -> dict[str, Hashable]:
 
 
 def teachers(args: Mapping) -> list[str]:
-    """The folders of the runs that teach a run with these args on record; of one it is a string."""
+    """The folders of the teachers in a run's args on record, where a single one is a string."""
     found = args.get("teacher") or []
     return [str(folder) for folder in (found if isinstance(found, list) else [found])]
 

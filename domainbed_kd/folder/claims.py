@@ -23,9 +23,9 @@ from domainbed_kd.folder.args import FLAGS
 
 BEAT_S = 20
 STALE_S = 120
-# How long a process waits for a claim: one that only asks whether it is held has it for a moment.
+# How long a process waits for a claim, which another may hold for a moment to look at it.
 WAIT_S = FLAGS["wait"].default
-# Two that take over the same stale heartbeat both believe that they have it for less than this.
+# Two processes that take over the same stale heartbeat find out within this time.
 SETTLE_S = 2
 # The exit status of a train that was told to stop, and has saved its state: 128 + SIGTERM, as a
 # shell would report it.
@@ -34,7 +34,7 @@ STOPPED = 143
 BUSY = 75
 
 
-# What a file system answers that has no locks.
+# Errors of file systems without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -56,7 +56,7 @@ def holder(folder: str | Path) -> str | None:
 
 
 def clear(folder: str | Path) -> None:
-    """Removes the heartbeat that a process left which was killed in a folder nobody trains in."""
+    """Removes the heartbeat of a process that was killed, if nobody trains in the folder."""
     path = Path(folder, files.HEARTBEAT)
     if path.exists() and holder(folder) is None:
         path.unlink(missing_ok=True)
@@ -74,7 +74,7 @@ def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
     """
     deadline = time.monotonic() + wait_s
     try:
-        files.refuse_irregular(folder)
+        _refuse_irregular(folder)
     except ValueError as error:
         files.note_failure(folder, f"error: {error}")
         raise
@@ -88,6 +88,14 @@ def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
             time.sleep(0.1)
         with _beating(folder / files.HEARTBEAT):
             yield
+
+
+def _refuse_irregular(folder: Path) -> None:
+    """Refuses a folder in which something else is in the place of one of a run's files."""
+    for name in files.REGULAR:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is not a regular file. Delete it, or choose "
+                             "another --output_dir.")
 
 
 def _lock(file, kind: int) -> bool | None:
@@ -104,7 +112,7 @@ def _lock(file, kind: int) -> bool | None:
 
 
 def _boot() -> str:
-    """What tells this machine, since it was started, from all others."""
+    """An id of this machine that changes when it is restarted."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else socket.gethostname()
 
@@ -126,7 +134,7 @@ def _beat(folder: Path) -> dict | None:
 
 
 def _counts(beat: dict | None, locked: bool | None) -> bool:
-    """Whether a heartbeat is of somebody at work, given that the lock is free or unknown."""
+    """Whether a heartbeat means that somebody is at work, if the lock is free or unknown."""
     if beat is None or abs(beat["age"]) > STALE_S:  # from the future: by a clock that was wrong
         return False
     return locked is None or beat["boot"] != _boot()

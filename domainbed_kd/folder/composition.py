@@ -1,7 +1,7 @@
-"""Who teaches a run, as its hparams `teachers` and `teacher` say it, and what its row is called.
+"""Who teaches a run, by its hparams `teachers` and `teacher`, and the name of its table row.
 
-`teachers` puts teachers on top of any algorithm, see `algorithms.composed`; `teacher` is whom a
-method such as KD learns from, in the place of the sweep's ERM run.
+`teachers` adds teachers to any algorithm, see `algorithms.composed`; `teacher` replaces the sweep's
+ERM run as the teacher of a method such as KD.
 """
 
 import functools
@@ -14,12 +14,12 @@ from domainbed_kd.console import parse_hparams
 DISTILL = {"logit": "KD", "feature": "Feature", "relation": "Relation", "text": "Text"}
 #: How several teachers are one.
 MIXES = ("sum", "mean", "accuracy")
-#: How all state is named that teachers and schedules add and that predictions do not need.
+#: Prefixes of state that teachers and schedules add, which predictions do not need.
 STATE = ("taught.", "schedule.")
-#: Hparams of a student's own, which the runs that teach it do not share.
+#: Hparams of the student alone, which its teachers do not share.
 OWN = ("teacher", "teachers", "distill", "distill_weight", "distill_temperature", "teacher_mix",
        "teacher_template", "base_weight", "averaging", "sma_start", "beta_average", "beta_start")
-# Hparams that say which network, or its weights.
+# Hparams that choose the network or its weights.
 _NETWORK = ("backbone", "weights", "resnet18", "resnet50_augmix", "vit", "dinov2")
 _FORMS = ('a teacher is "run:ALGORITHM", {"run": ALGORITHM, "hparams": {...}, "steps": N, '
           '"swapped": true}, '
@@ -62,11 +62,7 @@ def teachers(hparams: dict) -> list[Teacher]:
 
 
 def teacher_of_method(hparams: dict) -> Teacher | None:
-    """The run that a method such as KD asks to learn from; None for the sweep's ERM run.
-
-    Raises:
-        ValueError: if a run is not one of the forms that there are.
-    """
+    """The run that a method such as KD asks to learn from; None for the sweep's ERM run."""
     asked = hparams.get("teacher")
     if isinstance(asked, dict) or isinstance(asked, str) and asked.startswith(("run:", "timm:")):
         return _teacher(asked)
@@ -104,7 +100,7 @@ def _teacher(asked) -> Teacher:
 
 @functools.lru_cache(maxsize=10000)
 def without_own(text: str) -> str | None:
-    """Hparams as JSON without what a student's row says of them; None if nothing is left."""
+    """Hparams as JSON without those that the row's name shows; None if nothing is left."""
     left = {name: value for name, value in parse_hparams(text).items() if name not in OWN}
     return json.dumps(left) if left else None
 
@@ -126,7 +122,7 @@ def words(hparams: dict) -> list[str]:
 
 
 def others(hparams: dict) -> list[str]:
-    """What rows call the teachers on top that are not runs of a sweep, if it can be told."""
+    """The names of the added teachers that are not runs of a sweep; none if they are malformed."""
     try:
         return [each.shown for each in teachers(hparams) if each.kind != "run"]
     except ValueError:
@@ -134,9 +130,9 @@ def others(hparams: dict) -> list[str]:
 
 
 def row(algorithm: str, hparams: dict) -> str:
-    """What a table calls an algorithm with these hparams, such as "CORAL + KD(SWAD) + SMA".
+    """The table row of an algorithm with these hparams, such as "CORAL + KD(SWAD) + SMA".
 
-    What is not a form of teachers is left out: tables are made of what anybody recorded.
+    Malformed teachers are left out, as anybody may have written the records.
     """
     try:
         return _row(algorithm, hparams)

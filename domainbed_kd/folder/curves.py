@@ -1,4 +1,4 @@
-"""A run's records: which lines count, what is kept of them as columns, which one is selected.
+"""A run's records: which lines are valid, their columns, and which one is selected.
 
 Tables are made of columns (`Curve`), at a fraction of the memory that whole records take.
 """
@@ -18,9 +18,9 @@ from domainbed_kd.folder import composition, files
 from domainbed_kd.folder.args import are_args
 from domainbed_kd.folder.foreign import parse_json
 
-#: What marks the rows of runs in which a defect of DomainBed's is mended.
+#: Marks rows whose runs fix a defect of DomainBed's.
 MENDED = " (mended)"
-#: What marks the rows of runs that repeat a published experiment.
+#: Marks rows whose runs repeat a published experiment.
 AUTHORS = " (authors' protocol)"
 #: The problem of a record whose test accuracies `train --seal` put elsewhere.
 SEALED = "its test accuracies are sealed"
@@ -37,11 +37,11 @@ class Curve(NamedTuple):
     selection: str | None
     #: {"step": of each record, "env0_in_acc": in [0, 1] of each record, ...}.
     columns: dict[str, tuple]
-    #: What was wrong with the teacher that the run learnt from anyway; None if nothing was.
+    #: The problem of a bad teacher that the run learnt from anyway; None if there was none.
     teacher_problem: str | None = None
-    #: What records say was measured, see `tasks.Task.on_record`; None for accuracy.
+    #: The metric on record, see `tasks.Task.on_record`; None for accuracy.
     metric: str | None = None
-    #: Of a run that holds out three domains or more, the one that its search is about.
+    #: Of a run that holds out three domains or more, the one of this search.
     env: int | None = None
 
     def records(self) -> Iterator[dict]:
@@ -102,7 +102,7 @@ def columns(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def describe_broken(path: str | Path, broken: list[tuple[int, str]]) -> str:
-    """That lines of a results.jsonl are skipped: the first with its problem, and how many more."""
+    """The first line of a results.jsonl that is skipped, its problem, and how many more are."""
     number, what = broken[0]
     more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
     return f"{path}: line {number}{more}: {what}"
@@ -171,8 +171,8 @@ def n_envs(names: tuple[str, ...]) -> int:
 def row(args: dict) -> str:
     """The table row of a run with these arguments: its algorithm, or "CORAL + KD(SWAD) + SMA".
 
-    It has what hparams put on top of the algorithm, see `composition.row`, " (mended)" if they
-    make it depart from DomainBed's numbers, and " (authors' protocol)" if it is of a recipe.
+    It shows what hparams add to the algorithm, see `composition.row`, " (mended)" if they fix a
+    defect of DomainBed's, and " (authors' protocol)" for a recipe.
     """
     name, text = args["algorithm"], args.get("hparams")
     if isinstance(text, str):
@@ -182,7 +182,7 @@ def row(args: dict) -> str:
 
 @functools.lru_cache(maxsize=10000)
 def _on_top(text: str) -> str:
-    """What a row has beside the algorithm's name, given the hparams as JSON."""
+    """What hparams, as JSON, add to the algorithm's name in a row."""
     if not any(word in text for word in ("mended", "upstream_exact", "teacher", "averaging")):
         return ""
     try:

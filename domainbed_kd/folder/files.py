@@ -1,7 +1,7 @@
 """The files of a run: their names, one reader and one writer. Nothing else names them.
 
-What stands in a folder may come from anybody: a file counts only if it is a regular one (a FIFO
-would hang the reader), and JSON only within bounds that every later step can bear.
+Anybody may have written what is in a folder: only regular files are read (a FIFO would hang the
+reader), and JSON only within bounds that later steps can handle.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import BinaryIO, TextIO
 from domainbed_kd.folder.args import FLAGS, NEVER, are_args
 from domainbed_kd.folder.foreign import parse_json
 
-#: A line of JSON for each evaluation; records of an attempt that cannot be continued.
+#: A line of JSON for each evaluation; those of an attempt that cannot be continued.
 RESULTS, OLD_RESULTS = "results.jsonl", "results.jsonl.old"
 #: What `train --seal` keeps out of RESULTS, by step.
 SEALED = "sealed.jsonl"
@@ -25,7 +25,7 @@ SEALED = "sealed.jsonl"
 OUT, ERR = "out.txt", "err.txt"
 #: Why a run failed, in a line, until it is started again; there once it has finished.
 FAILED, DONE = "failed", "done"
-#: What a sweep wants to be trained in a folder; what the run took.
+#: What a sweep wants to train in the folder; what the run cost.
 ARGS, MEMORY = "args.json", "memory.json"
 #: The state that a restart needs; the predictor, also as safetensors; the kept predictions.
 STATE, MODEL, SAFETENSORS, LOGITS = "resume.pt", "model.pkl", "model.safetensors", "logits"
@@ -33,6 +33,9 @@ STATE, MODEL, SAFETENSORS, LOGITS = "resume.pt", "model.pkl", "model.safetensors
 PICTURES = "pictures.npz"
 #: Touched by the process that trains in the folder; see claims.py.
 HEARTBEAT = "heartbeat"
+#: Those that a run reads or writes, and that must be regular files.
+REGULAR = (RESULTS, SEALED, OUT, ERR, FAILED, DONE, ARGS, MEMORY, STATE, MODEL, SAFETENSORS,
+           HEARTBEAT)
 
 # Of a file that is read whole, and of one line, in bytes.
 MOST_BYTES = 2**26
@@ -41,9 +44,6 @@ _BLOCK = 2**16
 _NOT_TEXT = {name for name, flag in FLAGS.items()
              if flag.on_record != NEVER and flag.type in (int, float)}
 _WORDS = {"None": None, "True": True, "False": False}
-
-
-# Reading, whatever is there.
 
 
 def open_regular(path: str | Path) -> io.FileIO:
@@ -83,29 +83,7 @@ def read_json(path: str | Path):
     return parse_json(read_bytes(path))
 
 
-def _read_object(path: str | Path) -> dict:
-    """The JSON object in a file; empty if there is none."""
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def refuse_irregular(folder: Path) -> None:
-    """Refuses a folder in which something else is in the place of one of a run's files.
-
-    Raises:
-        ValueError: naming it.
-    """
-    for name in (RESULTS, SEALED, OUT, ERR, FAILED, DONE, ARGS, MEMORY, STATE, MODEL, SAFETENSORS,
-                 HEARTBEAT):
-        if (folder / name).exists() and not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is not a regular file. Delete it, or choose "
-                             "another --output_dir.")
-
-
-# Writing; what a file is written to is never waited for.
+# Writing, which never waits for a reader.
 
 
 def open_to_write(path: str | Path, mode: str = "w") -> TextIO | BinaryIO:
@@ -120,7 +98,7 @@ def open_to_write(path: str | Path, mode: str = "w") -> TextIO | BinaryIO:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary neighbour of `path`, then renames it into place."""
+    """Calls `write` on a temporary file beside `path`, then renames that."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(beside)
@@ -138,6 +116,18 @@ def write_json(path: Path, content) -> None:
     """Writes a file of JSON, whole or not at all."""
     text = json.dumps(content, sort_keys=True) + "\n"
     write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def write_arrays(path: Path, arrays: dict) -> None:
+    """Writes an .npz file, compressed, whole or not at all; its folder is made."""
+    import numpy as np
+
+    def write(beside: Path) -> None:
+        with beside.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, write)
 
 
 def remove_half_written(folder: Path) -> None:
@@ -229,28 +219,27 @@ def steps_done(folder: str | Path) -> int:
 
 
 def leave_args(folder: str | Path, args: dict) -> None:
-    """Says in a job's folder what it trains, for as long as it has no results."""
-    with contextlib.suppress(OSError):  # it goes without, as it did in older sweeps
+    """Leaves in a job's folder what it is to train."""
+    with contextlib.suppress(OSError):
         with open_to_write(f"{folder}/{ARGS}") as file:
             file.write(json.dumps(args, sort_keys=True) + "\n")
 
 
 def without_results(sweep: str | Path, names: Iterable[str]) -> list[dict]:
-    """The arguments of those of a sweep's folders that tell them; `output_dir` is the folder."""
+    """The args of a sweep's folders, where they are known; `output_dir` is the folder."""
     found = ((f"{sweep}/{name}", planned_args(f"{sweep}/{name}")) for name in names)
     return [args | {"output_dir": folder} for folder, args in found if args]
 
 
 def planned_args(folder: str | Path) -> dict | None:
-    """What a run is to train that need not have a record yet; None if nothing tells.
+    """The args of a run that may lack records; None if they are unknown.
 
-    A sweep leaves it in args.json when it makes the folder. Runs of DomainBed, of `train` by
-    itself and of sweeps before there was that file print it to out.txt when they begin.
+    A sweep leaves them in args.json; other runs, and DomainBed's, print them to out.txt.
     """
     for name, parse in ((ARGS, parse_json), (OUT, _last_args)):
         try:
             args = parse(read_bytes(f"{folder}/{name}"))
-        except (OSError, ValueError):  # none there, or damaged: the other may tell
+        except (OSError, ValueError):  # absent or damaged
             continue
         if are_args(args):
             return args
@@ -282,7 +271,7 @@ def has_begun(folder: str | Path) -> bool:
 
 
 def is_waiting(folder: str | Path) -> bool:
-    """Whether a job's folder is made and nothing is seen to have happened in it."""
+    """Whether a job's folder is made and nothing has happened in it."""
     return (os.path.isdir(folder) and os.access(folder, os.R_OK)
             and set(os.listdir(folder)) <= {ARGS})
 
@@ -324,16 +313,16 @@ def last_error(folder: str | Path) -> str:
 
 
 def cost(folder: str | Path) -> dict[str, float]:
-    """What a run has taken so far, by its memory.json; empty before its first record.
+    """What a run has cost so far, by its memory.json; empty before its first record.
 
-    At most "rss_mb" and "gpu_mb" MiB of process and GPU, and "seconds" for "steps" updates, both
-    of which older runs lack. A damaged file counts as none: it is not a result.
+    "rss_mb" and "gpu_mb" are the peaks of process and GPU in MiB; older runs lack "seconds" and
+    "steps". A damaged file is ignored.
     """
-    found = _read_object(f"{folder}/{MEMORY}")
     try:
+        found = read_json(f"{folder}/{MEMORY}")
         found = {name: float(found[name]) for name in ("rss_mb", "gpu_mb", "seconds", "steps")
                  if name in found}
-    except (ValueError, TypeError):
+    except (OSError, ValueError, TypeError, LookupError):
         return {}
     is_sound = (("seconds" in found) == ("steps" in found)
                 and all(0 <= value < float("inf") for value in found.values()))
@@ -342,12 +331,15 @@ def cost(folder: str | Path) -> dict[str, float]:
 
 def divergence(folder: str | Path) -> str | None:
     """How a run's losses diverged, by its last record; None if they did not."""
-    found = _read_object(f"{folder}/{MEMORY}").get("diverged")
+    try:
+        found = read_json(f"{folder}/{MEMORY}").get("diverged")
+    except (OSError, ValueError, AttributeError):
+        return None
     return str(found) if found else None
 
 
 def lacks(folder: str | Path, args: dict) -> list[str]:
-    """The flags that a finished run was not trained with, so that it lacks what they keep."""
+    """The flags whose results a finished run lacks, as it was trained without them."""
     found = []
     if args.get("save_logits") and not os.path.isdir(f"{folder}/{LOGITS}"):
         found.append("save_logits")

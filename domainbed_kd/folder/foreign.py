@@ -1,4 +1,4 @@
-"""JSON that may come from anybody, read within bounds that every later step can bear."""
+"""JSON that anybody may have written, read within bounds that later steps can handle."""
 
 import json
 
@@ -7,7 +7,7 @@ _MOST_NESTED, _MOST_BITS = 50, 63
 
 
 def parse_json(text: bytes | str):
-    """What JSON from anywhere says, if whatever follows can bear it; NaN and Infinity are numbers.
+    """The content of JSON that anybody may have written; NaN and Infinity are numbers.
 
     Raises:
         ValueError: in a few words, if it is not JSON, is nested too deeply, or holds an integer

@@ -1,9 +1,9 @@
 """What a sweep is: sweep.json in its folder, with an entry for each launch.
 
-An entry has the flags of the sweep, as the words of a command line with every default spelt out
-and plug-ins by their whole paths; what the plug-ins' names mean to whoever lists the runs; the
-folder in which it was launched; the time; and versions. So `sweep status`, `launch`, `plan` and
-`delete_incomplete` need the folder alone, and what trains nothing runs no plug-in of it.
+An entry has the sweep's flags, as words of a command line with every default and with plug-ins by
+absolute path; facts about the plug-ins' names that listing the runs needs; the working directory;
+the time; and versions. So `sweep status`, `launch`, `plan` and `delete_incomplete` need the folder
+alone, and commands that train nothing run none of its plug-ins.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ _WITHOUT = "Delete it and give the flags of the sweep's launch."
 
 
 def _are_facts(of_plugins: dict) -> bool:
-    """Whether an entry's "of_plugins" is as `launches` says, in numbers that one can count to."""
+    """Whether an entry's "of_plugins" is as `launches` says, in sane numbers."""
     return (all(set(facts) == {"learns_from_run"} and type(facts["learns_from_run"]) is bool
                 for facts in of_plugins.get("algorithms", {}).values())
             and all(set(facts) == {"n_envs", "N_STEPS", "CHECKPOINT_FREQ"}
@@ -69,9 +69,6 @@ def add_launches(sweep: str | Path, entries: list[dict]) -> None:
     """Adds entries for launches made here and now; a folder that cannot be written to goes without.
 
     Entries have "flags" and "of_plugins"; see `launches`.
-
-    Raises:
-        ValueError: if sweep.json is damaged.
     """
     now = {"cwd": os.getcwd(), "versions": versions(),
            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
@@ -94,7 +91,7 @@ def _locked(sweep: str | Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Those of Python, this package and what its results depend on most; nothing is imported."""
+    """Versions of Python, this package and what its results depend on; imports nothing."""
     found = {"domainbed_kd": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -103,7 +100,7 @@ def versions() -> dict[str, str]:
 
 
 def completing_command(sweep: str | Path) -> str | None:
-    """The command that runs what a sweep lacks; None if nothing in the folder says what it is."""
+    """The command that completes a sweep; None if its folder has no manifest."""
     try:
         if not launches(sweep):
             return None

@@ -67,7 +67,7 @@ def kept_in(folder: Path) -> Iterator[None]:
             raise
 
 
-# What torch's messages say of the machine, and what to do.
+# Parts of torch's messages about the machine, and what to do.
 _OF_THE_MACHINE = {
     "out of memory|can't allocate memory":
         "memory ran out; lower batch_size or jobs_per_device",
@@ -81,10 +81,10 @@ _OF_THE_MACHINE = {
 
 @contextlib.contextmanager
 def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
-    """Inside, what goes wrong with --hparams is said in a line; without them it is our bug.
+    """Inside, failures with --hparams are reported in a line; without them they are our bugs.
 
     Raises:
-        BlamedOnHparams: with hparams, for what Python or torch raise when they are of no use.
+        BlamedOnHparams: with hparams, instead of what Python or torch raise.
         OSError: if memory ran out, or the GPU and this PyTorch do not fit each other.
     """
     try:

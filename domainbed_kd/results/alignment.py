@@ -1,4 +1,4 @@
-"""What a sweep's rows owe to CLIP: their accuracy where it knew the image, and where it did not.
+"""Alignment with CLIP: a sweep's accuracy on images that CLIP's pre-training knew, and on others.
 
 Teterwak et al., "Is Large-scale Pretraining the Secret to Good Domain Generalization?", ICLR 2025,
 https://arxiv.org/abs/2412.02856: an image's alignment is the cosine of CLIP's embeddings of the
@@ -35,7 +35,7 @@ FOLDER = "alignment"
 
 
 class Scores(NamedTuple):
-    """What CLIP makes of the images of a domain, in their order."""
+    """CLIP's scores of a domain's images, in their order."""
 
     #: (N,) float32, in [-1, 1]: of the image and the sentence with its class.
     cosine: np.ndarray
@@ -57,17 +57,7 @@ class Images(NamedTuple):
 
 
 def scores(dataset: str, data_dir: str | None, env: int, backbone: str) -> Scores:
-    """A CLIP's scores on a domain.
-
-    Args:
-        dataset: by name.
-        data_dir: the folder of the datasets.
-        env: number of the domain.
-        backbone: as the hparam `clip_backbone`.
-
-    Raises:
-        ValueError, OSError: if the images or the CLIP are not there, or the classes have no words.
-    """
+    """A CLIP's scores on domain `env` of a dataset; `backbone` is as the hparam `clip_backbone`."""
     import torch
 
     from domainbed_kd import hparams_registry, teachers
@@ -89,7 +79,7 @@ def scores(dataset: str, data_dir: str | None, env: int, backbone: str) -> Score
 
 
 def kept_scores(folder: Path, *what) -> Scores:
-    """`scores`, which is read from `folder` if it is there, and else left there."""
+    """`scores`, read from `folder`, or computed and left there."""
     name = re.sub(r"[^\w.-]", "_", " ".join(map(str, (what[0], *what[2:]))))
     path = folder / f"{name}.npz"
     try:
@@ -97,23 +87,12 @@ def kept_scores(folder: Path, *what) -> Scores:
             return Scores(arrays["cosine"], arrays["guess"])
     except logits.UNREADABLE:
         found = scores(*what)
-    folder.mkdir(exist_ok=True)
-
-    def write(beside: Path) -> None:
-        with beside.open("wb") as file:
-            np.savez_compressed(file, **found._asdict())
-
-    files.write_atomically(path, write)
+    files.write_arrays(path, found._asdict())
     return found
 
 
 def images(chosen: Iterable[logits.Chosen], kept: dict[int, Scores]) -> Images:
-    """A row's images on one dataset: the test domains' in-splits of its runs.
-
-    Args:
-        chosen: its runs.
-        kept: {test domain: CLIP's scores}.
-    """
+    """The test images of a row's runs on one dataset; `kept` are CLIP's scores by domain."""
     parts = []
     for run in chosen:
         test, of_clip = run.predictions[f"env{run.env}_in"], kept[run.env]
@@ -128,16 +107,9 @@ def percent(right: np.ndarray) -> str:
 
 
 def of_sweep(input_dir: str | Path, found: list[Curve], backbone: str = "") -> list[Strings]:
-    """The tables on each dataset.
+    """The tables on each dataset, of those runs that kept their logits.
 
-    Args:
-        input_dir: the sweep's folder, in which CLIP's scores are kept.
-        found: the curves of its runs, of which those with kept logits count.
-        backbone: a CLIP; if empty, the one that most of a dataset's runs name.
-
-    Raises:
-        ValueError: if no run kept its logits, or as `scores`.
-        OSError: as `scores`.
+    CLIP's scores are kept in the sweep's folder. Without a `backbone`, most runs' is taken.
     """
     chosen, n_without = logits.chosen(input_dir, found)
     by_dataset = defaultdict(lambda: defaultdict(list))
@@ -201,7 +173,7 @@ def _tables(dataset: str, backbone: str, n_without: int, rows: dict[str, Images]
 
 
 def _against(reference: Images | None, row: Images, clip_is_right: bool) -> str:
-    """The accuracy where CLIP is right, or wrong, and in brackets how much that is above ERM's."""
+    """The accuracy where CLIP is right, or wrong, with the gain over ERM in brackets."""
     own = row.right[row.clip_right == clip_is_right]
     if reference is None or reference is row or not len(own):
         return percent(own)

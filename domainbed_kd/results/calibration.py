@@ -1,4 +1,4 @@
-"""How far a sweep's probabilities can be trusted on domains that were never seen.
+"""Calibration of a sweep's probabilities on held-out domains.
 
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
 https://arxiv.org/abs/1706.04599: the expected calibration error, before and after logits are
@@ -16,7 +16,7 @@ from domainbed_kd.folder.curves import Curve
 from domainbed_kd.results import logits, tables
 from domainbed_kd.results.formats import Strings
 
-# Temperatures are looked for from its inverse up to it.
+# Temperatures are searched from its inverse up to it.
 _HOTTEST = 1e3
 
 
@@ -59,11 +59,7 @@ def of_run(run: logits.Chosen) -> tuple[float, float, float]:
 
 
 def of_sweep(input_dir: str | Path, found: list[Curve]) -> list[Strings]:
-    """The table on each dataset: means over the runs with kept logits that are selected.
-
-    Raises:
-        ValueError: if no run kept its logits.
-    """
+    """The table on each dataset: means over the runs with kept logits that are selected."""
     chosen, n_without = logits.chosen(input_dir, found)
     by_dataset = defaultdict(lambda: defaultdict(list))
     for run in chosen:

@@ -1,8 +1,8 @@
 r"""Tables and their remarks as text, LaTeX, Markdown or CSV.
 
-Names come from folders that anybody may have made. So each format escapes what it would interpret:
-control characters everywhere, commands in LaTeX and Markdown, formulas in CSV. Only DomainBed's
-own output (`upstream`) prints them raw, as DomainBed does.
+Anybody may have chosen the names, so each format escapes what it would interpret: control
+characters everywhere, commands in LaTeX and Markdown, formulas in CSV. Only DomainBed's own output
+(`upstream`) prints them raw, as DomainBed does.
 """
 
 import csv
@@ -88,7 +88,7 @@ def _title(table: Table) -> str:
 
 
 def _metric(table: Table) -> str:
-    """What a title says of the metric: nothing of accuracy, as DomainBed's."""
+    """The metric as a title shows it; empty for accuracy, as in DomainBed."""
     return "" if table.metric == CLASSIFICATION.metric else f", {table.metric} in %"
 
 
@@ -114,7 +114,7 @@ def text(table: Table) -> str:
 
 
 def _marks(cell: Cell, star: str) -> str:
-    """What stands behind a number."""
+    """The marks behind a number."""
     return "".join([" !" * cell.differs, " ?" * bool(cell.teacher_problems),
                     f" {star}{cell.n_finished}/{cell.n_expected}" * cell.incomplete])
 
@@ -201,7 +201,7 @@ def latex(table: Table) -> str:
 
 
 def _is_lone(cell: Cell) -> bool:
-    """Whether a cell's standard error is 0 because there is but one trial."""
+    """Whether a cell has a single trial, so that its standard error is 0."""
     return cell.stderr is not None and not cell.has_error
 
 

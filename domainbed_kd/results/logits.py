@@ -1,8 +1,7 @@
 """Runs for analysis without further training: all records as a table, and kept logits.
 
-`to_frame` reads every value that runs recorded. At each checkpoint, `train --save_logits` keeps the
-predictions that model selection looks at: on the `out` split of every domain and on the `in` split
-of the test domains. See docs/analysis.md.
+`to_frame` reads every recorded value. `train --save_logits` keeps, at each checkpoint, predictions
+on the `out` split of every domain and the `in` split of the test domains. See docs/analysis.md.
 """
 
 import contextlib
@@ -62,7 +61,7 @@ def to_frame(input_dir: str | Path, skipped: list[str] | None = None) -> "pd.Dat
         try:
             rows += _with_choice(run.name, curves.read_records(run, left_out))
         except OSError as error:
-            left_out.append(f"{run / 'results.jsonl'}: {error.strerror}")
+            left_out.append(f"{run / files.RESULTS}: {error.strerror}")
     if skipped is None:
         curves.say_skipped(left_out)
     return pd.DataFrame([dict(_flat(row)) for row in rows])
@@ -86,7 +85,7 @@ def _frozen(value: object) -> object:
 
 def _runs(folder: Path) -> list[Path]:
     found = [run for run in (folder, *filter(Path.is_dir, sorted(folder.iterdir())))
-             if not os.access(run, os.X_OK) or (run / "results.jsonl").is_file()]
+             if not os.access(run, os.X_OK) or (run / files.RESULTS).is_file()]
     if not found:
         raise FileNotFoundError(f"{folder}: neither it nor a folder in it holds a results.jsonl.")
     return found
@@ -118,12 +117,9 @@ def read_arrays(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
 
 
 def steps(run: str | Path) -> list[int]:
-    """The steps at which a run kept its logits, in order.
-
-    Raises:
-        FileNotFoundError: if it kept none.
-    """
-    names = (re.fullmatch(r"step(\d+)\.npz", path.name) for path in Path(run, "logits").glob("*"))
+    """The steps at which a run kept its logits, in order."""
+    folder = Path(run, files.LOGITS)
+    names = (re.fullmatch(r"step(\d+)\.npz", path.name) for path in folder.glob("*"))
     found = sorted(int(name[1]) for name in names if name)
     if not found:
         raise FileNotFoundError(f"{run} holds no logits. Train it with --save_logits.")
@@ -148,7 +144,7 @@ def load_logits(run: str | Path, step: int | None = None) -> dict[str, Predictio
     if step not in known:
         raise FileNotFoundError(f"{run} kept no logits at step {step}, but at "
                                 f"{', '.join(map(str, known))}.")
-    with read_arrays(Path(run, "logits", f"step{step}.npz")) as arrays:
+    with read_arrays(Path(run, files.LOGITS, f"step{step}.npz")) as arrays:
         names = dict.fromkeys(name.split(".")[0] for name in arrays)
         return {name: Predictions(arrays[f"{name}.logits"].astype(np.float32),
                                   arrays[f"{name}.labels"], arrays[f"{name}.index"])
@@ -182,17 +178,9 @@ class Chosen(NamedTuple):
 
 
 def chosen(input_dir: str | Path, found: list[curves.Curve]) -> tuple[list[Chosen], int]:
-    """Of each trial, row and test domain, the run that training-domain validation selects.
+    """The selected run of each trial, row and test domain, by training-domain validation.
 
-    Args:
-        input_dir: the sweep's folder.
-        found: the curves of its runs.
-
-    Returns:
-        Those that kept their logits, and the number of those that did not.
-
-    Raises:
-        ValueError: if none did.
+    Returns those that kept their logits, and the number of those that did not.
     """
     runs, n_without = [], 0
     for (_, dataset, algorithm, env), search in curves.searches(found).items():

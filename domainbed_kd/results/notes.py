@@ -16,9 +16,9 @@ _MOST_FAILURES = 10
 
 
 def lines(grid: Grid, made: dict, input_dir: str, failures: dict[Run, str]) -> list[str]:
-    """What the marks of {method: tables} mean, which runs are absent, and what completes them.
+    """The marks of {method: tables}, which runs are absent, and the command that completes them.
 
-    Returns no line for a whole sweep; else the first line is empty. `failures` are of `why_failed`.
+    Empty for a whole sweep; else the first line is empty. `failures` are of `why_failed`.
     """
     cells = [cell for group in made.values() for table in group
              for row in table.rows.values() for cell in row if cell.mean is not None]
@@ -53,11 +53,11 @@ def why_failed(folder: Folder, grid: Grid) -> dict[Run, str]:
 
 
 def at_work(folder: Folder, grid: Grid) -> str:
-    """That runs of a sweep are being trained right now; empty if none are."""
+    """A remark if runs of the sweep are being trained right now; else empty."""
     names = {*grid.unfinished().values(), *folder.without_results}
     paths = [f"{folder.path}/{name}" for name in names]
     n_running = sum(claims.holder(path) is not None for path in paths
-                    if os.path.exists(f"{path}/out.txt"))
+                    if os.path.exists(f"{path}/{files.OUT}"))
     if not n_running:
         return ""
     n_waiting = sum(map(files.is_waiting, paths))

@@ -11,7 +11,15 @@ from domainbed_kd import __version__
 from domainbed_kd.algorithms import display_name
 from domainbed_kd.console import count
 from domainbed_kd.folder.curves import Curve, n_records, searches
-from domainbed_kd.results import logits, plots, selection, significance, summaries, tables
+from domainbed_kd.results import (
+    logits,
+    pictures,
+    plots,
+    selection,
+    significance,
+    summaries,
+    tables,
+)
 from domainbed_kd.results.records import Grid
 from domainbed_kd.results.significance import Difference
 
@@ -56,9 +64,6 @@ def compare(found: list[Curve], grid: Grid, reference: str | None, rows: list[st
     """The comparison, if any algorithm has scores; `rows` are the algorithms in order.
 
     The reference is by default ERM or, without it, the first that has scores.
-
-    Raises:
-        ValueError: if there are no results of the reference.
     """
     scores = significance.by_pair(selection.outcomes(searches(found), grid, SELECTION))
     scores = {name: scores[name] for name in rows if name in scores}
@@ -72,7 +77,7 @@ def compare(found: list[Curve], grid: Grid, reference: str | None, rows: list[st
 
 
 def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) -> Answer | None:
-    """What the first screen says, by the tables of `SELECTION`; None without a number."""
+    """The first screen, by the tables of `SELECTION`; None without a number."""
     with_data = [table for table in made if table.dataset and table.has_data]
     table = with_data[0] if len(with_data) == 1 else made[-1]
     cells = {name: row[-1] for name, row in table.rows.items() if row[-1].mean is not None}
@@ -163,7 +168,7 @@ def groups(made: dict, grid: Grid) -> Iterator[dict]:
 
 
 def marks(made: dict) -> dict[str, bool | str]:
-    """Which marks the tables have and, where it varies, what they mean."""
+    """The marks that the tables have, and what they mean where that varies."""
     cells = [cell for group in made.values() for table in group if table.has_data
              for row in table.rows.values() for cell in row]
     return {"incomplete": any(cell.incomplete for cell in cells),
@@ -205,10 +210,10 @@ def _pictures(input_dir: str, chosen, of: dict[str, tables.Table], looks: plots.
     runs = chosen.sort_values("args.trial_seed").drop_duplicates(
         ["args.dataset", "args.algorithm", "test_env"])
     for (dataset, env), rows in runs.groupby(["args.dataset", "test_env"]):
-        found = {row["args.algorithm"]: pictures for _, row in rows.iterrows()
-                 if (pictures := plots.read_pictures(Path(input_dir, row["run"]), env))}
+        found = {row["args.algorithm"]: arrays for _, row in rows.iterrows()
+                 if (arrays := pictures.read(Path(input_dir, row["run"]), env))}
         if found and dataset in of:
-            yield plots.pictures(dataset, tables.environments(dataset, env + 1)[env], found, looks)
+            yield pictures.draw(dataset, tables.environments(dataset, env + 1)[env], found, looks)
 
 
 def _with_plots(input_dir: str, frame, found: list[Curve], made: list[tables.Table],

@@ -15,14 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from domainbed_kd.algorithms import display_name
-from domainbed_kd.folder import files
-from domainbed_kd.results import logits, significance, summaries, tables
+from domainbed_kd.results import significance, summaries, tables
 from domainbed_kd.results.formats import printable
 
 WIDTH = 4.6  # inches
@@ -30,7 +28,6 @@ WIDTH = 4.6  # inches
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255",
            "#999999", "#999933")
 MARKERS = "osD^vPX*<>p"  # 11, so that colour and marker repeat together only after 110 algorithms
-MOST_VALUES = 2 ** 24  # pixels of pictures that are read
 MOST_NUMBERS = 10  # columns in which a number has room
 LINES = ("-", "--", "-.", ":")
 STYLE = {
@@ -113,7 +110,7 @@ def _legend(figure: Figure) -> None:
                   columnspacing=1.2, handlelength=2.2)
 
 
-def _plot(name: str, caption: str, alt: str, figure: Figure) -> Plot:
+def finished(name: str, caption: str, alt: str, figure: Figure) -> Plot:
     """The plot; its figure is laid out once, instead of once for each file."""
     ConstrainedLayoutEngine().execute(figure)
     return Plot(name, caption, alt, figure)
@@ -150,7 +147,7 @@ def domains(table: tables.Table, looks: Looks) -> Plot:
     figure.supxlabel(f"{table.metric}, %", fontsize=9)
     means = {label_of(name): row[-1].mean for name, row in table.rows.items()
              if row[-1].mean is not None}
-    return _plot(f"{_slug(table.dataset)}_domains", table.dataset,
+    return finished(f"{slug(table.dataset)}_domains", table.dataset,
                  f"Bars of {table.metric} on each held-out domain of {table.dataset}, with "
                  f"standard errors. Averages: {_spoken(means) or 'none yet'}.", figure)
 
@@ -192,7 +189,7 @@ def critical_difference(ranking: significance.Ranking, looks: Looks) -> Plot:
                   ha="right" if left else "left")
     ranks = ", ".join(f"{label_of(n)} {r:.2f}" for n, r in zip(names, ranking.ranks))
     joined = "; ".join(" to ".join(label_of(names[i]) for i in group) for group in groups)
-    return _plot("ranks", "Critical-difference diagram",
+    return finished("ranks", "Critical-difference diagram",
                  f"Mean ranks over {ranking.n_blocks} domains, the best first: {ranks}. Critical "
                  f"difference {ranking.critical_difference:.2f}. Not significantly different: "
                  f"{joined or 'none'}.", figure)
@@ -214,7 +211,7 @@ def curves(dataset: str, points, metric: str, looks: Looks) -> Plot:
     _legend(figure)
     last = points.sort_values("step").groupby("args.algorithm")["test_acc"].last()
     ends = {label_of(name): 100 * last[name] for name in looks.ordered(last.index)}
-    return _plot(f"{_slug(dataset)}_curves", dataset,
+    return finished(f"{slug(dataset)}_curves", dataset,
                  f"Curves of {metric} over steps on {dataset}. At the end, on the held-out domain: "
                  f"{_spoken(ends)}.", figure)
 
@@ -242,7 +239,7 @@ def costs(dataset: str, seconds: dict[str, float], table: tables.Table, looks: L
     axis.set_ylabel(f"average {table.metric}, %")
     _legend(figure)
     spoken = _spoken({label_of(name): seconds[name] / per for name in known}, f" {unit}")
-    return _plot(f"{_slug(dataset)}_cost", dataset,
+    return finished(f"{slug(dataset)}_cost", dataset,
                  f"Average {table.metric} on {dataset} against the time that a run's updates take: "
                  f"{spoken}.", figure)
 
@@ -280,7 +277,7 @@ def hparams(dataset: str, effects, metric: str, looks: Looks) -> Plot:
             axis.text(x, y, text, ha="center", va="center", fontsize=7.5,
                       color="white" if abs(rho) > 0.7 else "black")
     first = effects.loc[effects["rho"].abs().idxmax()]
-    return _plot(f"{_slug(dataset)}_hparams", dataset,
+    return finished(f"{slug(dataset)}_hparams", dataset,
                  f"Rank correlations of hparams with validation {metric} on {dataset}. The "
                  f"strongest: {first['hparam']} of {label_of(first['algorithm'])}, "
                  f"{first['rho']:+.2f}.", figure)
@@ -315,7 +312,7 @@ def teachers(dataset: str, pairs, table: tables.Table, looks: Looks) -> Plot:
     _legend(figure)
     gains = (pairs["student"] - pairs["teacher"]).groupby(pairs["algorithm"]).mean()
     spoken = _spoken({label_of(name): 100 * gains[name] for name in names}, " points")
-    return _plot(f"{_slug(dataset)}_teachers", dataset,
+    return finished(f"{slug(dataset)}_teachers", dataset,
                  f"Students and their teachers on each held-out domain of {dataset}. Mean gain of "
                  f"the student: {spoken}.", figure)
 
@@ -339,67 +336,10 @@ def diagnostics(dataset: str, points, looks: Looks) -> Plot | None:
         axis.set_title(textwrap.fill(label, 26), loc="left")
         axis.set_xlabel("step")
     _legend(figure)
-    return _plot(f"{_slug(dataset)}_diagnostics", dataset,
+    return finished(f"{slug(dataset)}_diagnostics", dataset,
                  f"Curves over steps on {dataset} of: {'; '.join(shown)}.", figure)
 
 
-def read_pictures(run: Path, env: int) -> dict[str, np.ndarray] | None:
-    """What a run left of a test domain: image (n, H, W, 3), label and guess (n, H, W), uint8.
-
-    None if it left nothing, or nothing of that shape.
-    """
-    try:
-        with logits.read_arrays(run / files.PICTURES) as arrays:
-            found = {name: arrays[f"env{env}_{name}"] for name in ("image", "label", "guess")}
-    except logits.UNREADABLE:
-        return None
-    shape = found["label"].shape
-    fits = {"image": (*shape, 3), "label": shape, "guess": shape}
-    if len(shape) != 3 or not 0 < np.prod(shape) <= MOST_VALUES or any(
-            array.shape != fits[name] or array.dtype != np.uint8
-            for name, array in found.items()):
-        return None
-    return found
-
-
-@rc_context(STYLE | {"axes.grid": False})
-def pictures(dataset: str, domain: str, found: dict[str, dict], looks: Looks) -> Plot:
-    """A row for each image of a held-out domain: it, its labels, and what each algorithm says.
-
-    Args:
-        dataset: its name.
-        domain: its label.
-        found: {algorithm: what `read_pictures` found}.
-        looks: of the algorithms.
-    """
-    names = looks.ordered(found)
-    first = found[names[0]]
-    same = [name for name in names if np.array_equal(found[name]["image"], first["image"])]
-    columns = [("image", first["image"]), ("labels", _painted(first["label"])),
-               *((label_of(name), _painted(found[name]["guess"])) for name in same)]
-    n, height, width = first["label"].shape
-    figure = Figure(figsize=(WIDTH, WIDTH / len(columns) * height / width * n + 0.35))
-    axes = figure.subplots(n, len(columns), squeeze=False)
-    for column, (title, images) in zip(axes.T, columns):
-        column[0].set_title(title, fontsize=8)
-        for axis, image in zip(column, images):
-            axis.imshow(image, interpolation="nearest")
-            axis.set_axis_off()
-    return _plot(f"{_slug(dataset)}_{_slug(domain)}_pictures", f"{dataset}, {printable(domain)}",
-                 f"{n} images of {printable(domain)} with their labels and the predictions of "
-                 f"{', '.join(map(label_of, same))}.", figure)
-
-
-def _painted(masks: np.ndarray) -> np.ndarray:
-    """Masks (n, H, W) in colours (n, H, W, 3): class 0 dark, ignored pixels white."""
-    colours = np.full((256, 3), 255, np.uint8)
-    hues = (np.arange(255) * 0.618034) % 1  # neighbours in number are far apart in hue
-    lightness = np.array([0.95, 0.6])[np.arange(255) // 8 % 2]
-    colours[:255] = 255 * hsv_to_rgb(np.stack([hues, np.full(255, 0.75), lightness], axis=1))
-    colours[0] = 30
-    return colours[masks]
-
-
-def _slug(name: str) -> str:
-    """A name as part of a file's name, short enough for any file system."""
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
     return re.sub(r"\W", "_", name)[:50]

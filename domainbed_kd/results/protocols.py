@@ -1,4 +1,4 @@
-"""How the runs behind a table were trained, in one line that can be compared with another's."""
+"""The protocol of the runs behind a table, in one line that can be compared."""
 
 import os
 from typing import NamedTuple

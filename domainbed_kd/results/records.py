@@ -1,4 +1,4 @@
-"""A sweep's folder read back: the records of its runs, and which runs are missing."""
+"""The records of a sweep's runs, and which runs are missing."""
 
 import contextlib
 import datetime
@@ -31,11 +31,7 @@ _MOST_BRACKETS = 50
 
 
 class Folder:
-    """A sweep's folder as it is now: its runs, and the problems met while reading them.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-    """
+    """A sweep's folder as it is now: its runs, and the problems met while reading them."""
 
     def __init__(self, input_dir: str | Path):
         self.path = Path(input_dir)
@@ -51,11 +47,7 @@ class Folder:
         """The contents of `<input_dir>/*/results.jsonl`, in the order of names, or `as_listed`.
 
         What cannot be read is named on stderr and skipped. With `unseal`, sealed test accuracies
-        are read too, and looks.jsonl says that this was done.
-
-        Raises:
-            ValueError: if runs are sealed and `unseal` is false.
-            OSError: if the look cannot be written down.
+        are read too, and looks.jsonl says that this was done; else sealed runs are refused.
         """
         runs, skipped, sealed = {}, [], []
         for name in console.bar(sorted(self.listing), unit="run", leave=False):
@@ -78,7 +70,7 @@ class Folder:
         return [curve for name in (self.listing if as_listed else runs) for curve in runs[name]]
 
     def _note_look(self, names: list[str]) -> None:
-        """Writes down, and says, that the test accuracies of these runs are looked at."""
+        """Records, and says, that the test accuracies of these runs are read."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         if names:
             files.append_record(self.path, {"time": now, "runs": names}, LOOKS)
@@ -137,7 +129,7 @@ def _decode(line: bytes):
 
 
 def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
-    """The curve of a file that has just one, as most do, in half the time of a record each."""
+    """The curve of a file that has just one, as most do, in half the time of `of_records`."""
     first = _decode(lines[0])
     if curves.problem(first):
         return None
@@ -191,7 +183,7 @@ class Run(NamedTuple):
 
 
 def _setting(args: dict, name: str):
-    """What runs of one cell must agree in; of hparams not what the row or a recipe says already."""
+    """A setting that a cell's runs must share; of hparams, those not shown by row or recipe."""
     value = args.get(name)
     if name == "hparams" and args.get("recipe"):
         return f"those of {args['recipe']}"
@@ -201,13 +193,13 @@ def _setting(args: dict, name: str):
 
 
 class Coverage(NamedTuple):
-    """How many of a cell's runs have finished, of how many, and with which settings they ran."""
+    """How many of a cell's runs have finished, of how many, and their settings."""
 
     n_finished: int
     n_expected: int
     #: Values of `folder.args.SETTINGS`, as text.
     settings: frozenset[tuple]
-    #: What was wrong with teachers that runs learnt from anyway.
+    #: Problems of bad teachers that runs learnt from anyway.
     teacher_problems: frozenset[str] = frozenset()
 
 
@@ -336,8 +328,8 @@ class Grid:
     @functools.cached_property
     def n_runs(self) -> int:
         """How many runs the whole sweep has."""
-        return sum(len(self.env_sets[dataset]) for dataset in self.datasets) * len(
-            self.algorithms) * len(self.trial_seeds) * len(self.hparams_seeds)
+        return sum(map(len, self.env_sets.values())) * len(self.algorithms) * len(
+            self.trial_seeds) * len(self.hparams_seeds)
 
     def absent(self) -> list[Run]:
         """The runs that do not exist or have not finished."""
@@ -352,11 +344,7 @@ class Grid:
 
 
 def whole_grid(folder: Folder, found: list[Curve]) -> Grid:
-    """The grid of a sweep's curves and of its runs that have no results.
-
-    Raises:
-        ValueError: if the folder holds no runs at all.
-    """
+    """The grid of a sweep's curves and of its runs that have no results."""
     planned = files.without_results(folder.path, folder.without_results)
     if not found and not planned and not any(
             files.has_begun(folder.path / name) for name in folder.without_results):

@@ -1,4 +1,4 @@
-"""Whether differences between methods are more than noise.
+"""Tests of differences between methods.
 
 Pairs are (dataset, test env, trial): there both methods see the same split. Their differences get
 a bootstrap interval (Efron, 1979) and Wilcoxon's signed-rank test, whose p values are corrected by
@@ -90,11 +90,7 @@ def by_pair(outcomes: dict) -> dict[str, dict[tuple, float]]:
 
 
 def differences(scores: dict[str, dict[tuple, float]], reference: str) -> list[Difference]:
-    """Every other method against the reference, by the scores of `by_pair`, if they share a pair.
-
-    Raises:
-        ValueError: if the reference has no scores, or a library is missing.
-    """
+    """Every method that shares a pair with the reference against it; scores are of `by_pair`."""
     multitest = _library("statsmodels.stats.multitest")
     stats = _library("scipy.stats")
     if reference not in scores:
@@ -122,11 +118,7 @@ def differences(scores: dict[str, dict[tuple, float]], reference: str) -> list[D
 
 
 def ranking(scores: dict[str, dict[tuple, float]]) -> Ranking | None:
-    """Mean ranks over the domains that all methods have; None below 2 domains or 3 methods.
-
-    Raises:
-        ValueError: if a library is missing.
-    """
+    """Mean ranks over the domains that all methods have; None below 2 domains or 3 methods."""
     stats = _library("scipy.stats")
     names = list(scores)
     pairs = [pair for pair in next(iter(scores.values()), ())
@@ -148,11 +140,7 @@ def ranking(scores: dict[str, dict[tuple, float]]) -> Ranking | None:
 
 def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMethod]],
              reference: str) -> dict[type[SelectionMethod], Strings]:
-    """{selection method: the table that compares others with `reference`}, where there is one.
-
-    Raises:
-        ValueError: if there are no results of the reference, or a library is missing.
-    """
+    """{selection method: the table that compares others with `reference`}, where there is one."""
     reference = key_of(reference, dict.fromkeys(grid.algorithms))
     searches = curves.searches(found)
     compared = {}
@@ -182,7 +170,7 @@ def rows(found: list[Difference]) -> list[list[str]]:
 
 
 def limits(found: list[Difference]) -> str:
-    """That so few pairs can show nothing, in a sentence; empty if they can.
+    """A sentence if there are too few pairs to show anything; else empty.
 
     The smallest corrected p is at least the smallest possible p times the number of comparisons.
     """
@@ -198,7 +186,7 @@ def limits(found: list[Difference]) -> str:
 
 
 def shown(p: float) -> str:
-    """A p-value in words: one that rounds to nothing is below what can be shown."""
+    """A p value in words; one that rounds to 0 is "p < 0.001"."""
     return "p < 0.001" if p < 0.0005 else f"p = {p:.3f}"
 
 

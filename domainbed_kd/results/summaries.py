@@ -34,7 +34,7 @@ def by_test_env(frame):
 
 
 def numbers(values):
-    """A column as floats; NaN for what is not a number, and for what no plot could hold."""
+    """A column as floats; NaN for other values, and for those too large to plot."""
     return values.map(lambda value: float(value) if isinstance(value, (int, float))
                       and abs(value) < 1e100 else np.nan).astype(float)
 

@@ -1,4 +1,4 @@
-"""Tables of results: what stands in which cell, how far to trust it, and in which order.
+"""Tables of results: their cells, marks and order.
 
 `formats` writes them as text, LaTeX, Markdown or CSV.
 """
@@ -33,13 +33,13 @@ class Cell:
     #: Whether the runs of one test env were trained with several settings or, of a published
     #: number, with others or unknown ones.
     mixed: bool = False
-    #: What was wrong with teachers that its runs learnt from anyway.
+    #: Problems of bad teachers that its runs learnt from anyway.
     teacher_problems: frozenset[str] = frozenset()
     #: Whether most of the column was trained otherwise; set by `Table`.
     differs: bool = False
     #: 1 for the best of the column's comparable cells, 2 for the second, else 0; set by `Table`.
     rank: int = 0
-    #: What is shown where there is no number.
+    #: Shown where there is no number.
     blank: str = "X"
 
     @property
@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def has_error(self) -> bool:
-        """Whether its standard error says anything: that of a single trial is always 0."""
+        """Whether its standard error has a meaning: that of a single trial is always 0."""
         return self.stderr is not None and self.n_trials != 1
 
     @property
@@ -234,7 +234,7 @@ def _over_environments(dataset: str, algorithm: str, outcomes: dict, n_envs: int
 
 
 def teacher_problems(cells: Iterable[Cell]) -> str:
-    """What the mark of bad teachers means in these cells; empty if none has it."""
+    """The meaning of the mark of bad teachers in these cells; empty if none has it."""
     found = frozenset().union(*(cell.teacher_problems for cell in cells if cell.mean is not None))
     return ("learnt from teachers that failed their audit (--allow_bad_teacher): "
             f"{', '.join(sorted(found))}." if found else "")

@@ -42,14 +42,10 @@ class Geometry:
 
 def window(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float],
            draws: list | None = None) -> tuple[int, int, int, int]:
-    """Top, left, height and width as RandomResizedCrop.get_params draws them, at a fifth of it.
+    """Top, left, height and width as RandomResizedCrop.get_params draws them, five times as fast.
 
-    Args:
-        height: of the image, in pixels.
-        width: of the image.
-        scale: least and most share of the image's area.
-        ratio: least and most width per height, uniform in its logarithm.
-        draws: what of `torch.rand(10, 4)` is a list, if it is drawn already.
+    `height` and `width` are the image's, in pixels; `draws` is `torch.rand(10, 4)` as a list, if it
+    is drawn already.
     """
     low, high = map(math.log, ratio)
     for share, shape, down, right in draws or torch.rand(10, 4).tolist():
@@ -64,18 +60,11 @@ def window(height: int, width: int, scale: tuple[float, float], ratio: tuple[flo
 
 
 def resized(x: Tensor, heights: Tensor, widths: Tensor, side: int) -> Tensor:
-    """Images of several sizes brought to one, bilinear and with antialiasing, as Pillow does it.
+    """Images of several sizes resized to one, bilinear and with antialiasing, as Pillow does it.
 
-    Each axis is a product with a matrix of weights, for all images at once.
-
-    Args:
-        x: uint8 (B, H, W, 3); an image fills the first rows and columns.
-        heights: int64 (B,), of the images, in pixels.
-        widths: int64 (B,).
-        side: of what is returned, in pixels.
-
-    Returns:
-        uint8 (B, 3, side, side), channels last.
+    Each axis is a product with a matrix of weights, for all images at once. An image fills the
+    first rows and columns of x, uint8 (B, H, W, 3); heights and widths are int64 (B,), in pixels.
+    Returns uint8 (B, 3, side, side), channels last.
     """
     n, height, width, _ = x.shape
     kind = torch.float16 if x.is_cuda else torch.float32
@@ -87,7 +76,7 @@ def resized(x: Tensor, heights: Tensor, widths: Tensor, side: int) -> Tensor:
 
 
 def _weights(sizes: Tensor, most: int, side: int) -> Tensor:
-    """How much each of up to `most` pixels counts for each of `side`: float32 (B, side, most)."""
+    """The weight of each of up to `most` pixels in each of `side`: float32 (B, side, most)."""
     ratio = (sizes / side).view(-1, 1, 1)
     centre = ratio * (torch.arange(side, device=sizes.device) + 0.5).view(1, -1, 1)
     place = torch.arange(most, device=sizes.device)
@@ -114,11 +103,8 @@ def speed_up(dataset) -> None:
 def distorted(x: Tensor) -> Tensor:
     """Images as DomainBed distorts and normalizes them: flip, jitter by 0.3, gray for a tenth.
 
-    Args:
-        x: uint8 (B, 3, H, W).
-
-    Returns:
-        float32 (B, 3, H, W), on x's device; random numbers come from the CPU's global stream.
+    Takes uint8 (B, 3, H, W) and returns float32 on the same device; random numbers come from the
+    CPU's global stream.
     """
     n = len(x)
     flips, grays = torch.rand(n, 1) < 0.5, torch.rand(n, 1) < 0.1

@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from domainbed_kd.run import build, splits
 from domainbed_kd.run.build import Run
 
-# The first stage ends at the third division by 10, whatever a float makes of it.
+# The first stage ends at the third division by 10, despite rounding.
 _LEAST_SHARE = 0.005
-# What stands among the rates for the evaluation at which a stage ends.
+# Marks, among the rates, the evaluation at which a stage ends.
 _END = 0.0
 
 
@@ -34,7 +34,7 @@ class Search:
         self._plateau = ReduceLROnPlateau(run.algorithm.optimizer, "min", patience=1)
 
     def ends(self, step: int) -> bool:
-        """To be called after a step, before its evaluation: whether there is none, and no more."""
+        """Whether the stage ends here; to be called after a step, before its evaluation."""
         self.n_updates = step + 1
         if self.run.algorithm.in_warm_up:
             return False
@@ -45,7 +45,7 @@ class Search:
 
     @property
     def recorded_lr(self) -> float:
-        """What the next updates take."""
+        """The rate of the next updates."""
         return self.run.algorithm.optimizer.param_groups[0]["lr"]
 
     @torch.no_grad()
@@ -72,13 +72,7 @@ class Search:
 
 
 class Replay:
-    """The second stage: trains by the rates of the first.
-
-    Args:
-        run: the run.
-        rates: of the first stage, one for each evaluation after the warm-up.
-        updates_before: how many updates the first stage has made.
-    """
+    """The second stage: trains by the rates of the first, one for each evaluation after warm-up."""
 
     is_last = True
 
@@ -86,7 +80,7 @@ class Replay:
         self.run, self.rates, self.updates_before = run, rates, updates_before
 
     def ends(self, step: int) -> bool:
-        """To be called after a step, before its evaluation: whether there is none, and no more."""
+        """Whether the stage ends here; to be called after a step, before its evaluation."""
         groups = self.run.algorithm.optimizer.param_groups
         self.recorded_lr = float(groups[0]["lr"])  # what the last updates took, as in DomainBed
         if not self.run.algorithm.in_warm_up:
@@ -113,7 +107,7 @@ def staged(run: Run, state: dict | None) -> Run:
 
 
 def next_stage(run: Run) -> Run | None:
-    """What is to be trained after a run; None if it is finished."""
+    """The run of the next stage; None if there is none."""
     if run.is_last_stage:
         return None
     return _second_stage(run, run.stage.rates, run.stage.n_updates)

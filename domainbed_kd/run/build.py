@@ -1,4 +1,4 @@
-"""What a run is made of, made in DomainBed's order, since each part draws random numbers."""
+"""A run's parts, made in DomainBed's order, as each draws random numbers."""
 
 import contextlib
 import ctypes
@@ -49,7 +49,7 @@ class Loaders(NamedTuple):
 
 @dataclass
 class Run:
-    """One run: what it was asked for, and what was made of that."""
+    """One run: what was asked for, and its parts."""
 
     args: dict
     hparams: dict
@@ -113,14 +113,14 @@ class Run:
         return precision.autocast(self.device, self.is_fast)
 
     def to_device(self, batch) -> list:
-        """An (x, y) pair on the device, where what is left to do with its images is done."""
+        """An (x, y) pair on the device, its images finished there."""
         x, y = batch
         y = y.to(self.device, non_blocking=True)
         return [self.finish(x) if self.finish.takes(x)
                 else x.to(self.device, non_blocking=True), y]
 
     def minibatches(self, batches: list) -> list:
-        """The same for several batches; what is to be done is done for all of them at once."""
+        """The same for several batches, finished together."""
         if not all(self.finish.takes(x) for x, _ in batches):
             return [self.to_device(batch) for batch in batches]
         x = self.finish(torch.cat([x for x, _ in batches])).split([len(y) for _, y in batches])
@@ -130,11 +130,7 @@ class Run:
 
 def build(args: dict, loader_processes: int | None = None, cache_folder: str | None = None,
           gpu_image_gb: float = GPU_IMAGE_GB) -> Run:
-    """Makes a run's parts, and prints what it is; arguments are as of `training.train`.
-
-    Raises:
-        ValueError, FileNotFoundError, NotImplementedError: if args, hparams or data do not fit.
-    """
+    """Makes a run's parts, and prints what it is; arguments are as of `training.train`."""
     keep_freed_memory()
     hparams = choose_hparams(args)
     records.print_settings("Environment", records.environment())
@@ -161,11 +157,7 @@ def build(args: dict, loader_processes: int | None = None, cache_folder: str | N
 
 
 def choose_hparams(args: dict) -> dict:
-    """Defaults or a random draw, with --hparams merged on top.
-
-    Raises:
-        ValueError: if a fork's lack what every run needs.
-    """
+    """Defaults or a random draw, with --hparams merged on top."""
     seed = None
     if args["hparams_seed"] == 0:
         hparams = hparams_registry.default_hparams(args["algorithm"], args["dataset"])
@@ -182,7 +174,7 @@ def choose_hparams(args: dict) -> dict:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed for the next update: fresh pages from the system cost more."""
+    """Makes glibc keep freed memory for the next update, as fresh pages cost time."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
@@ -215,11 +207,7 @@ def make_dataset(args: dict, hparams: dict, cache_folder: str | None = None):
 
 
 def check_view(dataset: type, hparams: dict, is_fast: bool) -> None:
-    """Refuses hparams of a view that a dataset's images, or fast mode, do not have.
-
-    Raises:
-        ValueError: naming the hparam.
-    """
+    """Refuses hparams of a view that a dataset's images, or fast mode, do not have."""
     asked = [name for name in hparams if name.startswith("view_")]
     if asked and dataset.NORMALIZATION is None:
         raise ValueError(f"{dataset.__name__}: {asked[0]} has no meaning, as its images are not "
@@ -235,11 +223,7 @@ def training_envs(dataset, args: dict) -> list[int]:
 
 
 def make_splits(dataset, args: dict) -> splits.Splits:
-    """The run's splits.
-
-    Raises:
-        ValueError: if a test env does not exist, none is left for training, or a split is empty.
-    """
+    """The run's splits."""
     datasets.check_test_envs(args["dataset"], len(dataset), args["test_envs"])
     made = splits.make_splits(dataset, args["test_envs"], args["trial_seed"],
                               args["holdout_fraction"], args["uda_holdout_fraction"])
@@ -295,10 +279,10 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
 
 
 def make_algorithm(args: dict, hparams: dict, dataset, device: torch.device) -> nn.Module:
-    """The algorithm, which also learns through its hparams what it cannot know otherwise.
+    """The algorithm; facts about the data reach it through its hparams, and are not on record.
 
-    Class names, the training domains' names (never the test domain's), the number of steps and
-    how images were normalized are not hparams of the run and do not go on record.
+    They are the names of classes and training domains (never the test domain's), the number of
+    steps and the normalization.
     """
     training = training_envs(dataset, args)
     context = {
@@ -321,11 +305,7 @@ def make_algorithm(args: dict, hparams: dict, dataset, device: torch.device) -> 
 
 
 def _check_fits_pixels(args: dict, hparams: dict) -> None:
-    """Refuses what has no meaning, or is not built, where each pixel has a label.
-
-    Raises:
-        ValueError: in one line that says why.
-    """
+    """Refuses what does not work with a label per pixel."""
     cls = algorithms.get_algorithm_class(args["algorithm"])
     why = {cls.display_name or cls.__name__: cls.needs_image_labels} | {
         name: reason for name, reason in (

@@ -1,8 +1,8 @@
-"""What a frozen teacher makes of each training image without augmentation, found once.
+"""A frozen teacher's outputs for each training image without augmentation, computed once.
 
-Under the hparam `canonical_view` a teacher does not look at the augmented images that its student
-is given, but at the images themselves, so that its outputs can be kept: for the run or, in a
-folder, for every run, trial and student of the same data and teacher. Beyer et al., "Knowledge
+With the hparam `canonical_view` a teacher sees the images without the augmentation that its student
+sees, so its outputs can be kept: for the run or, in a folder, for every run, trial and student of
+the same data and teacher. Beyer et al., "Knowledge
 distillation: A good teacher is patient and consistent", CVPR 2022,
 https://arxiv.org/abs/2106.05237, call this a fixed teacher, and find it worse than one that sees
 what the student sees: it buys time.
@@ -23,11 +23,7 @@ from domainbed_kd.folder import files
 
 
 def check(algorithm: nn.Module) -> None:
-    """Refuses a view that a method has no use for.
-
-    Raises:
-        ValueError: with the method's reason.
-    """
+    """Refuses methods whose teacher must see the student's view."""
     if algorithm.needs_same_view:
         raise ValueError(f"{type(algorithm).__name__}: canonical_view must be left out, as "
                          f"{algorithm.needs_same_view}.")
@@ -42,7 +38,7 @@ class CanonicalViews:
         batches: a function of a dataset that yields its (x, y) in order, not augmented, on the
             algorithm's device.
         folder: where outputs are kept, memory-mapped; None computes them for this run.
-        key: what else they depend on, such as the precision.
+        key: anything else that they depend on, such as the precision.
         which: whether each of the teachers, in order, has this view; True: all.
 
     Raises:
@@ -76,7 +72,7 @@ class CanonicalViews:
 
     @contextlib.contextmanager
     def recalled(self, loaders: Iterable) -> Iterator[None]:
-        """Inside, teachers give for the last batches of each split's loader what they gave once."""
+        """Inside, teachers return kept outputs for the last batches of the splits' loaders."""
         rows = [[split.keys[i] for i in loader.indices]
                 for split, loader in zip(self.splits, loaders)]
         for teacher, outputs in self.outputs.items():
@@ -101,9 +97,8 @@ def of_run(run, in_order: Callable, folder: str | None) -> CanonicalViews | None
 
 
 def _teachers(algorithm) -> list:
-    if hasattr(algorithm, "teachers"):
-        return list(algorithm.teachers)
-    return [algorithm.teacher] if hasattr(algorithm, "teacher") else []
+    several, one = algorithm.part("teachers"), algorithm.part("teacher")
+    return list(several) if several else [one] if one else []
 
 
 def _digests(tensors: dict[str, Tensor]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a run can tell about itself beyond accuracy, at each checkpoint: `train --diagnostics`.
+"""Measures of a run beyond accuracy, at each checkpoint: `train --diagnostics`.
 
 Cumulative weight distance and mutual information are the two measures that KDDG is analysed by
 (Wang et al., ACM MM 2021, https://arxiv.org/abs/2107.02629; the definitions are ours, see
@@ -19,7 +19,7 @@ from domainbed_kd import checkpoints
 from domainbed_kd.algorithms.kddg import mutual_information
 from domainbed_kd.losses import calibration_error
 
-#: Of a domain's out-split, which is shuffled, at most this many batches of 64 are looked at.
+#: The most batches of 64 that are read of a domain's out-split, which is shuffled.
 MOST_BATCHES = 16
 # Of the probe. Tightest on digits, where 1e-4 lets a probe of a few hundred images overfit: 1.6
 # nats about the class instead of 1.2, of 2.3.
@@ -34,7 +34,7 @@ class WeightDistance:
     """
 
     def __init__(self, algorithm: nn.Module):
-        network = getattr(algorithm, "network", None)
+        network = algorithm.part("network")
         self.student = network if isinstance(network, nn.Module) else algorithm
         self.total = 0.0
         self.by_layer: dict[str, float] = defaultdict(float)
@@ -43,7 +43,7 @@ class WeightDistance:
                                 for w in self.before.values()) ** 0.5
 
     def restart(self) -> None:
-        """Takes the weights, as they are now, for where the next step begins."""
+        """Begins the next step from the weights as they are now."""
         self.before = {name: w.detach().clone() for name, w in self._weights()}
 
     @torch.no_grad()
@@ -65,11 +65,8 @@ class WeightDistance:
 class Diagnostics:
     """All measures of one run, for its records.
 
-    Args:
-        algorithm: as it starts.
-        out_splits: of all environments, in order.
-        training: numbers of the training environments.
-        read: split -> batches (x, y) in a fixed order, not augmented, on the algorithm's device.
+    `out_splits` are of all environments, `training` the numbers of the training environments, and
+    `read` yields a split's (x, y) in a fixed order, not augmented, on the algorithm's device.
     """
 
     def __init__(self, algorithm: nn.Module, out_splits: list, training: list[int],
@@ -83,7 +80,7 @@ class Diagnostics:
         self.distance.add_step()
 
     def state_dict(self) -> dict:
-        """What the steps so far have summed up to, as plain numbers."""
+        """The sums so far, as plain numbers."""
         return {"total": self.distance.total, "by_layer": dict(self.distance.by_layer),
                 "initial_norm": self.distance.initial_norm}
 

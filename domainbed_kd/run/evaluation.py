@@ -1,4 +1,4 @@
-"""What is measured of a run at each evaluation: accuracies, logits, diagnostics, its teacher."""
+"""A run's evaluations: accuracies, logits, diagnostics, and the audit of its teacher."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +14,11 @@ from domainbed_kd.algorithms.base import forked_rng
 from domainbed_kd.folder import files
 from domainbed_kd.run import diagnostics, records
 from domainbed_kd.run.build import Run
-from domainbed_kd.run.streams import read
+from domainbed_kd.run.readers import read
 from domainbed_kd.seeds import seed_hash
 
-# float16 after each image's largest logit is subtracted: no softmax and no order of classes changes
-# but for differences below 3e-8, and close to the largest the steps are finest.
+# float16, after each image's largest logit is subtracted: steps are finest near the largest, and
+# softmax changes by less than 3e-8.
 LOGITS_DTYPE = np.float16
 
 
@@ -46,11 +46,7 @@ class Evaluator:
         return in_order(split, self.run.to_device)
 
     def audit_teacher(self) -> None:
-        """Prints what the teacher is worth on the training domains; the first record has it too.
-
-        Raises:
-            ValueError: if it is worth nothing and --allow_bad_teacher is not given.
-        """
+        """Prints the teacher's audit on the training domains; the first record has it too."""
         run = self.run
         run.algorithm.eval()
         batches = (batch for i in run.training for batch in self.in_order(run.splits.out[i]))
@@ -80,7 +76,7 @@ class Evaluator:
         return {f"{name}_acc": counter.score() for name, counter in counters.items()}
 
     def remarks(self) -> dict:
-        """What a record says beside numbers: its rule of selection, the teacher, diagnostics."""
+        """A record's other entries: its rule of selection, the teacher, diagnostics."""
         found = {"selection": "last"} if self.run.algorithm.selects_last else {}
         if metric := self.run.dataset.TASK.on_record:
             found |= {"metric": metric, **self._by_class}
@@ -150,10 +146,10 @@ def in_order(split, to_device: Callable) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def save_logits(path: Path, kept: dict[str, list[tuple]], keys: dict[str, list[int]]) -> None:
-    """Writes a checkpoint's predictions, compressed and whole or not at all.
+    """Writes a checkpoint's predictions to an .npz file.
 
     Args:
-        path: of the .npz file; its folder is made.
+        path: of the file.
         kept: {split: [(indices within the split, labels (B,), logits (B, C)), ...]}, as tensors.
         keys: {split: its items' numbers in their domain}.
     """
@@ -169,10 +165,4 @@ def save_logits(path: Path, kept: dict[str, list[tuple]], keys: dict[str, list[i
                              np.finfo(LOGITS_DTYPE).min)
         arrays |= {f"{name}.logits": shifted[order].astype(LOGITS_DTYPE),
                    f"{name}.labels": labels[order].astype(np.int32), f"{name}.index": index[order]}
-    path.parent.mkdir(exist_ok=True)
-
-    def write(beside: Path) -> None:
-        with beside.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-
-    files.write_atomically(path, write)
+    files.write_arrays(path, arrays)

@@ -80,14 +80,7 @@ class ImageCache:
 
 
 def attach(dataset, folder: Path) -> None:
-    """Has the domains of a dataset of image files read from a cache, which is built if need be.
-
-    Other datasets are left as they are.
-
-    Raises:
-        NotADirectoryError: if the folder is a file.
-        ValueError: if a source cannot be read as an image.
-    """
+    """Lets datasets of image files read from a cache, which is built if need be."""
     domains = [d for d in dataset if getattr(d, "loader", None) is datasets.load_image]
     if not domains:
         return
@@ -128,7 +121,7 @@ def _opened(dataset_name: str, paths: list[str], folder: Path) -> ImageCache:
 
 
 def _look_up(path: Path, root: Path, stamps: dict) -> tuple[ImageCache | None, bool]:
-    """The file if it is one of ours, and whether it holds all sources as they are now."""
+    """The cache, if the file is one, and whether it holds all sources as they are now."""
     try:
         cache = ImageCache(path, root)
     except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError):
@@ -138,10 +131,7 @@ def _look_up(path: Path, root: Path, stamps: dict) -> tuple[ImageCache | None, b
 
 def _decoded(root: Path, stamps: dict, old: ImageCache | None, cut: list[str]
              ) -> Iterator[np.ndarray]:
-    """The sources' pixels in turn; those that have not changed come from the old file.
-
-    The paths of those that are not whole go into `cut`.
-    """
+    """The sources' pixels, unchanged ones from the old file; truncated ones go into `cut`."""
     def pixels(name):
         if old and old.holds(name, stamps[name]):
             return old.array(str(root / name))

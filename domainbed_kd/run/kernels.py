@@ -1,6 +1,6 @@
 """Fast mode's colour jitter on a GPU: all images of a step in two kernels, written in Triton.
 
-The first finds what each image's contrast is mixed with; the second does everything else at once.
+The first finds the mean gray that contrast mixes with; the second does everything else.
 Colours are in [0, 255] and clipped after each operation, as torchvision's are on float images.
 """
 

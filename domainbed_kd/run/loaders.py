@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler
 
-from domainbed_kd.run.readers import Readers, loss_said
+from domainbed_kd.checkpoints import from_plain, get_streams, set_streams, to_plain
+from domainbed_kd.run.readers import Readers, Turn, loss_said, read
 from domainbed_kd.run.splits import Groups, is_tensors, labels
-from domainbed_kd.run.streams import Turn, from_plain, get_streams, read, set_streams, to_plain
 
 
 class _Loader:

@@ -1,7 +1,6 @@
-"""Where a run's numbers can be watched: TensorBoard always, Weights & Biases if asked for.
+"""Loggers of a run: TensorBoard always, Weights & Biases if asked for, with the same names.
 
-Both get the same names. What is known about test domains stays out unless it is asked for, since
-who looks at it while choosing is no longer testing.
+Results on test domains are left out unless asked for: they must not guide choices.
 """
 
 import contextlib
@@ -43,11 +42,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases in `folder`/wandb: offline unless WANDB_MODE says otherwise.
-
-    Raises:
-        ValueError: if the library is not installed.
-    """
+    """A run of Weights & Biases in `folder`/wandb: offline unless WANDB_MODE says otherwise."""
 
     def __init__(self, folder: Path, args: dict, settings: dict):
         try:
@@ -80,19 +75,16 @@ class WandB:
 
 
 class Logger:
-    """Turns records into curves, of all loggers that a run has.
+    """Turns records into curves of all backends, which have `log`, `finish` and `close`.
 
-    Args:
-        backends: objects with `log`, `finish` and `close`.
-        records: what the run recorded before it was restarted.
-        test_domains: whether to show accuracies on test domains.
+    `records` are those from before a restart; with `test_domains`, theirs are shown too.
     """
 
     def __init__(self, backends: list, records: list[dict], test_domains: bool):
         self.backends, self.records, self.test_domains = backends, records, test_domains
 
     def log(self, record: dict, updates_before: int = 0) -> None:
-        """A checkpoint's record, as it stands in results.jsonl; its step counts from there."""
+        """Logs a checkpoint's record; its step counts from `updates_before`."""
         self.records.append(record)
         values = scalars(record, self.test_domains) | self._selected()
         for backend in self.backends:
@@ -105,7 +97,7 @@ class Logger:
             backend.finish(settings(last["args"], last["hparams"]), self._selected())
 
     def _selected(self) -> dict[str, float]:
-        """Accuracies of the checkpoint that training-domain validation selects so far."""
+        """Accuracies of the checkpoint selected so far."""
         chosen = curves.selected(self.records)
         if chosen is None:  # no accuracy is a number
             return {}
@@ -140,7 +132,7 @@ def scalars(record: dict, test_domains: bool) -> dict[str, float]:
 
 
 def settings(args: dict, hparams: dict) -> dict:
-    """What tells a run from others: its hparams, and its data, algorithm and seeds."""
+    """A run's hparams, data, algorithm and seeds."""
     names = ("algorithm", "dataset", "test_envs", "trial_seed", "hparams_seed", "seed", "steps")
     return {name: args[name] for name in names} | hparams
 

@@ -1,4 +1,4 @@
-"""What a run's predictions look like where each pixel has a label, for the report."""
+"""Pictures of a segmentation run's predictions, for the report."""
 
 import numpy as np
 import torch
@@ -29,12 +29,7 @@ def save(run: Run) -> None:
             for name, parts in zip(("image", "label", "guess"), zip(*shown)):
                 found[f"env{i}_{name}"] = np.stack(parts)
     run.algorithm.train()
-
-    def write(beside):
-        with beside.open("wb") as file:
-            np.savez_compressed(file, **found)
-
-    files.write_atomically(run.folder / files.PICTURES, write)
+    files.write_arrays(run.folder / files.PICTURES, found)
 
 
 def _of_one(run: Run, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

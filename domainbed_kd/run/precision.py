@@ -1,4 +1,4 @@
-"""Fast mode: the same protocol at lower precision, without what no rule of selection reads."""
+"""Fast mode's precision and memory layout."""
 
 import contextlib
 import os
@@ -15,8 +15,8 @@ def autocast(device: torch.device, enabled: bool) -> Iterator[None]:
     """Inside, if enabled, layers compute in bfloat16, and what stays float32 may use TF32.
 
     Weights and optimiser states stay float32 (Micikevicius et al., "Mixed Precision Training",
-    ICLR 2018, https://arxiv.org/abs/1710.03740, section 3.1); bfloat16 has float32's range, so
-    that losses need no scaling. Optimisers that have a fused step take it.
+    ICLR 2018, https://arxiv.org/abs/1710.03740, section 3.1). bfloat16 has float32's range, so
+    losses need no scaling. Optimisers use their fused step where they have one.
     """
     if not enabled:
         yield
@@ -25,7 +25,7 @@ def autocast(device: torch.device, enabled: bool) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        # A kept cast of a weight would outlive the optimiser's step where an update takes several.
+        # A cached cast of a weight would be stale after the first of an update's steps.
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             yield
     finally:
@@ -45,12 +45,8 @@ def _fuse(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
 
 
 def compile_featurizer(algorithm: nn.Module) -> None:
-    """Has torch.compile translate the student's featurizer at its first call.
-
-    Raises:
-        ValueError: if the algorithm has none, or no compiler is installed.
-    """
-    if not hasattr(algorithm, "featurizer"):
+    """Has torch.compile translate the student's featurizer at its first call."""
+    if algorithm.part("featurizer") is None:
         raise ValueError(f"--compile: {type(algorithm).__name__} has no featurizer to compile. "
                          "Leave the flag out.")
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]

@@ -1,20 +1,52 @@
-"""Processes that read a run's images ahead of need."""
+"""Reading a run's images: with the random streams of DomainBed's workers, and ahead of need."""
 
 import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.utils.data import default_collate
+from torch.utils.data._utils.worker import _generate_state
 
 from domainbed_kd import machine
-from domainbed_kd.run.streams import Turn
+from domainbed_kd.checkpoints import get_streams, set_streams
+from domainbed_kd.run.splits import SplitDataset, is_tensors
+
+
+def read(dataset, indices: list[int]):
+    """The items, collated: [x (B, ...), y (B,)]."""
+    if isinstance(dataset, SplitDataset) and is_tensors(dataset.underlying_dataset):
+        keys = [dataset.keys[i] for i in indices]
+        return [tensor[keys] for tensor in dataset.underlying_dataset.tensors]
+    return default_collate([dataset[i] for i in indices])
+
+
+class Turn(NamedTuple):
+    """A worker's number, what all are seeded from, and its streams; None before its first batch."""
+
+    seed: int
+    worker: int
+    streams: tuple | None
+
+    def read(self, dataset, indices: list[int]) -> tuple:
+        """The items, collated, and the streams afterwards, which are this process's now."""
+        if self.streams is None:
+            random.seed(self.seed + self.worker)
+            torch.default_generator.manual_seed(self.seed + self.worker)  # the CPU's alone
+            np.random.seed(_generate_state(self.seed, self.worker))
+        else:
+            set_streams(self.streams)
+        return read(dataset, indices), get_streams()
 
 
 class Readers:
@@ -42,7 +74,7 @@ class Readers:
     def __exit__(self, kind, error, traceback) -> None:
         if self._pool:
             if isinstance(error, ChildProcessError):
-                # It may have held the lock behind which the others would wait for ever.
+                # It may have held a lock that the others wait for.
                 self._end.send("a process is lost")
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -58,7 +90,7 @@ class Readers:
     def read(self, number: int, turn: Turn, indices: list[int]) -> Future:
         """What `turn` reads of a dataset, as soon as a process is free."""
         if self._pool is None:
-            # In a sweep's warm worker the default is a server of its own, which imports torch anew.
+            # In a sweep's warm worker the default would be a new server, which imports torch again.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
             ended, self._end = context.Pipe(duplex=False)
             self._pool = ProcessPoolExecutor(
@@ -83,11 +115,7 @@ def pinned(batch: list) -> list:
 
 @contextlib.contextmanager
 def loss_said() -> Iterator[None]:
-    """Inside, a reading process that ends early is reported in a line.
-
-    Raises:
-        ChildProcessError: instead of the pool's own error.
-    """
+    """Inside, a reading process that ends early raises ChildProcessError, with advice."""
     try:
         yield
     except BrokenProcessPool as error:

@@ -1,4 +1,4 @@
-"""What a run prints, and what it writes of its steps: values, records, models, its cost."""
+"""What a run prints and writes: values of its steps, records, models, its cost."""
 
 import math
 import platform
@@ -47,7 +47,7 @@ def print_record(record: dict, header: list[str] | None) -> list[str]:
 
 
 def sealed(record: dict, remarks: dict, test_envs: list[int]) -> dict:
-    """Takes what is measured on test domains out of a record and of its diagnostics."""
+    """Moves results on test domains out of a record and its diagnostics; returns them."""
     prefixes = tuple(f"{stage}env{i}_" for i in test_envs for stage in ("", "fd_"))
 
     def taken(values):
@@ -99,7 +99,7 @@ class Pending:
         return means
 
     def tell(self) -> None:
-        """Says on stderr that the run has diverged, if it has and this was not said yet."""
+        """Warns once on stderr if the run has diverged."""
         if self.diverged and not self._is_told:
             self._is_told = True
             print(f"{self.algorithm} has diverged: {self.diverged}. The run goes on, as "
@@ -108,7 +108,7 @@ class Pending:
 
 
 def as_floats(values: Iterable[float | Tensor]) -> list[float]:
-    """Numbers and tensors of one number, in order, as Python has them; waits for a GPU once."""
+    """Numbers and one-element tensors as Python numbers, in order; waits for a GPU once."""
     values = list(values)
     groups = defaultdict(list)
     for i, value in enumerate(values):
@@ -128,12 +128,11 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def save_cost(folder: Path, device: torch.device, seconds: float, steps: int,
               diverged: str | None = None) -> None:
-    """Leaves in memory.json what the run has taken so far, for `sweep status` and `sweep plan`.
+    """Leaves the run's cost so far in memory.json, for `sweep status` and `sweep plan`.
 
-    That is what the process has held at most, in MiB, and the seconds that `steps` updates and
-    their evaluations took, in all attempts together; also what the last bits of results depend on
-    (CPU threads, the GPU, TF32, cuDNN's choice of algorithms), and how the run `diverged`, if it
-    did.
+    That is peak memory in MiB and the seconds of `steps` updates and their evaluations, all
+    attempts together; also what the last bits of results depend on (CPU threads, GPU, TF32,
+    cuDNN's algorithms), and how the run `diverged`, if it did.
     """
     cost = {"rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
             "gpu_mb": 1024 * peak_memory_gb(device), "seconds": seconds, "steps": steps,
@@ -147,7 +146,7 @@ def save_cost(folder: Path, device: torch.device, seconds: float, steps: int,
 
 
 def seconds_before(folder: Path, first_step: int) -> float:
-    """What a run that goes on had taken until that step, as far as its memory.json tells."""
+    """The seconds that a run took until that step, as far as its memory.json tells."""
     cost = files.cost(folder)
     return cost.get("seconds", 0.0) * first_step / cost["steps"] if cost.get("steps") else 0.0
 

@@ -1,9 +1,9 @@
-"""Images in the memory of a run's device, and what is done there with a batch of them.
+"""Images that stay in the memory of a run's device, and how a batch is finished there.
 
-In fast mode a dataset's images lie there at their own sizes, and are cropped, resized and
-distorted there. In exact mode those lie there whose transform draws nothing, as Pillow resized
-them: they are read once, and all others come from the loaders as the bytes that Pillow left.
-Instead of an image, a resident domain's items are its number and whether to augment it.
+In fast mode they are a dataset's images at their own sizes, to be cropped, resized and distorted
+on the device. In exact mode they are the images whose transform draws nothing, as Pillow resized
+them; all others come from the loaders as bytes. An item of a resident domain is an image's number
+and whether to augment it.
 """
 
 import itertools
@@ -31,10 +31,7 @@ _SENT = 256
 class Domain(TensorDataset):
     """A domain whose images lie on the device: (number, whether to augment) (2,), label.
 
-    Args:
-        domain: the domain that it stands for.
-        first: the number of its first image.
-        augment: whether its images are augmented.
+    It stands for `domain`; `first` is the number of its first image.
     """
 
     def __init__(self, domain, first: int, augment: bool):
@@ -51,11 +48,9 @@ class Domain(TensorDataset):
 
 
 class Finish:
-    """What makes images of a batch, on the device.
+    """Turns a batch into images, on the device.
 
-    Args:
-        device: of the run.
-        is_fast: whether uint8 images are to be distorted; else they are looked up in `table`.
+    uint8 images are distorted if the run `is_fast`; else they are looked up in `table`.
     """
 
     def __init__(self, device: torch.device, is_fast: bool):
@@ -73,7 +68,7 @@ class Finish:
         return augmentation.distorted(x) if self.is_fast else looked_up(x, self.table)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether there is anything to be done."""
+        """Whether there is anything to do."""
         return x.dtype == torch.uint8 or (x.dtype == torch.int64 and self.store is not None)
 
 
@@ -85,12 +80,7 @@ def looked_up(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Finished:
-    """Images as a transform's last steps find them.
-
-    Args:
-        pixels: uint8 (N, 3, H, W).
-        table: what the last steps make of each value, float32 (3, 256).
-    """
+    """Images, uint8 (N, 3, H, W), and the table of a transform's last steps, see `looked_up`."""
 
     def __init__(self, pixels: Tensor, table: Tensor):
         self.pixels, self.table = pixels, table
@@ -150,20 +140,16 @@ class Originals:
 
 
 def pays_on(device: torch.device) -> bool:
-    """Whether a run gains from images in the device's memory, as it lies beside the CPU's."""
+    """Whether keeping images in the device's memory saves time."""
     return device.type == "cuda"
 
 
 def settle(dataset, finish: Finish, room: int) -> None:
     """Prepares a dataset of image files for a run on a GPU, and tells `finish` how to end.
 
-    Domains that can lie on the device and fit are replaced by `Domain`s; in exact mode the others'
-    images end as bytes. Datasets of other kinds are left as they are.
-
-    Args:
-        dataset: a dataset whose domains' transforms `images.make_transform` made; others stay.
-        finish: of the run.
-        room: bytes of the device's memory that images may take.
+    Domains that fit into `room` bytes of the device's memory are replaced by `Domain`s; in exact
+    mode the others' images end as bytes. Datasets stay as they are unless `images.make_transform`
+    made their transforms.
     """
     domains = [domain for domain in dataset if hasattr(domain, "samples")
                and all(hasattr(getattr(domain, name, None), "geometry")

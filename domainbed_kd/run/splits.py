@@ -56,17 +56,7 @@ class Splits(NamedTuple):
 
 
 def split_dataset(dataset, n: int, seed: int = 0, names: tuple[str, str] = ("", "")) -> tuple:
-    """Two views of a dataset, shuffled by `seed`: `n` items and the others.
-
-    Args:
-        dataset: any map-style dataset.
-        n: the size of the first view.
-        seed: of the shuffle.
-        names: what messages call the two.
-
-    Raises:
-        ValueError: if n is negative or more than there are.
-    """
+    """Two views of a dataset, shuffled by `seed`: `n` items and the others; messages name them."""
     if not 0 <= n <= len(dataset):
         raise ValueError(f"Cannot split {n} items off a dataset of {len(dataset)}. "
                          "Fractions must be between 0 and 1.")
@@ -82,9 +72,6 @@ def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction
     The out-split is `holdout_fraction` of an environment, unless its `n_train` says how many of
     its items are for training; see `_as_published`. Of a test environment's in-split,
     `uda_holdout_fraction` is set apart as unlabeled images; even a fraction of 0 reorders it.
-
-    Raises:
-        ValueError: if an in-split or out-split is empty.
     """
     splits = Splits([], [], [])
     for i, env in enumerate(dataset):
@@ -131,8 +118,8 @@ def hold_nothing_out(dataset, test_envs: list[int], trial_seed: int,
 def _as_published(env, is_test: bool, names: tuple[str, str]) -> tuple:
     """The out-split and the in-split of a domain that parts training from validation images.
 
-    A training domain trains on the former and is validated on the latter. A test domain's
-    in-split, whose results tables show, is the latter; its out-split is a fifth of the former.
+    A training domain trains on the former and is validated on the latter. A test domain's in-split,
+    for the tables, is the latter; its out-split is a fifth of the former.
     """
     train, val = list(range(env.n_train)), list(range(env.n_train, len(env)))
     if not is_test:
@@ -142,12 +129,7 @@ def _as_published(env, is_test: bool, names: tuple[str, str]) -> tuple:
 
 
 def class_groups(parts: list, n: int, batch_size: int) -> Groups:
-    """Batches of `n` classes each, for the training domains' in-splits.
-
-    Raises:
-        ValueError: if n is no number of classes, or more than a batch has images or than all
-            domains share.
-    """
+    """Batches of `n` classes each, for the training domains' in-splits."""
     shared = sorted(set.intersection(*(set(labels(split)) for split in parts)))
     most = min(batch_size, len(shared))
     if type(n) is not int or not 1 <= n <= most:

@@ -1,4 +1,4 @@
-"""What survives a restart: everything that the steps to come depend on."""
+"""A run's state, which survives a restart."""
 
 import contextlib
 import os
@@ -25,11 +25,7 @@ def _refuse_other_run(folder: Path, found: dict, args: dict) -> None:
 
 
 def already_finished(folder: Path, args: dict) -> bool:
-    """Whether a folder holds this run, finished.
-
-    Raises:
-        ValueError: if it holds another one, or does not tell.
-    """
+    """Whether a folder holds this run, finished."""
     if not files.is_done(folder) or not (folder / files.RESULTS).exists():
         return False
     found = files.first_args(folder)
@@ -42,7 +38,7 @@ def already_finished(folder: Path, args: dict) -> bool:
 
 
 def save(run: Run, pending: Pending, diagnostics: Diagnostics | None, next_step: int) -> None:
-    """Everything that the steps from `next_step` on depend on."""
+    """Saves everything that the steps from `next_step` on depend on."""
     results = run.folder / files.RESULTS
     pending.settle()
     checkpoints.save(run.folder / files.STATE, {
@@ -58,7 +54,7 @@ def save(run: Run, pending: Pending, diagnostics: Diagnostics | None, next_step:
 
 
 def of_stage(folder: Path) -> dict | None:
-    """What `save` kept of a run's stage; None if nothing was saved."""
+    """The saved state of a run's stage; None if nothing was saved."""
     path = folder / files.STATE
     return checkpoints.load(path).get("stage") if path.exists() else None
 
@@ -66,12 +62,9 @@ def of_stage(folder: Path) -> dict | None:
 def restore(run: Run, pending: Pending, diagnostics: Diagnostics | None) -> int:
     """Puts back what `save` left, and returns the step to go on with.
 
-    Records written after the state was saved are cut off: they will be written again. Where
-    there is no state, records of an unfinished run are set aside as results.jsonl.old, unless
-    there is only the first, which is written again too.
-
-    Raises:
-        ValueError: if the state is damaged, another run's, or its records are not all there.
+    Records written after the state was saved are cut off, to be written again. Without a state,
+    the records of an unfinished run are renamed to results.jsonl.old, or dropped if there is but
+    one.
     """
     folder, results, state_path = run.folder, run.folder / files.RESULTS, run.folder / files.STATE
     files.remove_half_written(folder)

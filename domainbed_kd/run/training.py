@@ -7,6 +7,7 @@ algorithm, steps), so that a run trains to the same losses from the same seeds.
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from domainbed_kd import console
@@ -23,19 +24,9 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
           gpu_image_gb: float = GPU_IMAGE_GB) -> int:
     """Trains one algorithm and leaves results.jsonl, model.pkl, TensorBoard events and `done`.
 
-    Args:
-        args: the flags of scripts/train.py that go on record, by name.
-        resume: "auto" continues an unfinished run of the same args; "never" starts afresh and
-            appends to what is there, as DomainBed does.
-        loader_processes: processes that read images, for all loaders together; results do not
-            depend on it. None: none on a CPU, which they would take from the updates; on a GPU,
-            which would wait for images, as many as the run has threads, up to DomainBed's 8 for
-            each training domain.
-        log_test_domains: show accuracies on the test domains in TensorBoard too.
-        wandb: log to Weights & Biases too.
-        cache_folder: where decoded images are kept; results do not depend on it.
-        teacher_cache: folder that keeps what teachers make of images without augmentation.
-        gpu_image_gb: how much of a GPU's memory images may take, in GB; see run/resident.py.
+    `args` are the flags of scripts/train.py that go on record, by name. The others are flags too,
+    `cache_folder` is --image_cache: see folder/args.py. With `resume` "never" the run starts
+    afresh and appends to what is there, as DomainBed's does.
 
     Returns:
         0 if the run is finished, `claims.STOPPED` if a signal stopped it (its state is saved).
@@ -61,16 +52,14 @@ def train_stage(run: Run, began: float, restores: bool, saves: bool, log_test_do
                 wandb: bool, teacher_cache: str | None) -> bool:
     """Trains and evaluates, to the run's end or, with --auto_lr, that of the stage it is in.
 
-    It `began` at a time of time.monotonic's clock; `restores` is whether to go on where the state
-    in its folder was saved, `saves` whether to save its own. The rest is as `train` takes it.
+    `began` is a time by time.monotonic; `restores` and `saves` say whether to load and to save
+    states. The other arguments are those of `train`.
 
     Returns:
         False if a signal stopped it.
     """
     evaluator, pending = Evaluator(run), records.Pending(run.args["algorithm"])
-    first_step = 0
-    if restores:
-        first_step = state.restore(run, pending, evaluator.diagnostics)
+    first_step = state.restore(run, pending, evaluator.diagnostics) if restores else 0
     updates_before = run.updates_before + first_step
     began -= records.seconds_before(run.folder, updates_before)
     if updates_before == 0:
@@ -79,27 +68,38 @@ def train_stage(run: Run, began: float, restores: bool, saves: bool, log_test_do
     recorder = Recorder(run, evaluator, pending, began)
     with state.stop_signals() as stopped, run.readers, loggers.watching(
             run.folder, run.args, run.hparams, updates_before, log_test_domains, wandb) as logger:
-        for step in console.bar(
-                range(first_step, run.n_steps), initial=first_step, total=run.n_steps, unit="step"):
-            last = step == run.n_steps - 1
-            pending.add(update(run, views), step)
-            run.algorithm.checkpoint(
-                step, last, evaluator.validation_loss, evaluator.extra_minibatches)
-            evaluator.after_step()
-            at_checkpoint = step % run.checkpoint_freq == 0 or last
-            if at_checkpoint and run.stage and run.stage.ends(step):
-                break
-            if at_checkpoint:
-                logger.log(recorder.record(step), run.updates_before)
-            if saves and not last and (at_checkpoint or stopped()):
-                state.save(run, pending, evaluator.diagnostics, step + 1)
-            if stopped() and not last:
-                print(f"Stopped after step {step}. The same command continues.", file=sys.stderr)
-                return False
+        if not loop(recorder, views, logger, first_step, saves, stopped):
+            return False
         if run.is_last_stage:
             logger.finish()
     if run.is_last_stage:
         recorder.finish()
+    return True
+
+
+def loop(recorder: "Recorder", views: canonical_view.CanonicalViews | None,
+         logger: loggers.Logger, first_step: int, saves: bool, stopped: Callable[[], bool]) -> bool:
+    """DomainBed's loop: updates, evaluations and, if it `saves`, states; False if `stopped`."""
+    run, evaluator, pending = recorder.run, recorder.evaluator, recorder.pending
+    for step in console.bar(
+            range(first_step, run.n_steps), initial=first_step, total=run.n_steps, unit="step"):
+        last = step == run.n_steps - 1
+        pending.add(update(run, views), step)
+        run.algorithm.checkpoint(
+            step, last, evaluator.validation_loss, evaluator.extra_minibatches)
+        evaluator.after_step()
+        at_checkpoint = step % run.checkpoint_freq == 0 or last
+        if at_checkpoint and run.stage and run.stage.ends(step):
+            break
+        if at_checkpoint:
+            logger.log(recorder.record(step), run.updates_before)
+        if last:
+            break
+        if saves and (at_checkpoint or stopped()):
+            state.save(run, pending, evaluator.diagnostics, step + 1)
+        if stopped():
+            print(f"Stopped after step {step}. The same command continues.", file=sys.stderr)
+            return False
     return True
 
 
@@ -117,9 +117,9 @@ def update(run: Run, views: canonical_view.CanonicalViews | None) -> dict:
 
 
 class Recorder:
-    """Evaluates a run and writes its records, its cost and its models.
+    """Evaluates a run and writes its records, cost and models.
 
-    It `began` at a time of time.monotonic's clock, less what earlier attempts took.
+    `began` is a time by time.monotonic, less what earlier attempts took.
     """
 
     def __init__(self, run: Run, evaluator: Evaluator, pending: records.Pending, began: float):
@@ -153,7 +153,7 @@ class Recorder:
         return record
 
     def finish(self) -> None:
-        """Leaves the model and the mark of a finished run, of masks also pictures of some."""
+        """Saves the model, pictures of a segmentation run, and the mark of a finished run."""
         if self.run.dataset.TASK.per_pixel:
             pictures.save(self.run)
         if not self.run.args["skip_model_save"]:

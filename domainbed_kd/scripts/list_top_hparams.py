@@ -35,11 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find(every: dict, args: argparse.Namespace) -> dict[int, Search]:
-    """{trial_seed: its search} of the cell that the flags name.
-
-    Raises:
-        ValueError: naming what there is instead.
-    """
+    """{trial_seed: its search} of the cell that the flags name."""
     shown = {display_name(algorithm): algorithm for _, _, algorithm, _ in every}
     asked = {"dataset": args.dataset, "algorithm": shown.get(args.algorithm, args.algorithm),
              "test_env": args.test_env}

@@ -18,11 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Loads plug-ins and refuses what is wrong with the names; without plug-ins it needs no torch.
-
-    Raises:
-        ValueError, FileNotFoundError, NotImplementedError: naming what was found, and what to do.
-    """
+    """Loads plug-ins and refuses unknown names; without plug-ins this needs no torch."""
     from domainbed_kd import algorithms, datasets, extensions
 
     extensions.load(args.plugin, [args.algorithm, args.dataset])
@@ -65,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.check_run(args)
     folder = Path(args.output_dir)
     if not folder.exists():
-        check_names(args)  # so that a slip of the fingers makes no folder
+        check_names(args)  # a typing error makes no folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with claims.held(folder, args.wait), output.kept_in(folder):

@@ -1,8 +1,7 @@
 """Jobs as children of a fork server, which imports torch once and may itself be killed.
 
-No child can use a GPU if the server has asked CUDA anything; see scripts/_warm.py. To begin with a
-GPU takes a process seconds, more than a small run does; so a child that has begun takes job after
-job, until one fails.
+No child can use a GPU if the server has asked CUDA anything; see scripts/_warm.py. A process needs
+seconds to start on a GPU, so one that has started takes job after job, until one fails.
 """
 
 import contextlib
@@ -23,14 +22,14 @@ from domainbed_kd.folder import claims
 WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
 # How long a job may take to save its state when the sweep is interrupted.
 GRACE_S = 10
-# The exit status that multiprocessing makes up where the fork server died before it could tell.
+# The exit status that multiprocessing reports if the fork server died first.
 UNKNOWN = 255
-# How often a job goes on with a new fork server.
+# How often a job is continued by a new fork server.
 MAX_LOST = 5
 
 
 def is_warm(argv: list[str]) -> bool:
-    """Whether a command is one that the fork server makes quick."""
+    """Whether the fork server speeds a command up."""
     return argv[:3] == [sys.executable, "-m", WARM_MODULE]
 
 
@@ -42,7 +41,7 @@ def context(is_warm: bool):
 
 
 def start_server() -> None:
-    """Has the fork server begin to import, if it has not yet."""
+    """Starts the fork server, which begins to import, if it is not running."""
     # Ctrl-C reaches the whole group; jobs leave it to this process, which has them save.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
     try:
@@ -54,11 +53,11 @@ def start_server() -> None:
 
 def start(context, argv: list[str], environment: dict, threads: int | None, errors: str | None
           ) -> tuple:
-    """A job as a child of the fork server, which is started first if there is none or it died.
+    """A job as a child of the fork server, which is started if it is not running.
 
     Returns:
-        The process, and a connection to it. If the job is done and the process would take another,
-        None can be received: see `employ` and `dismiss`.
+        The process, and a connection from which None is received if the job is done and the
+        process would take another: see `employ` and `dismiss`.
 
     Raises:
         OSError: if the server dies again and again.
@@ -78,7 +77,7 @@ def start(context, argv: list[str], environment: dict, threads: int | None, erro
 
 
 def would_take_another(jobs) -> bool:
-    """Whether a process says so, by its connection, which has something to be received."""
+    """Whether a process says so by its connection, which has something to receive."""
     try:
         return jobs.recv() is None
     except (EOFError, OSError):
@@ -86,7 +85,7 @@ def would_take_another(jobs) -> bool:
 
 
 def employ(worker: tuple | None, argv: list[str], errors: str | None) -> tuple | None:
-    """Gives a process that would take another job this one, if it can: returns it, else None."""
+    """Gives a waiting process this job, and returns it; None if there is none or it cannot."""
     if worker and is_warm(argv):
         with contextlib.suppress(OSError):
             worker[1].send((argv, errors))
@@ -103,13 +102,13 @@ def dismiss(worker: tuple) -> None:
 
 
 def is_orphan(process) -> bool:
-    """Whether a job that seems to have ended is at work, as its fork server died."""
+    """Whether a job only seems to have ended, because its fork server died."""
     process.join()
     return process.exitcode == UNKNOWN and _is_alive(process.pid)
 
 
 def stop_orphans(processes: list) -> None:
-    """Has jobs save and end whose fork server died, so that nobody can learn how they end."""
+    """Stops jobs whose fork server died, as their exit statuses are lost; they save first."""
     for process in processes:
         process.join()  # which the server's death ends too
     orphans = [process.pid for process in processes if process.exitcode == UNKNOWN]
@@ -134,7 +133,7 @@ def _wait_for(pids: list[int]) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process of ours that need not be our child has not ended."""
+    """Whether a process, which need not be our child, is alive."""
     try:
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
@@ -225,14 +224,14 @@ def _work(jobs, environment: dict, threads: int | None) -> None:
 
 
 def has_begun_with_gpu() -> bool:
-    """Whether this process holds what a GPU's next job would have to make anew."""
+    """Whether this process has started on a GPU."""
     import torch
 
     return torch.cuda.is_initialized()
 
 
 def _forget() -> None:
-    """Frees what the last job left in memory, and lets the next count its own."""
+    """Frees the last job's memory and resets its peak."""
     import gc
 
     import torch
@@ -244,7 +243,7 @@ def _forget() -> None:
 
 
 def _print_to(errors: str | None) -> None:
-    """From now on, if a file is given, prints there only."""
+    """Redirects stderr to a file, if one is given, and drops stdout."""
     if errors:
         for number, path in ((1, os.devnull), (2, errors)):
             file = os.open(path, os.O_WRONLY)

@@ -1,8 +1,8 @@
 """Launchers for clusters: `slurm` through submitit, and `ray`.
 
-Both wait for the jobs and return their exit statuses, so that teachers come before students. The
-sweep's folder must be one that all machines share; see docs/clusters.md. What a machine that was
-lost had begun goes on elsewhere from its last checkpoint, and ends in the same bits.
+Both wait for the jobs and return their exit statuses, so teachers come before students. The sweep's
+folder must be shared by all machines; see docs/clusters.md. Jobs of a lost machine continue
+elsewhere from their last checkpoints, and end in the same bits.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from domainbed_kd.folder import claims
 from domainbed_kd.folder.claims import STOPPED
 from domainbed_kd.sweep import children, workers
 
-# How long a job that goes on elsewhere waits until its first process has lost the folder.
+# How long a job that continues elsewhere waits for its first process to lose the folder.
 WAIT = f" --wait {claims.STALE_S + 60}"
 # How often ray starts a job again whose machine was lost.
 MAX_LOST = 5
-# Of submitit; each time-out is progress, as the run goes on where it was.
+# Of submitit; after each time-out the run continues where it was.
 MAX_TIMEOUTS = 1000
 POLL_S = 1
 # How long the head of a Ray cluster may take to answer; Ray itself waits for two minutes.
@@ -66,9 +66,6 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
     """Runs the commands as a Slurm job array through submitit; returns exit statuses.
 
     Options are those of `add_flags`. Without any command they are checked and nothing is left.
-
-    Raises:
-        ValueError: if submitit or Slurm is not there, or a parameter is not known.
     """
     try:
         import submitit
@@ -137,7 +134,7 @@ def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int
 
 
 class Task:
-    """A command for submitit, at whose signal the run saves its state and is queued again."""
+    """A command for submitit; at submitit's signal the run saves its state and is queued again."""
 
     def __init__(self, command: str):
         self.command = command
@@ -145,8 +142,8 @@ class Task:
     def __call__(self) -> int:
         """Runs the command; returns its exit status.
 
-        A run that somebody else told to stop is about to be preempted: as long as this process
-        lives, Slurm queues it again, so the run is started again until both are killed.
+        A run that somebody else stopped is about to be preempted, so it is started again until
+        both processes are killed: while this one lives, Slurm queues it again.
         """
         status = STOPPED
         while status == STOPPED:
@@ -175,10 +172,6 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
     """Runs the commands as tasks of a Ray cluster; returns exit statuses.
 
     Options are those of `add_flags`. Without any command it is checked that the cluster is there.
-
-    Raises:
-        ValueError: if Ray is not installed, the cluster is unreachable, or it lacks the
-            resources that a job takes.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -211,11 +204,7 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
 
 
 def _check_address(address: str) -> None:
-    """Refuses an address that is none, or where nobody answers.
-
-    Raises:
-        ValueError: saying so, after CONNECT_S seconds at most.
-    """
+    """Refuses an address that is malformed, or does not answer within CONNECT_S seconds."""
     if address in ("auto", "local"):
         return
     host, _, port = address.rpartition(":")
@@ -230,7 +219,7 @@ def _check_address(address: str) -> None:
 
 
 def _run_here(command: str, folder: str, path: list[str]) -> int:
-    """Runs a command in a worker of Ray's; a run ends with the worker that started it."""
+    """Runs a command in a Ray worker; it ends with the worker."""
     os.chdir(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
     return workers.local([command])[0]

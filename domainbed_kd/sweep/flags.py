@@ -19,14 +19,14 @@ from domainbed_kd.sweep import clusters
 DEFAULT_DATASETS = [name for name in datasets.DOMAINBED if datasets.facts(name).NEEDS_FILES]
 # The most runs that a sweep may list; all of DomainBed's with all algorithms are 361,200.
 _MOST_RUNS = 10**6
-# What says, beside the flags of each run, which runs a sweep has.
+# Flags beside those of each run that say which runs a sweep has.
 _OWN = ("datasets", "algorithms", "n_trials", "n_hparams_from", "n_hparams", "single_test_envs",
         "test_envs", "grid", "draws", "epochs")
 _SHARED = tuple(flag.name for flag in runs.FLAGS.values()
                 if flag.in_sweep and flag.name != "fork")
-# Flags that make a sweep another one; the rest only says how it is run and what else is kept.
+# Flags that define a sweep; the others say how it is run and what else is kept.
 _DEFINING = {*_OWN, *(name for name in _SHARED if runs.FLAGS[name].is_identity)}
-# What a launch leaves in sweep.json beside these, and paths that count from where it was.
+# Further flags in sweep.json, and those that are paths relative to the working directory.
 _LAUNCHER = ("command_launcher", "jobs_per_device", "threads_per_job", "retry")
 _PATHS = ("data_dir", "image_cache", "teacher_cache", "slurm_logs")
 _ABSENT = object()
@@ -35,7 +35,7 @@ _ABSENT = object()
 class SweepParser(console.Parser):
     """Reads the lines of an @FILE as a shell would."""
 
-    #: What errors are blamed on, where it is not the command line.
+    #: Where the flags come from, for errors, if not from the command line.
     source = ""
 
     def error(self, message: str):
@@ -127,12 +127,8 @@ def parse(parser: SweepParser, argv: list[str] | None
           ) -> tuple[argparse.Namespace, list[argparse.Namespace]]:
     """The flags, with the folder as `output_dir`, and the launches that the sweep consists of.
 
-    That is one, as the flags say it, or where they do not say which runs the sweep has, those in
-    its sweep.json, with the flags that are given in place of theirs. Of launches, the flags that
-    say how a sweep is run are the last one's.
-
-    Raises:
-        ValueError, FileNotFoundError: if the folder is not given or does not say what it is.
+    It is one launch if the flags say which runs the sweep has. Otherwise they are those in its
+    sweep.json, with the given flags in place of theirs; the last launch says how the sweep is run.
     """
     given = _given(parser, argv)
     folder = given.pop("dir", None)
@@ -165,10 +161,9 @@ def parse(parser: SweepParser, argv: list[str] | None
 
 
 def trains(args: argparse.Namespace) -> bool:
-    """Whether the command trains, and so runs the code of plug-ins that only sweep.json names.
+    """Whether the command trains, and so runs the plug-ins that only sweep.json names.
 
-    The others run that of --plugin and --fork on their own command line alone: a folder may come
-    from anybody.
+    Others only run those of --plugin and --fork, as anybody may have made the folder.
     """
     return args.command == "launch" or (args.command == "plan" and args.measure)
 
@@ -183,7 +178,7 @@ def _given(parser: SweepParser, argv: list[str] | None) -> dict:
 
 
 def _of_manifest(parser: SweepParser, folder: str) -> list[dict]:
-    """What the launches in a folder's sweep.json said; of those that list the same runs, one."""
+    """The flags of the launches in a folder's sweep.json; of equal lists of runs, the last."""
     found = {}
     for entry in manifest.launches(folder):
         parser.source = f"{os.path.join(folder, manifest.NAME)}: "
@@ -212,7 +207,7 @@ def for_manifest(args: argparse.Namespace) -> list[str]:
 
 
 def of_plugins(args: argparse.Namespace) -> dict[str, dict]:
-    """What sweep.json keeps of names that plug-ins registered; see `stand_in`."""
+    """The facts about plug-ins' names that sweep.json keeps; see `stand_in`."""
     own = {name: datasets.get_dataset_class(name) for name in args.datasets}
     return {
         "algorithms": {name: {"learns_from_run": algorithms.learns_from_run(name)}
@@ -224,7 +219,7 @@ def of_plugins(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def stand_in(found: Mapping[str, Mapping[str, Mapping]]) -> None:
-    """Registers what sweep.json keeps of names, where nothing here defines them."""
+    """Registers stand-ins, by facts in sweep.json, for names that nothing here defines."""
     for name, facts in found.get("algorithms", {}).items():
         if name not in algorithms.ALGORITHMS:
             algorithms.register(type(name, (), {"display_name": None, **facts}))
@@ -236,11 +231,7 @@ def stand_in(found: Mapping[str, Mapping[str, Mapping]]) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses values that no sweep can use.
-
-    Raises:
-        ValueError: naming the flag, what was found and what it takes.
-    """
+    """Refuses values that no sweep can use."""
     runs.check(args)
     lowest = {"n_trials": 1, "n_hparams_from": 0, "jobs_per_device": 1, "threads_per_job": 1,
               "retry": 0, "slurm_gpus": 0, "slurm_cpus": 1, "slurm_time": 1, "slurm_parallel": 1,
@@ -283,11 +274,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def grid_text(grid: str) -> str:
-    """A grid as a JSON list of objects, of JSON or of a file that holds it.
-
-    Raises:
-        ValueError, FileNotFoundError: if it is not what --grid takes.
-    """
+    """A grid, given as JSON or as a file of it, as a JSON list of objects."""
     if not grid.lstrip().startswith(("{", "[")):
         if not os.path.isfile(grid):
             raise FileNotFoundError(f"--grid {grid}: there is no such file, and it is not JSON.")
@@ -307,11 +294,7 @@ def grid_text(grid: str) -> str:
 
 
 def resolve_names(args: argparse.Namespace) -> None:
-    """Puts each name as it is registered, once; plug-ins must be loaded.
-
-    Raises:
-        NotImplementedError: if a name is unknown.
-    """
+    """Puts each name as it is registered, once; plug-ins must be loaded."""
     args.algorithms = list(dict.fromkeys(
         name if name in algorithms.ALGORITHMS else algorithms.get_algorithm_class(name).__name__
         for name in args.algorithms))

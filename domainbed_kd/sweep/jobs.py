@@ -1,7 +1,7 @@
-"""A sweep as a list of jobs: what each trains, the folder it trains in, what became of it.
+"""A sweep as a list of jobs: what each trains, in which folder, and its state.
 
-Folder names, seeds and order are DomainBed's (scripts/sweep.py at b93c22a), so a sweep begun there
-can be finished here. A folder's name depends on `data_dir`; what a run *is* does not, so a run
+Folder names are DomainBed's (scripts/sweep.py at b93c22a), so a sweep begun there can be finished
+here. A folder's name depends on `data_dir`, but a run's identity does not: a run
 made from data in another place is found by the arguments on record in its results.jsonl.
 """
 
@@ -10,117 +10,23 @@ import functools
 import hashlib
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
 import time
 from collections.abc import Callable
 
-from domainbed_kd import algorithms, datasets
-from domainbed_kd.console import parse_hparams
-from domainbed_kd.datasets import counts
-from domainbed_kd.folder import claims, composition, files
-from domainbed_kd.folder.args import identity, label, of_sweep, off_record, words
+from domainbed_kd import datasets
+from domainbed_kd.folder import claims, files
+from domainbed_kd.folder.args import identity, label, off_record, words
 from domainbed_kd.folder.claims import BUSY, STOPPED
-from domainbed_kd.seeds import seed_hash
+from domainbed_kd.sweep.listing import count_epochs, list_args, teachers_args
 
 _encode = json.JSONEncoder(sort_keys=True).encode
 
 
-def test_env_sets(n_envs: int, single: bool) -> list[list[int]]:
-    """The sets of domains to hold out: [0], [0, 1], [0, 2], ..., [1], [1, 2], ...
-
-    The pairs serve leave-one-domain-out model selection; `single` leaves them out.
-    """
-    return [[i, j] if j > i else [i]
-            for i in range(n_envs) for j in range(i, i + 1 if single else n_envs)]
-
-
-def _env_sets_of(dataset: str, data_dir: str | None, single: bool,
-                 together: list[int] | None) -> list[list[int]]:
-    n_envs = datasets.num_environments(dataset, data_dir)
-    if together is not None:
-        datasets.check_test_envs(dataset, n_envs, together)
-        return [together]
-    if n_envs < 2:
-        raise ValueError(f"{dataset} has {n_envs} domain: with it held out, none is left to train "
-                         "on. Give it two domains or more.")
-    if n_envs < 3 and not single:
-        raise ValueError(f"{dataset} has {n_envs} domains: with a pair held out, none is left to "
-                         "train on. Pass --single_test_envs, which holds out no pairs.")
-    return test_env_sets(n_envs, single)
-
-
-def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparams, data_dir, task,
-                   holdout_fraction, single_test_envs, test_envs=None, **more) -> list[dict]:
-    """The train arguments of every job of a sweep, in DomainBed's order.
-
-    Arguments are flags of `sweep`, which explains them, and `more` flags of `train`. Those that are
-    None stay out, so that folders keep the names that DomainBed gives them.
-
-    Raises:
-        ValueError: if a dataset has too few domains, or not those of `test_envs`.
-    """
-    given = {name: value for name, value in more.items() if value is not None}
-    env_sets = {name: _env_sets_of(name, data_dir, single_test_envs, test_envs)
-                for name in dataset_names}
-    return [
-        {"dataset": dataset, "algorithm": algorithm, "test_envs": envs,
-         "holdout_fraction": holdout_fraction, "hparams_seed": hparams_seed, "data_dir": data_dir,
-         "task": task, "trial_seed": trial_seed,
-         "seed": seed_hash(dataset, algorithm, envs, hparams_seed, trial_seed), **given}
-        for trial_seed in range(n_trials)
-        for dataset in dataset_names
-        for algorithm in algorithms
-        for envs in env_sets[dataset]
-        for hparams_seed in range(n_hparams_from, n_hparams)]
-
-
-def teachers_args(train_args: dict) -> list[dict]:
-    """The train arguments of each run that teaches a student: by itself default hparams.
-
-    They are the student's but for what its hparams `teachers` or `teacher` say; without these, a
-    method that learns from a run learns from ERM.
-
-    Raises:
-        ValueError, NotImplementedError: if they name no teacher, or no algorithm.
-    """
-    text = train_args.get("hparams")
-    hparams = parse_hparams(text) if text else {}
-    if asked := composition.teacher_of_method(hparams):
-        asked = [asked]
-    else:
-        asked = [each for each in composition.teachers(hparams) if each.kind == "run"]
-    if asked:
-        return [_teacher_args(train_args, each, hparams) for each in asked]
-    if not algorithms.learns_from_run(train_args["algorithm"]):
-        return []
-    return [_teacher_args(train_args, composition.Teacher("run", "ERM"))]
-
-
-def _teacher_args(train_args: dict, teacher: composition.Teacher, hparams: dict | None = None
-                  ) -> dict:
-    """One teacher's, of a student with these hparams; None keeps the student's text."""
-    algorithms.check_name(teacher.name)
-    name = algorithms.canonical_name(teacher.name)
-    args = {**train_args, "algorithm": name, "hparams_seed": 0}
-    if teacher.swapped:
-        n_envs = datasets.num_environments(args["dataset"], args["data_dir"])
-        args["test_envs"] = [i for i in range(n_envs) if i not in train_args["test_envs"]]
-    args["seed"] = seed_hash(args["dataset"], name, args["test_envs"], 0, args["trial_seed"])
-    if teacher.steps is not None:
-        args["steps"] = teacher.steps
-    if hparams is not None:
-        if of_run := teacher.hparams_of_run(hparams):
-            args["hparams"] = json.dumps(of_run)
-        else:
-            del args["hparams"]
-    return args
-
-
 def key_of(args: dict) -> tuple:
-    """What a run trains, hashable; who teaches it is for the sweep to know."""
+    """What a run trains, hashable, without its teacher, which the sweep knows."""
     return tuple(identity({**args, "teacher": None}).values())
 
 
@@ -149,19 +55,16 @@ class Runs:
             except OSError:
                 continue
             if args is None and not os.path.exists(os.path.join(path, files.RESULTS)):
-                args, rank = files.planned_args(path), 1  # it may say what it waits to train
+                args, rank = files.planned_args(path), 1
             if args and rank > best.get(key := key_of(args), 0):
                 found[key], best[key] = name, rank
         return found
 
 
 def plan(launches: list[argparse.Namespace]) -> list["Job"]:
-    """The jobs of a sweep's launches, each with its teacher; teachers that it lacks come first.
+    """The jobs of a sweep's launches with their teachers, of which those not listed come first.
 
-    Of a run that several launches list, the flags of the last count.
-
-    Raises:
-        ValueError: if teachers are needed but are to save no model.
+    If several launches list a run, the last one's flags count.
     """
     folder, listed = launches[-1].output_dir, {}
     for args in reversed(launches):
@@ -178,7 +81,7 @@ def plan(launches: list[argparse.Namespace]) -> list["Job"]:
             if args.epochs and of_teacher["steps"] == train_args["steps"]:
                 if not args.checkpoint_freq:  # then an evaluation after each epoch
                     del of_teacher["checkpoint_freq"]
-                _count_epochs(of_teacher, args.epochs)  # its domains or batches may be others
+                count_epochs(of_teacher, args.epochs)  # its domains or batches may be others
             if args.skip_model_save:
                 raise ValueError(f"--skip_model_save: {train_args['algorithm']} learns from the "
                                  f"model of a run of {of_teacher['algorithm']}. Leave the flag "
@@ -196,71 +99,21 @@ def plan(launches: list[argparse.Namespace]) -> list["Job"]:
     return [*added.values(), *made.values()]
 
 
-def list_args(args: argparse.Namespace) -> list[dict]:
-    """The train arguments of the jobs that a launch's flags ask for, point by point of a grid."""
-    found = []
-    for point in json.loads(args.grid or "[{}]"):
-        shared = of_sweep(args)
-        if point:
-            hparams = parse_hparams(args.hparams or "{}") | point
-            left = {name: value for name, value in hparams.items() if value is not None}
-            shared["hparams"] = json.dumps(left) if left else None
-        found += make_args_list(
-            n_trials=args.n_trials, dataset_names=args.datasets, algorithms=args.algorithms,
-            n_hparams_from=args.n_hparams_from, n_hparams=args.n_hparams,
-            single_test_envs=args.single_test_envs, test_envs=args.test_envs, **shared)
-    for train_args in found:
-        _draw(train_args, parse_hparams(args.draws or "{}"))
-        if args.epochs:
-            _count_epochs(train_args, args.epochs)
-    return found
-
-
-def _draw(train_args: dict, draws: dict) -> None:
-    """Adds to a job's hparams one of each list, by the same seeds as the method's own draws."""
-    if not draws or train_args["hparams_seed"] == 0:
-        return
-    seed = seed_hash(train_args["hparams_seed"], train_args["trial_seed"])
-    drawn = {name: random.Random(seed_hash(seed, name)).choice(values)
-             for name, values in draws.items()}
-    train_args["hparams"] = json.dumps(parse_hparams(train_args.get("hparams") or "{}") | drawn)
-
-
-def _count_epochs(train_args: dict, epochs: float) -> None:
-    """Sets a job's steps, and how often it evaluates, by passes over its training images.
-
-    Raises:
-        ValueError: if the dataset's numbers of images or the batch size are not known.
-    """
-    found = counts.sizes(train_args["dataset"], train_args["data_dir"])
-    batch_size = parse_hparams(train_args.get("hparams") or "{}").get("batch_size")
-    if not found or not batch_size:
-        raise ValueError(f"--epochs needs the hparam batch_size and a dataset whose numbers of "
-                         f"images are known; {train_args['dataset']} is trained by --steps.")
-    sizes = [n for i, n in enumerate(found) if i not in train_args["test_envs"]]
-    kept = sum(n - int(n * train_args["holdout_fraction"]) for n in sizes)
-    steps = max(1, kept // (batch_size * len(sizes)))  # an incomplete batch is dropped
-    train_args["steps"] = max(1, round(epochs * steps))
-    train_args.setdefault("checkpoint_freq", steps)
-
-
 class Job:
     """A run of a sweep.
 
     Its folder is `<sweep_output_dir>/<md5 of the sorted JSON of train_args>`, as DomainBed's, or
-    where there is none, the folder of a run that differs in nothing but `data_dir`. `state` is
-    looked up once, here.
+    else that of a run that differs in `data_dir` only. `state` is looked up once, here.
 
     Args:
-        train_args: an entry of `make_args_list`.
+        train_args: an entry of `listing.make_args_list`.
         sweep_output_dir: the sweep's folder.
         runs: what that folder holds; share one among many jobs.
-        flags: words of train that change nothing in its records. Neither these nor the
-            `teachers`, the jobs whose models it learns from and which must be done first, are part
-            of the folder's name.
+        flags: words of train that do not go on record. They are not part of the folder's name,
+            and neither are its `teachers`, the jobs that must be done first.
     """
 
-    NOT_LAUNCHED = "Not launched"  # also of one that waits in a launcher's queue
+    NOT_LAUNCHED = "Not launched"  # perhaps in a launcher's queue
     RUNNING = "Running"
     INTERRUPTED = "Interrupted"
     FAILED = "Failed"
@@ -299,7 +152,7 @@ class Job:
 
     @property
     def generation(self) -> int:
-        """0 for a job without teachers, else one more than the last of them."""
+        """0 for a job without teachers, else 1 more than the largest of theirs."""
         return 1 + max((teacher.generation for teacher in self.teachers), default=-1)
 
     def state_now(self) -> str:
@@ -369,11 +222,10 @@ class Job:
                ) -> list["Job"]:
         """Makes the jobs' folders and hands their commands to a launcher.
 
-        Folders of jobs that come `later` are made too, so that tables know of them.
-        Returns the jobs that failed or were stopped; none if the launcher returns no exit statuses.
-        One that another launcher has finished, or is at, has not failed.
-        Folders in which nothing has begun when the launcher gives up are removed, so that their
-        jobs count as not launched.
+        Folders of jobs that come `later` are made too, for the tables. If the launcher gives up,
+        folders in which nothing has begun are removed. Returns the jobs that failed or were
+        stopped, except those that another launcher runs or has finished; none if the launcher
+        returns no exit statuses.
         """
         print("Launching...")
         print("Making job directories:")

@@ -21,11 +21,7 @@ RECENT_S = 600
 
 
 def with_options(launcher: Callable, args: argparse.Namespace) -> Callable:
-    """The launcher with the options it takes.
-
-    Raises:
-        ValueError: if an option is given that it does not take.
-    """
+    """The launcher with the options it takes."""
     names = [name for name in vars(args) if name.startswith(("slurm_", "ray_"))]
     options = {name: getattr(args, name) for name in ("jobs_per_device", "threads_per_job", *names)
                if getattr(args, name) is not None}
@@ -38,11 +34,7 @@ def with_options(launcher: Callable, args: argparse.Namespace) -> Callable:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Refuses a sweep whose data are not on this machine.
-
-    Raises:
-        ValueError, FileNotFoundError: naming the dataset and the folder.
-    """
+    """Refuses a sweep whose data are not on this machine."""
     for name in args.datasets:
         cls = datasets.get_dataset_class(name)
         if cls.NEEDS_FILES and not os.path.isdir(folder := cls.folder(args.data_dir)):
@@ -51,11 +43,7 @@ def check_data(args: argparse.Namespace) -> None:
 
 
 def check_writable(folder: str) -> None:
-    """Refuses a folder in which no file can be made.
-
-    Raises:
-        OSError: saying why; none if there is no folder yet.
-    """
+    """Refuses a folder in which no file can be made."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except FileNotFoundError:
@@ -66,11 +54,7 @@ def check_writable(folder: str) -> None:
 
 
 def confirmed(args: argparse.Namespace) -> bool:
-    """Whether the user agrees.
-
-    Raises:
-        ValueError: if nobody can be asked.
-    """
+    """Whether the user agrees."""
     if args.skip_confirmation:
         return True
     if sys.stdin is None or not sys.stdin.isatty():
@@ -92,11 +76,7 @@ def asked_for(args: argparse.Namespace) -> list[dict]:
 
 
 def refuse_idle_mending(args: argparse.Namespace) -> None:
-    """Refuses the hparam `mended` for methods of this package in which it would mend nothing.
-
-    Raises:
-        ValueError: naming them; their rows are DomainBed's without it.
-    """
+    """Refuses the hparam `mended` for methods that have nothing to fix."""
     if any(hparams.get("mended") for hparams in asked_for(args)):
         idle = [name for name in args.algorithms if name in algorithms.SHIPPED
                 and not algorithms.get_algorithm_class(name).mends]
@@ -106,11 +86,7 @@ def refuse_idle_mending(args: argparse.Namespace) -> None:
 
 
 def refuse_teachers(all_jobs: list[Job]) -> None:
-    """Refuses teachers that have no meaning on one of the algorithms, before any is trained.
-
-    Raises:
-        ValueError: saying why.
-    """
+    """Refuses teachers that an algorithm cannot have, before any is trained."""
     asked = {(job.train_args["algorithm"], job.train_args.get("hparams"),
               job.train_args["dataset"]) for job in all_jobs}
     for name, text, dataset in sorted(asked, key=str):
@@ -123,10 +99,7 @@ def refuse_teachers(all_jobs: list[Job]) -> None:
 
 
 def warn_of_unread(args: argparse.Namespace) -> None:
-    """Names --hparams that nothing reads; each job knows better, but says so only in its err.txt.
-
-    What comes from elsewhere may read any.
-    """
+    """Names --hparams that nothing reads; plug-ins may read any."""
     names = dict.fromkeys(name for hparams in asked_for(args) for name in hparams)
     if not names or args.plugin or not set(args.algorithms) <= set(algorithms.SHIPPED):
         return
@@ -139,13 +112,13 @@ def warn_of_unread(args: argparse.Namespace) -> None:
 
 def launch(launches: list[argparse.Namespace], all_jobs: list[Job], launcher: Callable,
            is_blocking: bool) -> int:
-    """Runs the jobs that have not begun, and goes on with those that were interrupted or failed.
+    """Runs the jobs that have not begun, and continues those that were interrupted or failed.
 
-    The last launch says how. Of a launcher that does not block until its jobs have ended, folders
-    in which nothing has begun are jobs that wait in a queue.
+    The last launch says how. If the launcher does not block until its jobs end, folders in which
+    nothing has begun are jobs in a queue.
 
     Returns:
-        1 if jobs failed, were stopped, or are left to others and not done; else 0.
+        1 if jobs failed, were stopped, or belong to others and are not done; else 0.
     """
     args = launches[-1]
     launcher = with_options(launcher, args)
@@ -185,7 +158,7 @@ def launch(launches: list[argparse.Namespace], all_jobs: list[Job], launcher: Ca
 
 
 def left_alone(running: list[Job], queued: list[Job]) -> Iterator[str]:
-    """Lines on jobs that are somebody else's."""
+    """Lines about jobs that others run."""
     if running:
         example = running[0].output_dir
         yield (f"{len(running)} jobs are running and are left alone, as {example} on "
@@ -198,7 +171,7 @@ def left_alone(running: list[Job], queued: list[Job]) -> Iterator[str]:
 
 
 def not_done(some: list[Job]) -> list[Job]:
-    """Those of jobs in others' hands that have not finished by now; says how many."""
+    """The jobs that others run and that are not done; says how many."""
     some = [job for job in some if not job.is_done()]
     if some:
         print(f"{len(some)} jobs that others run are not done yet.", file=sys.stderr)
@@ -224,7 +197,7 @@ def noted(launches: list[argparse.Namespace]) -> Iterator[None]:
 
 
 def run_all(new: list[Job], launcher: Callable, is_blocking: bool, retry: int) -> bool:
-    """Runs jobs, teachers first, and says what became of them; whether any is not done."""
+    """Runs jobs, teachers first, and reports them; returns whether any is not done."""
     ready, waiting = by_teachers(new)
     if waiting:
         print(f"{len(waiting)} of them wait for their teachers and are counted after these.",

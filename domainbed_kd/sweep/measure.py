@@ -39,8 +39,7 @@ def of_job(timing: Timing, job: Job) -> float:
 def measure(some: Iterable[Job]) -> list[Timing | None]:
     """The timings of jobs, each run in processes of its own and a folder that is removed.
 
-    A student's teacher is trained for as many updates. What cannot be timed is named on stderr,
-    and None.
+    A student's teacher is trained for as many updates. Failures are None, and named on stderr.
     """
     found = []
     with tempfile.TemporaryDirectory() as folder:

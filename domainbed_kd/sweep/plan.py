@@ -1,4 +1,4 @@
-"""What a sweep's jobs have cost so far, and what is left, from what they measured themselves."""
+"""What a sweep has cost so far and what is left, from what its jobs measured."""
 
 import argparse
 import heapq
@@ -70,10 +70,10 @@ def wall_seconds(jobs: list[Job], seconds: dict[int, float], slots: int) -> floa
 
 def trimmed(n_trials: int, n_hparams: int, fits: Callable[[int, int], bool]
             ) -> tuple[int, int] | None:
-    """The most trials and seeds of hparams that fit, shrunk as evenly as can be; None if none do.
+    """The most trials and seeds of hparams that fit, shrunk evenly; None if none do.
 
-    Of all that fit it is the pair whose smaller share of what was asked for is largest, and
-    among those the one with the most runs, then with the most trials.
+    It is the pair with the largest smaller share of what was asked for, then with the most runs,
+    then with the most trials.
     """
     pairs = [(trials, hparams) for trials in range(1, n_trials + 1)
              for hparams in range(1, n_hparams + 1)]
@@ -91,7 +91,7 @@ def in_words(seconds: float) -> str:
 
 
 def slots(args: argparse.Namespace, launcher: str) -> int:
-    """How many jobs a launcher of ours has at a time; others count as one, as do GPUs elsewhere."""
+    """How many jobs a launcher runs at a time; 1 where that is not known."""
     per_device = args.jobs_per_device or 1
     if launcher == "multi_gpu":
         return max(1, len(machine.gpus())) * per_device
@@ -107,9 +107,6 @@ def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
 
     Returns:
         1 if not even one trial with one seed of hparams fits the budget, else 0.
-
-    Raises:
-        ValueError: if a budget is given and the cost of a run is not known.
     """
     args = launches[-1]
     rates = Rates(all_jobs)

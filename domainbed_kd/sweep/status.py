@@ -11,7 +11,7 @@ from domainbed_kd.sweep.jobs import Job
 
 
 def show(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
-    """Prints how far the jobs are, with --watch again and again until nothing is left to do."""
+    """Prints how far the jobs are, with --watch again and again until all are done."""
     args = launches[-1]
     n_slots = plan.slots(args, args.command_launcher)
     print(overview(all_jobs, n_slots))
@@ -26,9 +26,9 @@ def show(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
 
 
 def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
-    """Jobs by state, their rate, the time left, what failed and why, and the memory they held.
+    """Jobs by state, their rate, the time left, failures and their reasons, and memory.
 
-    `n_slots` are the jobs at a time where none is running, which would tell.
+    `n_slots` jobs are expected at a time if none is running.
     """
     counts = Counter((kind, job.train_args[kind], job.state)
                      for job in all_jobs for kind in ("algorithm", "dataset"))
@@ -77,7 +77,7 @@ def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
 
 
 def warn_of_lacks(all_jobs: list[Job]) -> None:
-    """Names finished runs that lack what the flags ask for, as they were trained without them."""
+    """Names finished runs that lack what the flags ask for."""
     lacking = defaultdict(list)
     for job in all_jobs:
         if job.state == Job.DONE:

@@ -1,8 +1,7 @@
 """The launchers that run jobs on this machine, and how a sweep's command lines are read.
 
 `local` and `multi_gpu` run `train` in warm workers: a fork server imports torch once and forks a
-child per job, so that a job starts at once and its crash harms no other. No shell reads the
-commands.
+child per job, so jobs start at once and a crash harms no other. No shell reads the commands.
 """
 
 import contextlib
@@ -37,11 +36,7 @@ def local(commands: list[str], *, jobs_per_device: int = 1,
 
 def multi_gpu(commands: list[str], *, jobs_per_device: int = 1,
               threads_per_job: int | None = None) -> list[int]:
-    """Runs `jobs_per_device` commands at a time on each visible GPU; returns exit statuses.
-
-    Raises:
-        ValueError: if no GPU is visible.
-    """
+    """Runs `jobs_per_device` commands at a time on each visible GPU; returns exit statuses."""
     children.context(is_warm=True)
     children.start_server()  # it imports torch while another process asks for GPUs
     slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _visible_gpus()] * jobs_per_device
@@ -97,7 +92,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
     variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
 
     waiting = deque(enumerate(argvs))
-    # Slots, and the process and connection of one that would take another job.
+    # Slots, with the process and connection of a worker that waits for a job.
     free = deque((slot, None) for slot in enumerate(slots, 1))
     running: dict[int, _Running] = {}
     lines = {}  # {sentinel: JobLine}
@@ -122,7 +117,7 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
                 if quiet and sys.stderr.isatty() and children.is_warm(argv):
                     lines[worker[0].sentinel] = JobLine(
                         args.of_words(argv[3:]), position=slot[0])
-            # Lines are looked up every second, where there are any.
+            # Lines are updated every second.
             connections = [job.jobs for job in running.values()
                            if children.is_warm(argvs[job.index])]
             ready = multiprocessing.connection.wait(
@@ -172,7 +167,7 @@ def words(command: str) -> list[str]:
 
 
 def _outcome(argv: list[str], status: int, took: str = "", error: str = "") -> str:
-    """What became of a job, in a line; `error` is the last line that it printed on stderr."""
+    """How a job ended, in a line; `error` is the last line of its stderr."""
     what = "  ".join(filter(None, [_label_of(argv), took]))
     if status == 0:
         return f"done  {what}"
@@ -183,7 +178,7 @@ def _outcome(argv: list[str], status: int, took: str = "", error: str = "") -> s
 
 
 def report(command: str, status: int, n_done: int, n_all: int) -> None:
-    """Says on stderr what became of a job that ran elsewhere."""
+    """Says on stderr how a job ended that ran elsewhere."""
     print(f"[{n_done}/{n_all}] {_outcome(words(command), status)}", file=sys.stderr)
 
 
@@ -211,7 +206,7 @@ class JobLine:
                                leave=False)
 
     def refresh(self) -> None:
-        """Looks up how far the run is, by its last evaluation."""
+        """Shows how far the run is, by its last evaluation."""
         self.bar.update(files.steps_done(self.folder) - self.bar.n)
         self.bar.refresh()
 

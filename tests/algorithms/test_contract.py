@@ -58,6 +58,8 @@ def hold(name):
     assert algorithms.learns_from_run(name) is cls.learns_from_run
 
     algorithm = build(name, hparams=hparams_of(name, **EARLY))
+    assert all(part is None or isinstance(part, torch.nn.Module)
+               for part in map(algorithm.part, ("network", "featurizer", "average", "teachers")))
     assert algorithm.total_steps == EARLY["total_steps"]
     for step in range(EARLY["teacher_steps"] + 2):
         x = minibatches(seed=step)[0][0]
@@ -105,6 +107,14 @@ def test_nobody_guesses_whether_a_method_declares_what_the_base_class_does():
                 name = node.args[1]
                 assert not isinstance(name, ast.Constant) or name.value not in declared, (
                     f"{path}:{node.lineno} asks for {name.value!r} with {ast.unparse(node.func)}")
+
+
+@pytest.mark.parametrize("path", [
+    *(Path(domainbed_kd.__file__).parent / "run").glob("*.py")], ids=lambda path: path.stem)
+def test_a_run_asks_a_method_for_its_parts_and_never_guesses(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            assert not ast.unparse(node.args[0]).endswith("algorithm"), f"{path}:{node.lineno}"
 
 
 class Counting(networks.CountsOnCPU):

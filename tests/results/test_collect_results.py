@@ -13,7 +13,7 @@ from domainbed_kd.folder import claims, files, manifest
 from domainbed_kd.folder.curves import searches
 from domainbed_kd.results import records, selection, tables
 from domainbed_kd.scripts import collect_results, sweep
-from domainbed_kd.sweep import jobs
+from domainbed_kd.sweep import listing
 
 
 def run(capsys, folder, *flags):
@@ -361,7 +361,7 @@ def test_a_run_at_work_that_does_not_tell_what_it_trains_is_no_error(tmp_path, c
 @pytest.mark.parametrize("single", [True, False])
 def test_the_command_that_completes_a_sweep_launches_the_absent_runs_only(
         tmp_path, capsys, monkeypatch, single):
-    made = jobs.make_args_list(
+    made = listing.make_args_list(
         n_trials=2, dataset_names=["Debug28", "Debug224"], algorithms=["ERM", "SWAD"],
         n_hparams_from=1, n_hparams=3, steps=3, data_dir=None, task="domain_generalization",
         holdout_fraction=0.25, single_test_envs=single, hparams='{"batch_size": 4}',

@@ -10,7 +10,7 @@ from conftest import GOLDENS, golden
 
 from domainbed_kd import datasets
 from domainbed_kd.folder import claims, files
-from domainbed_kd.sweep import jobs
+from domainbed_kd.sweep import jobs, listing
 from domainbed_kd.sweep.jobs import Job
 
 CASES = golden("jobs.json")["cases"]
@@ -18,14 +18,14 @@ SHIPPED = next(case for case in CASES if case["label"] == "test_sweep_data")
 
 
 def make(case, sweep_output_dir, **changes):
-    args_list = jobs.make_args_list(**case["make_args_list"] | changes)
+    args_list = listing.make_args_list(**case["make_args_list"] | changes)
     return [Job(args, str(sweep_output_dir)) for args in args_list]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["label"])
 def test_jobs_have_domainbeds_arguments_folders_commands_and_texts(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args_list = jobs.make_args_list(**case["make_args_list"])
+    args_list = listing.make_args_list(**case["make_args_list"])
     assert args_list == [job["train_args"] for job in case["jobs"]]
     for args, theirs in zip(args_list, case["jobs"]):
         job = Job(args, case["output_dir"])
@@ -41,7 +41,7 @@ def test_the_whole_default_sweep_has_domainbeds_folders_in_domainbeds_order():
     full = golden("jobs_full_default.json")
     sizes = {}
     for single in (True, False):
-        args_list = jobs.make_args_list(
+        args_list = listing.make_args_list(
             n_trials=3, dataset_names=full["sweep_DATASETS"], algorithms=full["ALGORITHMS"],
             n_hparams_from=0, n_hparams=20, steps=None, data_dir=full["data_dir"],
             task="domain_generalization", holdout_fraction=0.2, single_test_envs=single,
@@ -59,7 +59,7 @@ def test_the_whole_default_sweep_has_domainbeds_folders_in_domainbeds_order():
     (3, True, [[0], [1], [2]]),
     (2, True, [[0], [1]])])
 def test_held_out_sets_are_single_domains_and_each_followed_by_its_pairs(n_envs, single, expected):
-    assert jobs.test_env_sets(n_envs, single) == expected
+    assert listing.test_env_sets(n_envs, single) == expected
 
 
 def test_a_data_set_of_two_domains_has_no_pairs_to_hold_out(monkeypatch):

@@ -16,7 +16,7 @@ from domainbed_kd import algorithms, command_launchers, datasets, machine
 from domainbed_kd.console import run_main
 from domainbed_kd.folder import claims
 from domainbed_kd.scripts import collect_results, report, sweep
-from domainbed_kd.sweep import workers
+from domainbed_kd.sweep import listing, workers
 from domainbed_kd.sweep.jobs import Job
 
 SMALL = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_hparams", "1", "--n_trials", "1",
@@ -316,7 +316,7 @@ def runs_in(folder):
 
 
 def args_list_of(args):
-    return sweep.jobs.make_args_list(
+    return listing.make_args_list(
         args.n_trials, args.datasets, args.algorithms, args.n_hparams_from, args.n_hparams,
         args.data_dir, args.task, args.holdout_fraction, args.single_test_envs, steps=args.steps,
         hparams=args.hparams)

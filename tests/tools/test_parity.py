@@ -16,7 +16,8 @@ def checkout(folder, seed_hash="from domainbed_kd.seeds import seed_hash", algor
         "lib/misc.py": seed_hash,
         "hparams_registry.py": "from domainbed_kd.hparams_registry import *",
         "algorithms.py": algorithms,
-        "scripts/sweep.py": "from domainbed_kd.sweep.jobs import *",
+        "scripts/sweep.py": ("from domainbed_kd.sweep.jobs import *\n"
+                             "from domainbed_kd.sweep.listing import *"),
     }
     for name, text in files.items():
         path = folder / "domainbed" / name
