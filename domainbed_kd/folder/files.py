@@ -136,9 +136,6 @@ def remove_half_written(folder: Path) -> None:
         beside.unlink()
 
 
-# Records.
-
-
 def append_record(folder: Path, record: dict, name: str = RESULTS) -> None:
     """Adds a whole line to results.jsonl or its like, on disk before this returns.
 

@@ -209,12 +209,10 @@ class Grid:
     A whole sweep has every trial seed x hparams seed x algorithm x dataset that occurs anywhere,
     on every environment, and on every pair of environments if any pair occurs. A run has finished
     when its last record is at step `args.steps - 1` or, without that argument, where the longest
-    of its dataset's runs ends.
+    of its dataset's runs ends. `planned` are the args of runs without records, which count too.
 
-    Attributes: `trained`, the (run, curve) pairs, of which a run in several folders or with several
-    settings has several; `n_steps` of the longest run on each dataset.
-
-    `planned` are the args of runs without records, which count like the others.
+    `trained` are (run, curve) pairs, several for a run in several folders or with several settings;
+    `n_steps` is that of the longest run on each dataset.
 
     Raises:
         ValueError: if runs were measured by different metrics, or those of a column train on

@@ -89,12 +89,12 @@ def loop(recorder: "Recorder", views: canonical_view.CanonicalViews | None,
             step, last, evaluator.validation_loss, evaluator.extra_minibatches)
         evaluator.after_step()
         at_checkpoint = step % run.checkpoint_freq == 0 or last
-        if at_checkpoint and run.stage and run.stage.ends(step):
-            break
         if at_checkpoint:
+            if run.stage and run.stage.ends(step):
+                break
             logger.log(recorder.record(step), run.updates_before)
         if last:
-            break
+            continue  # the bar counts it too
         if saves and (at_checkpoint or stopped()):
             state.save(run, pending, evaluator.diagnostics, step + 1)
         if stopped():
