@@ -49,7 +49,7 @@ OPTIONAL = {
     "beta_average": "with averaging by 'beta': its parameter; below 1 both ends count most (0.5)",
     "beta_start": "likewise: the update from which; 0 is for students that start trained (0)",
     "class_groups": "training batches are of so many classes, the same in every domain (all)",
-    "mended": "true: mend the known defect in DomainBed's numbers of a method (docs/protocol.md)",
+    "mended": "true: fix the known defect in DomainBed's numbers of a method (docs/protocol.md)",
     "canonical_view": "true, or a list by teacher: frozen ones look at plain images",
     "class_names": "the classes as words, in label order, for methods that read text",
 }
@@ -93,38 +93,34 @@ def search_space(algorithm: str, dataset: str) -> Space:
 
 def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
     """{name: value}, all at their defaults."""
-    if brought := _brought(algorithm):
-        return brought(dataset, None)
-    return {name: default for name, (default, _) in search_space(algorithm, dataset).items()}
+    return _hparams(algorithm, dataset, None)
 
 
 def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
     """{name: value}, each drawn from its own stream of `seed`."""
-    if brought := _brought(algorithm):
-        return brought(dataset, seed)
+    return _hparams(algorithm, dataset, seed)
 
-    return _drawn(search_space(algorithm, dataset), seed)
+
+def _hparams(algorithm: str, dataset: str, seed: int | None) -> dict[str, Any]:
+    # A fork's algorithm brings its fork's hparams.
+    brought = algorithms.get_algorithm_class(algorithm).all_hparams
+    return brought(dataset, seed) if brought else _drawn(search_space(algorithm, dataset), seed)
 
 
 def of_teachers(text: str | None, seed: int | None) -> dict[str, Any]:
     """Those that teachers add which --hparams put on top: drawn, or the defaults without a seed."""
-    space = composition.search_space(parse_hparams(text)) if text else {}
-    if seed is None:
-        return {name: default for name, (default, _) in space.items()}
-    return _drawn(space, seed)
+    return _drawn(composition.search_space(parse_hparams(text)) if text else {}, seed)
 
 
-def _drawn(space: Space, seed: int) -> dict[str, Any]:
-    def draw(name: str, draw_value: Callable[[Any], Any]) -> Any:
+def _drawn(space: Space, seed: int | None) -> dict[str, Any]:
+    """A draw of each entry, or its default without a seed."""
+    def draw(name: str, default: Any, draw_value: Callable[[Any], Any]) -> Any:
+        if seed is None:
+            return default
         value = draw_value(np.random.RandomState(seed_hash(seed, name)))
         return value.item() if isinstance(value, np.generic) else value
 
-    return {name: draw(name, draw_value) for name, (_, draw_value) in space.items()}
-
-
-def _brought(algorithm: str) -> Callable[[str, int | None], dict[str, Any]] | None:
-    """The function of (dataset, seed) with which a fork's algorithm brings its fork's hparams."""
-    return algorithms.get_algorithm_class(algorithm).all_hparams
+    return {name: draw(name, *entry) for name, entry in space.items()}
 
 
 def override(hparams: dict[str, Any], text: str | None, takes: Mapping[str, Takes] = {}

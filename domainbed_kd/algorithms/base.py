@@ -85,7 +85,7 @@ class Algorithm(networks.CountsOnCPU):
     method is declared below, with the answer of a method that says nothing.
 
     Raises:
-        ValueError: if an hparam is not what `takes` says, or if `mended` would mend nothing.
+        ValueError: if an hparam is not what `takes` says, or if `mended` would fix nothing.
     """
 
     #: The name that tables show, where it differs from the class's.
@@ -138,7 +138,7 @@ class Algorithm(networks.CountsOnCPU):
         if hparams.get("mended") and not self.mends:
             raise ValueError(
                 f"{self.display_name or type(self).__name__}: the hparam mended is true, but there "
-                "is nothing to mend in its numbers. Leave it out.")
+                "is nothing to fix in its numbers. Leave it out.")
         self.hparams = hparams
 
     @property

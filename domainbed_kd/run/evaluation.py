@@ -42,8 +42,9 @@ class Evaluator:
         self._by_class: dict = {}
 
     def in_order(self, split) -> Iterator[tuple[Tensor, Tensor]]:
-        """`in_order` on the run's device."""
-        return in_order(split, self.run.to_device)
+        """A split's (x, y), 64 images at a time, not augmented; no random stream moves."""
+        whole = DataLoader(datasets.plain(split), batch_size=64, generator=torch.Generator())
+        return map(self.run.to_device, whole)
 
     def audit_teacher(self) -> None:
         """Prints the teacher's audit on the training domains; the first record has it too."""
@@ -137,12 +138,6 @@ def measure(run: Run, loader, kept: list | None = None):
                 kept.append((loader.indices, batch[1], logits.float().cpu()))
     run.algorithm.train()
     return counter
-
-
-def in_order(split, to_device: Callable) -> Iterator[tuple[Tensor, Tensor]]:
-    """A split's (x, y), 64 images at a time, not augmented; no random stream moves."""
-    whole = DataLoader(datasets.plain(split), batch_size=64, generator=torch.Generator())
-    return map(to_device, whole)
 
 
 def save_logits(path: Path, kept: dict[str, list[tuple]], keys: dict[str, list[int]]) -> None:

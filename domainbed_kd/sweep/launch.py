@@ -81,7 +81,7 @@ def refuse_idle_mending(args: argparse.Namespace) -> None:
         idle = [name for name in args.algorithms if name in algorithms.SHIPPED
                 and not algorithms.get_algorithm_class(name).mends]
         if idle:
-            raise ValueError(f"--hparams: mended has nothing to mend in {', '.join(idle)}. Launch "
+            raise ValueError(f"--hparams: mended has nothing to fix in {', '.join(idle)}. Launch "
                              "them without it.")
 
 

@@ -264,7 +264,7 @@ def test_what_mends_nothing_refuses_to_be_mended(name):
     if get_algorithm_class(name).mends:
         assert build(name, hparams=hparams).hparams["mended"]
     else:
-        with pytest.raises(ValueError, match="mended is true, but there is nothing to mend"):
+        with pytest.raises(ValueError, match="mended is true, but there is nothing to fix"):
             build(name, hparams=hparams)
 
 

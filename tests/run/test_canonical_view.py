@@ -15,7 +15,8 @@ from domainbed_kd.run.canonical_view import CanonicalViews
 from domainbed_kd.scripts import sweep, train
 
 HPARAMS = {"wrn_depth": 10, "wrn_widen": 1, "batch_size": 8}
-IN_ORDER = functools.partial(evaluation.in_order, to_device=tuple)
+IN_ORDER = functools.partial(evaluation.Evaluator.in_order, types.SimpleNamespace(
+    run=types.SimpleNamespace(to_device=tuple)))
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ def contents(folder):
      "rsc_b_drop_factor is -1"),
     (TRAIN, ["--algorithm", "Fishr", "--hparams", '{"ema": 1.0, "batch_size": 4}'],
      "Fishr fails with --hparams"),
-    (LAUNCH, ["--hparams", '{"mended": true}'], "mended has nothing to mend in ERM"),
+    (LAUNCH, ["--hparams", '{"mended": true}'], "mended has nothing to fix in ERM"),
     (LAUNCH, ["--hparams", '{"lr": Infinity}'], "Infinity is not a finite number"),
     (STATUS, ["--hparams", "lr=1"], "--hparams is not JSON"),
     # Folders and files that are not what they should be.
