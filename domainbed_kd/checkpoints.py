@@ -43,7 +43,7 @@ def save_safetensors(path: Path, content: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """What `save` wrote, on the CPU.
+    """Reads what `save` wrote, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -133,7 +133,7 @@ def set_streams(streams: tuple) -> None:
 
 
 def to_plain(streams: tuple) -> dict:
-    """What torch.load(weights_only=True) can read."""
+    """Streams as torch.load(weights_only=True) can read them."""
     (version, words, gauss), (kind, keys, *rest), torchs = streams
     return {"python": [version, torch.tensor(words), gauss],
             "numpy": [kind, torch.tensor(keys.astype(np.int64)), *rest],

@@ -108,7 +108,7 @@ def _hparams(algorithm: str, dataset: str, seed: int | None) -> dict[str, Any]:
 
 
 def of_teachers(text: str | None, seed: int | None) -> dict[str, Any]:
-    """Those that teachers add which --hparams put on top: drawn, or the defaults without a seed."""
+    """The hparams that teachers in --hparams add: drawn, or defaults without a seed."""
     return _drawn(composition.search_space(parse_hparams(text)) if text else {}, seed)
 
 

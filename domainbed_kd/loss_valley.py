@@ -38,7 +38,7 @@ class Segment:
 
 
 class LossValley(nn.Module):
-    """Which segments SWAD averages, found from their validation losses as training goes on.
+    """Finds the segments that SWAD averages, by their validation losses, during training.
 
     Training has converged at the end of a segment whose loss none of the next `n_converge` - 1
     undercuts. The valley lasts until the lowest of `n_tolerance` losses in a row is above
@@ -126,7 +126,7 @@ class LossValley(nn.Module):
             add_to_mean(self.mean, segment.weights, len(self.averaged))
 
     def get_extra_state(self) -> dict:
-        """What torch stores of this module: everything that a resumed run needs."""
+        """The state that torch stores: everything that a resumed run needs."""
         return {
             "rules": _RULES,
             "segments": [dict(vars(segment)) for segment in self.segments],

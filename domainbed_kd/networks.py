@@ -134,7 +134,7 @@ class Frozen(nn.Module):
         return self.look(x) if self.recalled is None else self.recalled.to(x.device)
 
     def look(self, x: Tensor) -> Tensor:
-        """What the module returns."""
+        """The module's output."""
         return self.module(x)
 
     def keep(self, rows: Tensor) -> None:

@@ -222,7 +222,7 @@ def audit(algorithm: "Algorithm", batches: Iterable[tuple[Tensor, Tensor]],
 
 
 def audit_confusion(confusion: Tensor) -> str | None:
-    """What is wrong with a teacher, by its counts (C labels, C guesses); None if nothing is.
+    """The problem of a teacher, by its counts (C labels, C guesses); None without one.
 
     Classes count as being in another order if each label's most frequent guess is another's own,
     and reading the guesses so adds more than 0.2 to the accuracy. Chance is 1 / C; a teacher is

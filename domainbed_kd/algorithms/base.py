@@ -1,4 +1,4 @@
-"""What every algorithm is: DomainBed's four-argument constructor, `update` and `predict`."""
+"""The base of every algorithm: DomainBed's constructor, `update` and `predict`."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 class Takes(NamedTuple):
-    """What an hparam may be: a test of a value, and words that follow "it takes"."""
+    """The values that an hparam takes: a test, and words that follow "it takes"."""
 
     fits: Callable[[object], bool]
     words: str
@@ -72,7 +72,7 @@ def forked_rng() -> Iterator[None]:
 
 
 def detached(**terms: Tensor | float) -> dict[str, Tensor | float]:
-    """What an update returns of these: tensors without gradient, which later steps do not move."""
+    """Copies of these for an update to return: tensors without gradient."""
     return {name: term.detach().clone() if isinstance(term, Tensor) else term
             for name, term in terms.items()}
 

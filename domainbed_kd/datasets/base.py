@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plain(dataset: Any) -> Any:
-    """The same images without augmentation, of a domain or of a split of one.
+    """The images of a domain, or of a split of one, without augmentation.
 
     A shallow copy; where there is no augmentation to leave out, the argument itself.
     """
@@ -31,7 +31,7 @@ def plain(dataset: Any) -> Any:
 
 
 class Source(NamedTuple):
-    """Where a dataset's files come from."""
+    """The origin of a dataset's files."""
 
     size: str
     #: Who fetches them, one of `sources.FETCHERS`, or "by hand".

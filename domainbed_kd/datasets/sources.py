@@ -1,4 +1,4 @@
-"""Where datasets come from, under which terms, and how to get them."""
+"""Fetching datasets: where from, under which terms, and how."""
 
 import http.client
 import json
@@ -165,7 +165,7 @@ def known() -> list[str]:
 
 
 def listing(names: Iterable[str]) -> str:
-    """Where these datasets can be fetched from and under what terms, as a table."""
+    """A table of the datasets' sources and terms."""
     rows = [("dataset", "size", "fetched by", "licence", "page")]
     for name in names:
         source = datasets.facts(name).SOURCE

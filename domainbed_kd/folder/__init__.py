@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and the only code that names those files. Needs no torch."""
+"""A run's files on disk; no other code names them. Needs no torch."""

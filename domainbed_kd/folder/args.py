@@ -207,7 +207,7 @@ def check_run(args: argparse.Namespace) -> None:
 
 
 def on_record(args: argparse.Namespace) -> dict:
-    """What a run's records keep of its flags, by name."""
+    """The flags that a run's records keep, by name."""
     values = {name: getattr(args, name) for name, flag in FLAGS.items() if flag.on_record != NEVER}
     if args.teacher and len(args.teacher) == 1:
         values["teacher"] = args.teacher[0]
@@ -277,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def identity(args: Mapping) -> dict[str, Hashable]:
-    """What two runs must share to be the same run, from its args on record.
+    """The args on record that two runs must share to be the same run.
 
     The folders of data and results are not part of it, nor is what a run keeps beside its records.
     A teacher counts by its folder's name.
@@ -301,7 +301,7 @@ def teachers(args: Mapping) -> list[str]:
 
 
 def label(args: Mapping) -> str:
-    """What a run trains, in words, from its args."""
+    """A run's algorithm, dataset, test envs and seeds, in words."""
     args = {name: FLAGS[name].default for name in (
         "algorithm", "dataset", "test_envs", "trial_seed", "hparams_seed")} | dict(args)
     return (f"{args['algorithm']} {args['dataset']} test env "

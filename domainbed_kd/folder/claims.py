@@ -1,4 +1,4 @@
-"""Who trains in a run's folder: a lock, and a heartbeat for machines that do not see the lock.
+"""Claims on a run's folder: a lock, and a heartbeat for machines that do not see the lock.
 
 The lock of out.txt is exact: the system frees it however its process ends. It reaches every
 process on a machine, and other machines over file systems that share locks (NFS 4, Lustre with

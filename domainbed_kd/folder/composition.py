@@ -1,4 +1,4 @@
-"""Who teaches a run, by its hparams `teachers` and `teacher`, and the name of its table row.
+"""A run's teachers, by its hparams `teachers` and `teacher`, and the name of its table row.
 
 `teachers` adds teachers to any algorithm, see `algorithms.composed`; `teacher` replaces the sweep's
 ERM run as the teacher of a method such as KD.
@@ -116,7 +116,7 @@ def search_space(hparams: dict) -> dict:
 
 
 def words(hparams: dict) -> list[str]:
-    """What is distilled, as a list."""
+    """The hparam `distill`, as a list."""
     asked = hparams.get("distill", "logit")
     return asked if isinstance(asked, list) else [asked]
 

@@ -97,7 +97,7 @@ def teacher_problem(record: dict) -> str | None:
 
 @functools.cache
 def columns(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of a record's keys are kept as columns."""
+    """The keys of a record that are kept as columns."""
     return "step", *(key for key in keys if key.endswith("_acc"))
 
 
@@ -182,7 +182,7 @@ def row(args: dict) -> str:
 
 @functools.lru_cache(maxsize=10000)
 def _on_top(text: str) -> str:
-    """What hparams, as JSON, add to the algorithm's name in a row."""
+    """The addition to the algorithm's name in a row by hparams, as JSON."""
     if not any(word in text for word in ("mended", "upstream_exact", "teacher", "averaging")):
         return ""
     try:
@@ -287,7 +287,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def selected(records: list[dict]) -> dict | None:
-    """Which of a run's records training-domain validation selects.
+    """The record of a run that training-domain validation selects.
 
     None if no validation accuracy is a number.
     """

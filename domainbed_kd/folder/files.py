@@ -67,7 +67,7 @@ def open_regular(path: str | Path) -> io.FileIO:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """What is in a regular file.
+    """The content of a regular file.
 
     Raises:
         OSError: as `open_regular`, and if it is larger than any file of a run.
@@ -79,7 +79,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_json(path: str | Path):
-    """What a file of JSON says; raises as `read_bytes` and `parse_json` do."""
+    """The content of a JSON file; raises as `read_bytes` and `parse_json` do."""
     return parse_json(read_bytes(path))
 
 
@@ -310,7 +310,7 @@ def last_error(folder: str | Path) -> str:
 
 
 def cost(folder: str | Path) -> dict[str, float]:
-    """What a run has cost so far, by its memory.json; empty before its first record.
+    """A run's cost so far, by its memory.json; empty before its first record.
 
     "rss_mb" and "gpu_mb" are the peaks of process and GPU in MiB; older runs lack "seconds" and
     "steps". A damaged file is ignored.

@@ -1,4 +1,4 @@
-"""What a sweep is: sweep.json in its folder, with an entry for each launch.
+"""A sweep's manifest: sweep.json in its folder, with an entry for each launch.
 
 An entry has the sweep's flags, as words of a command line with every default and with plug-ins by
 absolute path; facts about the plug-ins' names that listing the runs needs; the working directory;

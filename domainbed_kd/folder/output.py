@@ -1,4 +1,4 @@
-"""What a run prints, kept in its folder, and why it failed."""
+"""Keeps a run's output, and the reason if it fails, in its folder."""
 
 import contextlib
 import re

@@ -89,7 +89,7 @@ def _describe_settings(grid: Grid) -> list[str]:
 
 
 def _describe_failed(grid: Grid, reasons: dict[Run, str]) -> list[str]:
-    """Which runs failed and why, one line for each reason; a long list is cut."""
+    """The failed runs, one line for each reason; a long list is cut."""
     alike = defaultdict(list)
     for run, reason in reasons.items():
         alike[reason].append(run)

@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Which method is best, by how much, and whether that is sure."""
+    """The best method, its lead, and whether that is significant."""
 
     best: str
     sure: str

@@ -16,7 +16,7 @@ MOST_VALUES = 2 ** 24  # pixels of pictures that are read
 
 
 def read(run: Path, env: int) -> dict[str, np.ndarray] | None:
-    """What a run left of a test domain: image (n, H, W, 3), label and guess (n, H, W), uint8.
+    """A run's pictures of a test domain: image (n, H, W, 3), label and guess (n, H, W), uint8.
 
     None if it left nothing, or nothing of that shape.
     """

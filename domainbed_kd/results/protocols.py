@@ -14,7 +14,7 @@ _UNKNOWN = "not recorded"
 
 
 class Protocol(NamedTuple):
-    """What must be equal for accuracies on one dataset to be compared."""
+    """Settings that must be equal for accuracies on one dataset to be comparable."""
 
     #: The student's network, and its initial weights.
     backbone: str

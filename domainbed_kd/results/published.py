@@ -111,7 +111,7 @@ def merge(table: Table, known: dict[tuple[str, str], set[Protocol]], searched: s
 
 def differences(row: Row, selection: str, known: dict[tuple[str, str], set[Protocol]],
                 searched: str) -> list[str]:
-    """Which parts of a line's protocol are not stated, or differ from any run on its dataset."""
+    """The parts of a line's protocol that are not stated, or differ from a run on its dataset."""
     ours = {p for (dataset, _), found in known.items() if dataset == row.dataset for p in found}
     stated = {
         "network": (row.backbone, {p.backbone for p in ours}),

@@ -167,7 +167,7 @@ def _decoder(keys: tuple[str, ...]) -> tuple[tuple, msgspec.json.Decoder, Callab
 
 
 class Run(NamedTuple):
-    """What tells the runs of a sweep apart; `algorithm` is the table row, see `curves.row`."""
+    """A run's place in a sweep; `algorithm` is the table row, see `curves.row`."""
 
     dataset: str
     algorithm: str
@@ -259,7 +259,7 @@ class Grid:
         self.has_pairs = any(len(run.test_envs) == 2 for run in self.begun)
 
     def _one_metric(self) -> str:
-        """What all runs were measured by, in words."""
+        """The metric of all runs, in words."""
         found = {}
         for run, curve in self.trained:
             found.setdefault(tasks.metric_name(curve.metric), run.dataset)

@@ -1,4 +1,4 @@
-"""Which of a search's checkpoints counts: DomainBed's rules, with its ways of breaking ties.
+"""Model selection: DomainBed's rules, with its ways of breaking ties.
 
 Gulrajani & Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021,
 https://arxiv.org/abs/2007.01434, section 3. The test accuracy is always that on the test
@@ -37,7 +37,7 @@ class SelectionMethod:
 
     @classmethod
     def run_acc(cls, run_records: list[dict[str, Any]]) -> dict[str, float] | None:
-        """What `select` returns, of records as results.jsonl holds them."""
+        """`select`, for records as in results.jsonl."""
         return cls.select(curves.of_records(run_records))
 
     @classmethod
@@ -188,7 +188,7 @@ METHODS = (IIDAccuracySelectionMethod, LeaveOneOutSelectionMethod, OracleSelecti
 
 
 class Outcome(NamedTuple):
-    """What a method selects for one algorithm on one test env, and from how many runs."""
+    """A method's selection for one algorithm on one test env, and from how many runs."""
 
     #: {trial_seed: accuracy in [0, 1]}, for the trials that have one.
     accs: dict[int, float]

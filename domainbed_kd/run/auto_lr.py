@@ -62,7 +62,7 @@ class Search:
         return sum(domains) / len(domains)
 
     def state_dict(self) -> dict:
-        """What the rates to come depend on."""
+        """The state on which later rates depend."""
         return {"rates": self.rates, "plateau": self._plateau.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:

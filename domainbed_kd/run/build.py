@@ -65,7 +65,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where it leaves its files."""
+        """The folder of its files."""
         return Path(self.args["output_dir"])
 
     @property
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def args_on_record(self) -> dict:
-        """What its records keep of its flags."""
+        """The flags that its records keep."""
         return self.args if self.holds_out else self.args | {"holdout_fraction": 0.0}
 
     @property

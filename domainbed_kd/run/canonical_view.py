@@ -108,7 +108,7 @@ def _digests(tensors: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _source(dataset) -> Iterator[str]:
-    """What tells a domain's images from others: files by size and mtime, tensors by content."""
+    """A fingerprint of a domain's images: files by size and mtime, tensors by content."""
     plain = datasets.plain(dataset)
     if hasattr(plain, "samples"):
         yield repr(plain.transform)

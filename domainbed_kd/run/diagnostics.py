@@ -27,7 +27,7 @@ RIDGE = 1e-2
 
 
 class WeightDistance:
-    """How far the student's weights have travelled: the sum of the lengths of its steps.
+    """The distance that the student's weights have travelled: the sum of its steps' lengths.
 
     The student is `algorithm.network` or, where there is none, all that the algorithm trains;
     neither averages nor teachers are part of it. Sums are in double precision.

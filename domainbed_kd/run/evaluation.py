@@ -123,7 +123,7 @@ class Evaluator:
 
 
 def measure(run: Run, loader, kept: list | None = None):
-    """What the run's task measures of `predict` on the loader's images.
+    """Counts, by the run's task, the guesses of `predict` on the loader's images.
 
     A list that is given gathers each batch's (indices, labels, logits), on the CPU.
     """

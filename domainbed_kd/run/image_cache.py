@@ -71,7 +71,7 @@ class ImageCache:
         return self._pixels[offset:offset + 3 * height * width].reshape(height, width, 3)
 
     def __call__(self, path: str) -> Image.Image:
-        """What `datasets.load_image` gives."""
+        """The image, as `datasets.load_image` returns it."""
         return Image.fromarray(self.array(path))
 
     def holds(self, name: str, stamp: tuple[int, int]) -> bool:

@@ -21,13 +21,13 @@ from domainbed_kd.run.splits import Groups, is_tensors, labels
 
 
 class _Loader:
-    """What both loaders tell of the batches that they take."""
+    """The state that both loaders share."""
 
     _batches: "_Batches"
 
     @property
     def indices(self) -> list[int]:
-        """Which items the batch consists of that was returned last."""
+        """The items of the batch that was returned last."""
         return self._batches.indices
 
     def state_dict(self) -> dict:
@@ -112,7 +112,7 @@ class FastDataLoader(_Loader):
 
 
 def _draw_seed() -> int:
-    """What a torch sampler or loader takes from the global stream when it starts."""
+    """The draw of a torch sampler or loader from the global stream when it starts."""
     return torch.empty((), dtype=torch.int64).random_().item()
 
 
@@ -271,7 +271,7 @@ class _Workers:
         self.draw = n > 0 and not is_tensors(underlying)  # slices of tensors draw nothing
 
     def turn(self, k: int) -> Turn:
-        """What batch k's worker needs, if its batch before has been put back."""
+        """Batch k's turn, once its worker's batch before has been put back."""
         return Turn(self.seed, k % self.n, self.streams.get(k % self.n))
 
     def put_back(self, k: int, streams: tuple) -> None:

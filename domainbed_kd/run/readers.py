@@ -88,7 +88,7 @@ class Readers:
         return len(self._datasets) - 1
 
     def read(self, number: int, turn: Turn, indices: list[int]) -> Future:
-        """What `turn` reads of a dataset, as soon as a process is free."""
+        """Reads a dataset by `turn`, as soon as a process is free."""
         if self._pool is None:
             # In a sweep's warm worker the default would be a new server, which imports torch again.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)

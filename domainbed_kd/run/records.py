@@ -1,4 +1,4 @@
-"""What a run prints and writes: values of its steps, records, models, its cost."""
+"""A run's output: values of its steps, records, models, its cost."""
 
 import math
 import platform
@@ -60,7 +60,7 @@ def sealed(record: dict, remarks: dict, test_envs: list[int]) -> dict:
 
 
 class Pending:
-    """What updates returned since the last record.
+    """The values that updates returned since the last record.
 
     Tensors stay on their device until `settle`, so that no step waits for a GPU. A loss that is
     NaN or infinite is then reported, once a run; the run goes on, as DomainBed's does.

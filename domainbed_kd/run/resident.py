@@ -168,7 +168,7 @@ def settle(dataset, finish: Finish, room: int) -> None:
 
 
 def _table(last: list) -> Tensor:
-    """What a transform's last steps make of each value of each channel: float32 (3, 256)."""
+    """The output of a transform's last steps for each value of each channel: float32 (3, 256)."""
     values = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
     return T.Compose(last)(Image.fromarray(values))[:, 0].contiguous()
 
@@ -223,7 +223,7 @@ def _sizes(domain) -> Iterator[tuple[int, int]]:
 
 
 def _read(domains: list, read: Callable) -> Iterator[list]:
-    """What `read` makes of each domain's paths, some at a time, in order."""
+    """The results of `read` on each domain's paths, some at a time, in order."""
     paths = ((domain, path) for domain in domains for path, _ in domain.samples)
     with ThreadPoolExecutor(machine.available()) as pool:
         while some := list(itertools.islice(paths, _SENT)):

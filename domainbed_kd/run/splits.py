@@ -1,4 +1,4 @@
-"""Which images a run trains on and which it is validated on: DomainBed's splits, to the item."""
+"""Splits into images to train on and to validate on: DomainBed's, to the item."""
 
 from collections import Counter
 from typing import NamedTuple

@@ -110,7 +110,7 @@ def _check(args: argparse.Namespace, style: str) -> None:
 
 def _tables(args: argparse.Namespace, style: str, folder: records.Folder, found: list[curves.Curve],
             grid: records.Grid) -> tuple[str, list[str]]:
-    """What goes to stdout, and lines for stderr."""
+    """The text for stdout, and lines for stderr."""
     methods = (selection.IIDAutoLRAccuracySelectionMethod,) if args.auto_lr else selection.METHODS
     made = tables.of_sweep(found, grid, methods, args.upstream)
     n_records = curves.n_records(found)

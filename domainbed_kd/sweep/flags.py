@@ -169,7 +169,7 @@ def trains(args: argparse.Namespace) -> bool:
 
 
 def _given(parser: SweepParser, argv: list[str] | None) -> dict:
-    """What a command line says, without defaults."""
+    """The values on a command line, without defaults."""
     # argparse sets no default where there is a value already, and appends to none.
     absent = {action.dest: _ABSENT for action in parser._actions} | {"plugin": None}
     found = parser.parse_args(argv, argparse.Namespace(**absent))

@@ -26,7 +26,7 @@ _encode = json.JSONEncoder(sort_keys=True).encode
 
 
 def key_of(args: dict) -> tuple:
-    """What a run trains, hashable, without its teacher, which the sweep knows."""
+    """A run's identity, hashable, without its teacher, which the sweep knows."""
     return tuple(identity({**args, "teacher": None}).values())
 
 
@@ -182,12 +182,12 @@ class Job:
 
     @property
     def label(self) -> str:
-        """What it trains, in words."""
+        """Its algorithm, dataset, test envs and seeds, in words."""
         return label(self.train_args)
 
     @functools.cached_property
     def cost(self) -> dict[str, float]:
-        """What it has taken so far; see `files.cost`."""
+        """Its cost so far; see `files.cost`."""
         return files.cost(self.output_dir)
 
     def why_failed(self) -> str:

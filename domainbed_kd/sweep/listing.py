@@ -1,4 +1,4 @@
-"""Which runs a sweep's flags ask for, and who teaches them, as the arguments of `train`.
+"""The runs that a sweep's flags ask for, and their teachers, as the arguments of `train`.
 
 Seeds and order are DomainBed's (scripts/sweep.py at b93c22a).
 """

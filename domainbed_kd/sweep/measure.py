@@ -1,4 +1,4 @@
-"""What runs cost on this machine: some updates and an evaluation of each method, timed."""
+"""Times some updates and an evaluation of each method on this machine."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a sweep has cost so far and what is left, from what its jobs measured."""
+"""A sweep's cost so far, and a forecast of the rest, from what its jobs measured."""
 
 import argparse
 import heapq

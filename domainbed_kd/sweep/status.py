@@ -1,4 +1,4 @@
-"""How far a sweep's jobs are."""
+"""The progress of a sweep's jobs."""
 
 import argparse
 import sys

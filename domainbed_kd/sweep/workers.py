@@ -183,7 +183,7 @@ def report(command: str, status: int, n_done: int, n_all: int) -> None:
 
 
 def label(command: str) -> str:
-    """What a train command trains, in words; any other command as it is."""
+    """The label of a train command's run; any other command as it is."""
     return _label_of(words(command))
 
 
