@@ -70,6 +70,12 @@ def test_importing_needs_no_heavy_library(module):
     assert output.split() == []
 
 
+def test_no_module_is_too_long_to_read_at_once():
+    long = [str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py")
+            if len(p.read_text().splitlines()) > (150 if p.parent.name == "scripts" else 350)]
+    assert long == ["algorithms/fourds.py"]  # a method is one file
+
+
 def test_the_tests_are_sorted_into_the_packages_rooms():
     rooms = {p.parent.name for p in PACKAGE.glob("*/__init__.py")} | {"tools"}
     folders = {p.parent.name for p in Path(__file__).parent.glob("*/test_*.py")}
