@@ -154,7 +154,7 @@ class Algorithm(networks.CountsOnCPU):
         """
         self.register_buffer("update_count", torch.zeros(shape, dtype=torch.long))
 
-    def part(self, name: str):
+    def part(self, name: str) -> Any:
         """One of its parts, None if it has none of that name.
 
         They are "network", which `predict` runs; its "featurizer" and "classifier"; "average", of
