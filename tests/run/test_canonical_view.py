@@ -10,6 +10,7 @@ from clips import Teacher
 from PIL import Image
 
 from domainbed_kd import datasets, networks
+from domainbed_kd.algorithms.base import Algorithm
 from domainbed_kd.run import canonical_view, evaluation, loaders, splits
 from domainbed_kd.run.canonical_view import CanonicalViews
 from domainbed_kd.scripts import sweep, train
@@ -17,6 +18,10 @@ from domainbed_kd.scripts import sweep, train
 HPARAMS = {"wrn_depth": 10, "wrn_widen": 1, "batch_size": 8}
 IN_ORDER = functools.partial(evaluation.Evaluator.in_order, types.SimpleNamespace(
     run=types.SimpleNamespace(to_device=tuple)))
+
+
+class Student(types.SimpleNamespace):
+    part = Algorithm.part
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +86,7 @@ def domains(tmp_path):
 def views_of(domains, folder=None, seed=1):
     dataset = domains()
     parts = splits.make_splits(dataset, [2], 0, 0.2).in_[:2]
-    student = types.SimpleNamespace(
+    student = Student(
         teacher=networks.Frozen(Teacher(n_classes=2, seed=seed).eval()), teacher_logits=None)
     return student.teacher, parts, CanonicalViews(student, parts, IN_ORDER, folder)
 
@@ -108,7 +113,7 @@ def test_each_row_is_the_teachers_for_that_image_without_augmentation(domains):
 
 def test_one_of_several_teachers_may_have_it(domains):
     parts = splits.make_splits(domains(), [2], 0, 0.2).in_[:2]
-    student = types.SimpleNamespace(teacher_logits=None, teachers=[
+    student = Student(teacher_logits=None, teachers=[
         networks.Frozen(Teacher(n_classes=2, seed=seed).eval()) for seed in (1, 2)])
     views = CanonicalViews(student, parts, IN_ORDER, which=[False, True])
     endless = [iter(loaders.InfiniteDataLoader(split, None, 4, 8)) for split in parts]
