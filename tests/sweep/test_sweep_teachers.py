@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from domainbed_kd import command_launchers
-from domainbed_kd.folder import composition
+from domainbed_kd.folder import claims, composition
 from domainbed_kd.scripts import collect_results, sweep, train
 from domainbed_kd.sweep import flags, jobs
 from domainbed_kd.sweep.plan import wall_seconds
@@ -180,7 +180,10 @@ def test_a_sweep_with_teachers_that_is_killed_goes_on_to_the_same_bits(tmp_path,
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         n_kills += 1
-    time.sleep(3)  # a claim of a killed process is stale at once; its workers end
+    deadline = time.monotonic() + 60
+    while any(claims.holder(out.parent) for out in killed.glob("*/out.txt")):  # its workers end
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     subprocess.run(run_sweep(killed, hparams) + flags, check=True, capture_output=True)
     assert results(killed) == results(whole) and len(results(whole)) == 6
     assert collect_results.main(["--input_dir", str(killed)]) == 0
