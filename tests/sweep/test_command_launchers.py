@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -295,14 +296,14 @@ def test_a_server_that_dies_while_it_is_asked_for_a_job_is_replaced(tmp_path, mo
     context = multiprocessing.get_context("forkserver")
     start, killed = context.Process.start, []
 
-    def start_too_late(process):
+    def start_while_it_dies(process):
         if not killed:
             killed.append(multiprocessing.forkserver._forkserver._forkserver_pid)
-            os.kill(killed[0], signal.SIGKILL)
-            os.waitid(os.P_PID, killed[0], os.WEXITED | os.WNOWAIT)
+            os.kill(killed[0], signal.SIGSTOP)  # it takes the request, and dies before it answers
+            threading.Timer(0.5, os.kill, (killed[0], signal.SIGKILL)).start()
         start(process)
 
-    monkeypatch.setattr(context.Process, "start", start_too_late)
+    monkeypatch.setattr(context.Process, "start", start_while_it_dies)
     assert local([python(f"open({str(tmp_path / 'x')!r}, 'w')")]) == [0]
     assert killed and (tmp_path / "x").exists()
 
