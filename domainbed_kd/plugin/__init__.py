@@ -12,6 +12,7 @@ this command, one line at the end of the fork's algorithms module does the same:
 `guests` are our algorithms in a fork, `visitors` a fork's algorithms here.
 """
 
+import gc
 import os
 import sys
 from importlib.abc import MetaPathFinder
@@ -78,6 +79,8 @@ def _teach(name: str, module: ModuleType) -> None:
     if hasattr(module, "__taught__"):
         return
     module.__taught__ = True
+    collects = gc.isenabled()
+    gc.disable()  # collections would walk all that torch imports, and take longer than the lesson
     try:
         _LESSONS[name](module)
     except Exception as error:
@@ -85,6 +88,9 @@ def _teach(name: str, module: ModuleType) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"domainbed_kd: the fork in {where} goes on without our methods: {reason} For more, "
               "run `python -m domainbed_kd.plugin doctor` there.", file=sys.stderr)
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Finder(MetaPathFinder):

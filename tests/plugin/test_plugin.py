@@ -265,6 +265,21 @@ print(names == list(algorithm.state_dict()), torch.equal(parallel(x), algorithm.
     assert python("-c", look, cwd=fork).stdout == "True\nTrue True\n"
 
 
+def test_cuda_moves_a_guest_and_its_frozen_teacher_and_deepcopy_shares_the_teacher(tmp_path):
+    look = LOOK.format(name="RISE", arguments="None, [1], hparams") + """
+import copy
+copied = copy.deepcopy(algorithm)
+print(copied.core.teacher.module is algorithm.core.teacher.module)
+torch.Tensor.cuda = lambda tensor, *_: tensor.to("meta")  # stands for a GPU
+algorithm.train()  # as loops do after each evaluation
+teacher = algorithm.cuda().core.teacher.module
+print({p.device.type for module in (algorithm, teacher) for p in module.parameters()},
+      teacher.training)
+"""
+    process = python("-c", look, cwd=make_fork(tmp_path, "DomainBed"))
+    assert process.stdout == "True\n{'meta'} False\n", process.stderr
+
+
 def test_a_warmed_up_teacher_is_neither_saved_nor_copied(tmp_path):
     fork = make_fork(tmp_path, "DomainBed")
     look = LOOK.format(name="KDDG", arguments="None, [1], hparams").replace(
