@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision import transforms as T
-from torchvision.transforms.functional import normalize
 
 from domainbed_kd import datasets
 from domainbed_kd.run.image_cache import ImageCache
+
+# Shares of red, green and blue in an image's gray (ITU-R 601).
+_LUMA = (0.299, 0.587, 0.114)
 
 
 class Geometry:
@@ -110,14 +112,19 @@ def distorted(x: Tensor) -> Tensor:
     flips, grays = torch.rand(n, 1) < 0.5, torch.rand(n, 1) < 0.1
     orders = torch.rand(n, 4).argsort(dim=1)
     factors = torch.empty(n, 4).uniform_(0.7, 1.3) - torch.tensor([0, 0, 0, 1])
-    settings = torch.cat([orders, factors, flips, grays], dim=1)
     if x.is_cuda and importlib.util.find_spec("triton"):
         from domainbed_kd.run import kernels
 
+        settings = torch.cat([orders, factors, flips, grays], dim=1)
         return kernels.distort(x, sent(settings, x.device), datasets.IMAGENET_MEAN,
                                datasets.IMAGENET_STD)
-    # An image at a time stays in the CPU's cache between operations.
-    return torch.stack([distort(image, *of) for image, of in zip(x, settings.tolist())])
+    out = torch.empty(x.shape, device=x.device)
+    with torch.inference_mode():  # less work for each of some sixty small operations
+        jitter = Jitter(x[:1])  # an image at a time stays in the cache between operations
+        for i, (flip, gray, order, values) in enumerate(zip(
+                flips, grays, orders.tolist(), factors.tolist())):
+            _distort(jitter, x[i:i + 1], out[i:i + 1], flip, gray, order, values)
+    return out
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
@@ -125,41 +132,121 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
-@torch.no_grad()
-def distort(x: Tensor, *settings: float) -> Tensor:
-    """An image, uint8 (3, H, W), by a row of the settings that `kernels.distort` explains."""
-    *order, brightness, contrast, saturation, hue, flip, gray = settings
-    x = (x.flip(-1) if flip else x).float()
+def _distort(jitter: "Jitter", x: Tensor, out: Tensor, flip: bool, gray: bool, order: list[int],
+             factors: list[float]) -> None:
+    jitter.load(x, flip)
     for i in order:
-        if i == 0:
-            x = _mixed(x, 0, brightness)
-        elif i == 1:
-            x = _mixed(x, _gray(x).mean(), contrast)
-        elif i == 2:
-            x = _mixed(x, _gray(x), saturation)
-        else:
-            x = _turned(x, hue)
-    x = _gray(x).expand_as(x) if gray else x
-    return normalize(x / 255, datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
+        (jitter.brighten, jitter.contrast, jitter.saturate, jitter.shift_hue)[i](factors[i])
+    jitter.normalize(gray, out)
 
 
-def _gray(x: Tensor) -> Tensor:
-    red, green, blue = x.split(1)
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+class Jitter:
+    """An image and torchvision's colour operations on it, as they are on Pillow images.
 
+    Colours, in [0, 255], are scale * x + offset. To brighten and to contrast changes these two
+    only, and an operation on the channels of a pixel is the same on x as on colours. So one
+    passes over all pixels only to mix their channels, or to clip.
 
-def _mixed(x: Tensor, other: Tensor | float, factor: float) -> Tensor:
-    """Colours in [0, 255] between `other`, at a factor of 0, and x, at 1, or beyond x."""
-    return (x * factor).add_(other, alpha=1 - factor).clamp_(0, 255)
+    Args:
+        like: uint8 (1, 3, H, W), the form of the images to come, one at a time.
+    """
 
+    def __init__(self, like: Tensor):
+        self.x = like.float()
+        self._channels = self.x.split(1, dim=1)
+        self._gray = torch.empty_like(self._channels[0])
+        self._luma = torch.tensor(_LUMA, device=like.device)
+        self._mean, self._std = (
+            255 * torch.tensor(values, device=like.device).view(3, 1, 1)
+            for values in (datasets.IMAGENET_MEAN, datasets.IMAGENET_STD))
+        # For a turn of hues: the channels and then the first two again, sums, and four planes.
+        room = torch.empty(1, 12, *like.shape[2:], dtype=torch.int16, device=like.device)
+        five, self._sums = room[:, :5], room[:, 5:8]
+        self._three, self._front, self._again = five[:, :3], five[:, :2], five[:, 3:]
+        self._next = five[:, 2:], five[:, 1:4]  # of each channel, the next but one, and the next
+        self._planes = (*self._three.split(1, dim=1), *room[:, 8:].split(1, dim=1))
+        # What is copied where, if the first channel is to be red, green or blue.
+        self._turned = (
+            [(self._three, self.x)],
+            [(five[:, :2], self.x[:, 1:]), (five[:, 2:3], self.x[:, :1])],
+            [(five[:, :1], self.x[:, 2:]), (five[:, 1:3], self.x[:, :2])])
 
-def _turned(x: Tensor, share: float) -> Tensor:
-    """Hues turned by a share of the circle, in [-0.5, 0.5]; value and saturation stay."""
-    red, green, blue = x
-    most = x.amax(dim=0)
-    spread = most - x.amin(dim=0)
-    sixths = torch.where(most == red, green - blue, torch.where(
-        most == green, blue - red + 2 * spread, red - green + 4 * spread))
-    sixths = sixths / spread.clamp(min=1e-6) + 6 * share
-    k = torch.stack([5 + sixths, 3 + sixths, 1 + sixths]).remainder_(6)
-    return most - spread * torch.minimum(k, 4 - k).clamp_(0, 1)
+    def load(self, x: Tensor, flip: bool) -> None:
+        """Takes an image, uint8 (1, 3, H, W), as it is or mirrored."""
+        self.scale, self.offset, self._is_whole = 1.0, 0.0, True
+        self.x.copy_(x.flip(-1) if flip else x)
+
+    def colours(self) -> Tensor:
+        """The image, float32 (1, 3, H, W)."""
+        return self.x * self.scale + self.offset
+
+    def normalize(self, gray: bool, out: Tensor) -> None:
+        """Writes the image or its gray, less ImageNet's mean, over its deviation."""
+        if gray:
+            self.x.copy_(self._find_gray())
+        self.x.mul_(self.scale / self._std)
+        torch.add(self.x, (self.offset - self._mean) / self._std, out=out)
+
+    def brighten(self, factor: float) -> None:
+        """Mixes with black: factor 0 is black, 1 the image."""
+        self._rescale(factor, 0)
+
+    def contrast(self, factor: float) -> None:
+        """Mixes with the mean of the image's gray: factor 0 is that, 1 the image."""
+        gray = (self.x.mean((2, 3)) * self._luma).sum(1)
+        self._rescale(factor, (1 - factor) * (self.scale * gray.item() + self.offset))
+
+    def saturate(self, factor: float) -> None:
+        """Mixes each pixel with its gray: factor 0 is that, 1 the image."""
+        torch.lerp(self._find_gray(), self.x, factor, out=self.x)
+        self._is_whole = False
+        self._clip(factor)
+
+    def _find_gray(self) -> Tensor:
+        red, green, blue = self._channels
+        torch.mul(red, _LUMA[0], out=self._gray)
+        return self._gray.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+
+    def _rescale(self, factor: float, offset: float) -> None:
+        self.scale, self.offset = self.scale * factor, self.offset * factor + offset
+        self._clip(factor)
+
+    def _clip(self, factor: float) -> None:
+        if factor > 1:  # others lead nowhere out of [0, 255]
+            self.x.clamp_(-self.offset / self.scale, (255 - self.offset) / self.scale)
+            self._is_whole = False
+
+    def shift_hue(self, factor: float) -> None:
+        """Turns hues by a share of the circle, in [-0.5, 0.5]; value and saturation stay.
+
+        A turn by two sixths permutes the channels. By one, it makes each m + M - x of another
+        channel x, where m and M are the pixel's least and most. What is left of a turn is a part
+        f of a sixth, at most half. That moves the middle channel c by w = f (M - m) and, where
+        it meets M or m, the channel there by the rest. So red becomes 2 red - c + d, clipped to
+        [m, M], where d is blue - green, clipped to [-w, w], and less than 0 if f is; likewise
+        the others. Colours are whole here, as Pillow's are; 64 f is too.
+        """
+        whole = round(6 * factor)
+        part = round(64 * (6 * factor - whole))
+        if not self._is_whole:
+            self.x.round_()
+        red, green, blue, low, middle, high, room = self._planes
+        for channels, x in self._turned[whole % 3]:
+            channels.copy_(x)
+        torch.minimum(red, green, out=low)
+        torch.maximum(red, green, out=high)
+        torch.minimum(high, blue, out=room)
+        torch.maximum(high, blue, out=high)
+        torch.maximum(low, room, out=middle)
+        torch.minimum(low, room, out=low)
+        if whole % 2:
+            torch.add(low, high, out=room)
+            torch.sub(room, self._three, out=self._three)
+            torch.sub(room, middle, out=middle)
+        self._again.copy_(self._front)
+        torch.sub(*(self._next if part > 0 else self._next[::-1]), out=self._sums)
+        torch.sub(high, low, out=room).mul_(abs(part)).bitwise_right_shift_(6)
+        torch.minimum(self._sums, room, out=self._sums)
+        torch.maximum(self._sums, room.neg_(), out=self._sums)
+        self._sums.add_(self._three, alpha=2).sub_(middle)
+        self.x.copy_(torch.clamp(self._sums, low, high, out=self._sums))
