@@ -343,7 +343,7 @@ def test_a_student_of_clip_can_teach_whatever_its_domains_are_called(name, tmp_p
         "model_hparams": hparams, "model_dict": algorithm.state_dict()})
     stub = algorithm.hparams["clip_model"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "_open_clip", lambda name: (
+        patch.setattr(clip_teacher, "_open_clip", lambda name: (
             stub, stub.tokenizer, stub.image_size, stub.image_mean, stub.image_std))
         teacher = teachers.from_run(tmp_path, "Debug28", [1])
     x = torch.rand(4, 3, 28, 28)

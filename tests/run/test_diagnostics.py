@@ -9,6 +9,7 @@ from sklearn.metrics import log_loss
 from torch import nn
 
 from domainbed_kd import datasets
+from domainbed_kd.algorithms.base import Algorithm
 from domainbed_kd.folder import files
 from domainbed_kd.run import build, diagnostics
 from domainbed_kd.scripts import train
@@ -119,6 +120,8 @@ def test_a_finished_run_without_diagnostics_is_not_trained_again_for_them(tmp_pa
 class Lookup(nn.Module):
     """An algorithm whose features, logits and teacher are read off its input."""
 
+    part = Algorithm.part
+
     class Featurizer(nn.Module):
         n_outputs = 4
 
@@ -216,6 +219,8 @@ def test_information_is_that_of_a_probe_on_held_out_features_of_the_training_dom
 
 def test_a_predictor_of_one_logit_guesses_the_second_class_above_zero():
     class Binary(nn.Module):
+        part = Algorithm.part
+
         def teacher_is_ready(self):
             return False
 
