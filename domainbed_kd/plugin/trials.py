@@ -143,7 +143,7 @@ class Trial:
             pairs = [sorted(path for path in self.copy.rglob("*.predictions")
                             if f"{dataset}_{name}/" in f"{path}/") for name in ("ERM", "bare")]
             same = bool(pairs[0]) and len(pairs[0]) == len(pairs[1]) and all(
-                _weights(a.with_suffix("")) == _weights(b.with_suffix("")) for a, b in zip(*pairs))
+                _same_weights(a.with_suffix(""), b.with_suffix("")) for a, b in zip(*pairs))
             self.results["ERM", label] = "" if same else "other weights than under the plug-in"
 
     def unchanged(self) -> None:
@@ -153,12 +153,14 @@ class Trial:
         self.results["sources", "unchanged"] = ", ".join(changed)
 
 
-def _weights(path: Path) -> dict:
+def _same_weights(*paths: Path) -> bool:
     import torch
 
-    state = torch.load(path, weights_only=False, map_location="cpu")["model_dict"]
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value
-            for name, value in state.items()}
+    one, other = (torch.load(path, weights_only=False, map_location="cpu")["model_dict"]
+                  for path in paths)
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, torch.Tensor)
+        else value == other[name] for name, value in one.items())
 
 
 def write_images(folder: Path, data: Path | None) -> None:
