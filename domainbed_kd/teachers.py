@@ -199,16 +199,19 @@ def audit(algorithm: "Algorithm", batches: Iterable[tuple[Tensor, Tensor]],
         teacher, or while it warms up.
 
     Raises:
-        ValueError: if the teacher is near chance, or its classes are in another order.
+        ValueError: if the teacher is near chance, its classes are in another order, or there are
+            no images.
     """
     if algorithm.teacher_logits is None or not algorithm.teacher_is_ready():
         return None
-    confusion, n_images = torch.zeros((), dtype=torch.long), 0
+    confusion, n_images, of_pixels = torch.zeros((), dtype=torch.long), 0, False
     for x, y in batches:
         logits = algorithm.teacher_logits(x)
-        n_images += len(y)
+        n_images, of_pixels = n_images + len(y), y.dim() > 1
         confusion = confusion + tasks.confusion(tasks.at_size_of(logits, y), y).cpu()
-    if y.dim() > 1:  # pixels: as many as there are images, and of each class that occurs the same
+    if not n_images:
+        raise ValueError("The teacher cannot be audited: no validation images were given.")
+    if of_pixels:  # as many as there are images, and of each class that occurs the same
         of_label = confusion.sum(dim=1, keepdim=True)
         confusion = n_images / (of_label > 0).sum() * confusion / of_label.clamp(min=1)
     problem = audit_confusion(confusion)

@@ -650,6 +650,11 @@ def test_an_audit_refuses_classes_in_another_order():
         teachers.audit(algorithm, [(x, torch.tensor([0, 1, 2]))] * 9)
 
 
+def test_an_audit_without_images_says_so():
+    with pytest.raises(ValueError, match="no validation images were given"):
+        teachers.audit(make("KD"), [])
+
+
 def test_an_audit_leaves_out_methods_without_a_teacher_and_teachers_that_warm_up():
     batches = [(torch.rand(30, 3, 28, 28), torch.arange(30) % 3)]
     assert teachers.audit(make("ERM"), batches) is None

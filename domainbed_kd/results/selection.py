@@ -119,6 +119,7 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
         """See `SelectionMethod.select`."""
         # {step: (test accuracy, the other domains), or None if there are several}
         alone: dict[int, Any] = {}
+        test_env = None
         for test_env, curve in _alone(curve for curve in draw if curve.env is None):
             columns = curve.columns
             others = curves.validation_columns(tuple(columns), (test_env,))
