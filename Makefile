@@ -54,9 +54,9 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
 	@echo "Fetching PyTorch's CPU builds from download.pytorch.org; about 1 GB once all is installed."
-	@$(PY) -m pip install --quiet $(CPU_BUILDS) 2>/dev/null || { echo "TORCH=cpu: no CPU build for" \
-		"this Python and platform, or no connection: '$(PY) -m pip install $(CPU_BUILDS)' tells." \
-		"Or leave TORCH=cpu out."; exit 1; }
+	@$(PY) -m pip install --quiet $(CPU_BUILDS) 2>/dev/null || { echo "TORCH=cpu: there is no CPU" \
+		"build for this Python and platform, or no connection. Run '$(PY) -m pip install" \
+		"$(CPU_BUILDS)' to see which, or leave TORCH=cpu out."; exit 1; }
 else
 	@echo "Fetching PyTorch and the rest from PyPI; on Linux with CUDA, about 6 GB once installed."
 endif
