@@ -29,6 +29,14 @@ class Staged(nn.Module):
         """Features (B, n_outputs) of what the last stage returns."""
         raise NotImplementedError(f"{type(self).__name__} does not implement pool().")
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """What each stage returns for images (B, C, H, W)."""
+        found = []
+        for stage in self.stages():
+            x = stage(x)
+            found.append(x)
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, n_outputs) of images (B, C, H, W)."""
         for stage in self.stages():

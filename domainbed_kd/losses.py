@@ -1,6 +1,8 @@
 """Losses and measures that two methods or more share: pure functions of tensors."""
 
 import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,11 @@ def mean_of_labelled(values: Tensor, y: Tensor) -> Tensor:
     if values.dim() > y.dim():
         counts = counts.unsqueeze(1).expand_as(values)
     return torch.where(counts, values, 0).sum() / counts.sum().clamp(min=1)
+
+
+def per_domain(measure: Callable[..., Tensor], *parts: Iterable[Any]) -> Tensor:
+    """A scalar measure of each of D domains, (D,); each part, such as logits, has D items."""
+    return torch.stack([measure(*of_domain) for of_domain in zip(*parts)])
 
 
 def moment_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from domainbed_kd.algorithms.base import Algorithm
 
 __all__ = ["CLIP", "ImageTower", "audit", "audit_confusion", "check_class_names", "clip",
-           "from_run", "given", "in_two"]
+           "from_run", "given", "in_two", "layers_of"]
 
 
 def given(hparams: dict[str, Any], num_classes: int,
@@ -59,9 +59,9 @@ def in_two(teacher: composition.Teacher, hparams: dict[str, Any], num_classes: i
            ) -> tuple[networks.Frozen, networks.Frozen]:
     """A teacher in two parts: from images to features (B, D), and from these to logits (B, C).
 
-    `hparams`, `num_classes` and `input_shape` are the student's. `folders` are those of the runs
-    among the teachers, in order, or in Python modules x -> logits; this one's is taken off. Unless
-    it `needs_features`, a run's first part may make logits, and the second nothing.
+    `hparams`, `num_classes` and `input_shape` are the student's. `folders` yields, for each run
+    among the teachers in turn, its folder or, in Python, a module x -> logits. Unless features are
+    needed, a run's first part may make the logits and its second be the identity.
     """
     if teacher.kind == "clip":
         check_class_names(f"The teacher {teacher.shown}", hparams, num_classes)
@@ -79,23 +79,33 @@ def in_two(teacher: composition.Teacher, hparams: dict[str, Any], num_classes: i
            else _of_same_view(folder, hparams, num_classes, input_shape))
     if not needs_features:
         return run, networks.Frozen(nn.Identity())
-    return _features_and_head(run, folder, input_shape)
+    layers = layers_of(run, input_shape)
+    if layers is None:
+        raise ValueError(f"The teacher in {folder} has no features: it does not predict by a "
+                         'featurizer and a classifier. Copy its logits: "distill": "logit".')
+    features = networks.Frozen(layers[:-1])
+    features.weights_loaded = 1.0
+    return features, networks.Frozen(layers[-1])
 
 
 @torch.no_grad()
-def _features_and_head(run: networks.Frozen, folder: str | nn.Module, input_shape: Sequence[int]
-                       ) -> tuple[networks.Frozen, networks.Frozen]:
-    """The two parts of a run's predictor, if that is a sequence: its last layer, and the rest."""
+def layers_of(teacher: networks.Frozen, input_shape: Sequence[int]) -> nn.Sequential | None:
+    """The layers by which a teacher predicts, the last one its classifier; None without any.
+
+    Tries, on random images, which of its networks predicts as it does.
+    """
+    module: Any = teacher.module
+    candidates = [getattr(getattr(module, "average", None), "network", None),
+                  getattr(module, "network", module)]
+    if hasattr(module, "featurizer") and hasattr(module, "classifier"):
+        candidates.append(nn.Sequential(module.featurizer, module.classifier))
     x = torch.rand(2, *input_shape)
-    for owner in (getattr(run.module, "average", None), run.module):
-        network = getattr(owner, "network", None)
-        if isinstance(network, nn.Sequential) and len(network) > 1:
-            eye, head = networks.Frozen(network[:-1]), networks.Frozen(network[-1])
-            if torch.equal(head(eye(x)), run(x)):
-                eye.weights_loaded = 1.0
-                return eye, head
-    raise ValueError(f"The teacher in {folder} has no features of which its predictions are a "
-                     'head. Copy its logits: "distill": "logit".')
+    x = x.to(next((p.device for p in module.parameters()), x.device))
+    for network in candidates:
+        if (isinstance(network, nn.Sequential) and len(network) > 1
+                and torch.equal(network(x), teacher(x))):
+            return network
+    return None
 
 
 def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,

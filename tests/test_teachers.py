@@ -117,7 +117,7 @@ def test_text_is_never_encoded_after_construction(name):
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("KD", {}), ("KDDG", {"kddg_filter_start": 4, "kddg_weight_distance": True}),
+    ("KD", {}), ("KDDG", {"kddg_filter_start": 4}),
     ("KD", {"teacher": None, "teacher_steps": 2}), ("KD", {"teacher": None, "teacher_steps": 5}),
     ("SCMD", {"scmd_sma_start": 3, "total_steps": 6}),
     ("RISE", {"rise_optimizer": "sgd", "total_steps": 6}), ("RISE", {}), ("CLIPLinearProbe", {}),

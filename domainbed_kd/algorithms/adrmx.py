@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import datasets, networks
-from domainbed_kd.algorithms.base import Algorithm, detached, fixed
+from domainbed_kd.algorithms.base import Algorithm, detached, domain_labels, fixed
 
 TEMPERATURE, EPSILON = 0.07, 1e-5
 
@@ -105,8 +105,7 @@ class ADRMX(Algorithm):
         """One step of the player whose turn it is; the discriminator's logs `loss_disc` alone."""
         self.update_count += 1
         x, y = (torch.cat(part) for part in zip(*minibatches))
-        domains = torch.cat([torch.full_like(labels, i)
-                             for i, (_, labels) in enumerate(minibatches)])
+        domains = domain_labels(minibatches)
         n_turns = self.hparams["d_steps_per_g_step"]
         discriminates = self.update_count.item() % (1 + n_turns) < n_turns
         with torch.set_grad_enabled(not discriminates):
@@ -114,7 +113,7 @@ class ADRMX(Algorithm):
         common = of_label - of_domain
         disc = F.cross_entropy(self.discriminator(common), domains)
         if discriminates:
-            self._step(disc, self.disc_opt)
+            self.step(disc, self.disc_opt)
             return detached(loss_disc=disc)
 
         domain = F.cross_entropy(self.classifier_domain(of_domain), domains)
@@ -127,15 +126,11 @@ class ADRMX(Algorithm):
         loss = (label + final + hparams["dclf_lambda"] * domain + hparams["rmxd_lambda"] * remixed
                 + hparams["cnt_lambda"] * (label_contrast + final_contrast)
                 - hparams["disc_lambda"] * disc)
-        self._step(loss, self.gen_opt)
+        self.step(loss, self.gen_opt)
         return detached(
             loss_total=loss, loss_cnt_int=label_contrast, loss_cnt_final=final_contrast,
             loss_clf_int=label, loss_clf_fin=final, loss_dmn=domain, loss_disc=disc,
             loss_remixed=remixed)
-
-    def predict(self, x):
-        """Logits (B, C) of images (B, ...)."""
-        return self.network(x)
 
     def _remix(self, common: Tensor, of_domain: Tensor, y: Tensor, domains: Tensor) -> Tensor:
         """Cross-entropy of one image with another's domain per class, a sum by their number."""
@@ -146,8 +141,3 @@ class ADRMX(Algorithm):
         image, other = torch.tensor(pairs, device=y.device).T
         logits = self.classifier_label_1(common[image] + of_domain[other])
         return F.cross_entropy(logits, y[image], reduction="sum") / n_classes
-
-    def _step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        self.zero_grad()
-        loss.backward()
-        optimizer.step()

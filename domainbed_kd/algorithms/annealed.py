@@ -1,12 +1,12 @@
-"""What methods share whose penalty sets in later, with a fresh optimiser."""
+"""The base of methods whose penalty sets in later, with a fresh optimiser."""
 
 from domainbed_kd.algorithms.erm import ERM
 
 
 class Annealed(ERM):
-    """ERM with a penalty whose weight changes at update `annealed_at`; Adam starts afresh then.
+    """ERM with a penalty whose weight changes at update `annealed_at`, where Adam starts afresh.
 
-    The gradients' scale jumps there, and Adam's running moments would be those of the old one.
+    The scale of the gradients jumps there, and Adam's moments would still be of the old scale.
     """
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
@@ -16,8 +16,8 @@ class Annealed(ERM):
     def has_begun(self, annealed_at: float, lr: float | None = None) -> bool:
         """Whether this update, counted from 0, is `annealed_at` or later.
 
-        When it is `annealed_at`, Adam starts afresh: at `lr`, or without one at that of the run.
-        A number that is not an integer is passed over.
+        When it is `annealed_at`, Adam starts afresh, at `lr` if given, else at the run's. That
+        never happens if `annealed_at` is not an integer.
         """
         count = self.update_count.item()
         if count == annealed_at:

@@ -1,7 +1,7 @@
 """The base of every algorithm: DomainBed's constructor, `update` and `predict`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -16,7 +16,7 @@ Space: TypeAlias = dict[str, tuple[Any, Callable[[Any], Any]]]
 
 
 def fixed(value: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A search-space entry that every draw leaves at `value`."""
+    """A search-space entry of which every draw is `value`."""
     return value, lambda r: value
 
 
@@ -25,7 +25,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 class Takes(NamedTuple):
-    """The values that an hparam takes: a test, and words that follow "it takes"."""
+    """The values that an hparam takes: a test, and the words after "it takes" in a message."""
 
     fits: Callable[[object], bool]
     words: str
@@ -50,20 +50,26 @@ def between(low: float, high: float) -> Takes:
 
 
 def one_of(*known: str) -> Takes:
-    """Some words."""
+    """One of these words."""
     return Takes(lambda value: value in known, f"one of {', '.join(known)}")
 
 
 def or_null(takes: Takes) -> Takes:
-    """The same or None, which is null in JSON."""
+    """The same values, or None (null in JSON)."""
     return Takes(lambda value: value is None or takes.fits(value), f"{takes.words}, or null")
+
+
+def list_of(takes: Takes, words: str) -> Takes:
+    """Lists of such values."""
+    return Takes(lambda value: isinstance(value, list) and all(map(takes.fits, value)),
+                 f"a list of {words}")
 
 
 @contextlib.contextmanager
 def forked_rng() -> Iterator[None]:
-    """Inside, random numbers may be drawn freely; outside, the global streams never notice.
+    """Leaves the global random streams as they were, whatever is drawn inside.
 
-    Everything that a method builds beyond ERM's student goes in here, so that with its extra
+    Everything that a method builds beyond ERM's student is built inside, so that with its extra
     weights at 0 it trains as ERM does, bit for bit.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -71,8 +77,13 @@ def forked_rng() -> Iterator[None]:
         yield
 
 
+def domain_labels(minibatches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The domain of each image, (B,): the position of its minibatch."""
+    return torch.cat([torch.full_like(y, i) for i, (_, y) in enumerate(minibatches)])
+
+
 def detached(**terms: Tensor | float) -> dict[str, Tensor | float]:
-    """Copies of these for an update to return: tensors without gradient."""
+    """Copies of terms for an update to return, without gradients."""
     return {name: term.detach().clone() if isinstance(term, Tensor) else term
             for name, term in terms.items()}
 
@@ -81,47 +92,49 @@ class Algorithm(networks.CountsOnCPU):
     """A domain-generalization algorithm.
 
     A subclass sets `self.network` (the part that `predict` runs and that is averaged) and
-    `self.optimizer`, and implements `update` and `predict`. What else the package asks of a
-    method is declared below, with the answer of a method that says nothing.
+    `self.optimizer`, and implements `update`. Everything else that the package asks of a method is
+    declared below, with its default.
 
     Raises:
-        ValueError: if an hparam is not what `takes` says, or if `mended` would fix nothing.
+        ValueError: if `takes` excludes an hparam's value, or if `mended` would fix nothing.
     """
 
     #: The name that tables show, where it differs from the class's.
     display_name: str | None = None
-    #: True if only a run's last record counts in model selection (SWAD), not its best.
+    #: True if model selection takes a run's last record (SWAD), not its best.
     selects_last = False
-    #: True if it predicts with an average of its weights, so that none can be put on top.
+    #: True if it predicts with averaged weights, so that the hparam `averaging` is refused.
     averages_weights = False
-    #: Updates that such an average leaves out, as the student is not yet what it will be.
+    #: How many first updates an average leaves out, as the student does not train yet.
     averages_after = 0
-    #: True if DomainBed's numbers hold a defect, which the hparam `mended`: true fixes.
+    #: True if DomainBed's version has a defect that the hparam `mended`: true fixes.
     mends = False
     #: True if the sweep trains a teacher for it first: ERM with default hparams.
     learns_from_run = False
     #: True if `train --auto_lr` may choose the learning rate of its `optimizer`.
     takes_auto_lr = False
-    #: True while another optimiser than `optimizer` trains it.
+    #: True while an optimiser other than `optimizer` trains it.
     in_warm_up = False
-    #: Why its teacher must see the student's augmented images, if it must; see canonical_view.
+    #: Why its teacher must see the student's augmented images; None if not. See canonical_view.
     needs_same_view: str | None = None
-    #: Why no teachers can be put on top of it, if they cannot: a reason that follows a colon.
+    #: Why teachers cannot be put on top of it, as the end of a message; None if they can.
     no_teachers: str | None = None
-    #: True if its loss is not on its minibatches' images in their order.
+    #: True if its loss is on other images than the minibatches', or in another order.
     rearranges_images = False
     #: Why it cannot learn from a label per pixel; None if it can.
     needs_image_labels: str | None = "its networks end in one vector per image"
-    #: What its teacher makes of the student's images: x (B, C, H, W) -> logits (B, num_classes);
-    #: None if it has no teacher. The teacher itself is `self.teacher`.
+    #: Its teacher's logits (B, num_classes) of the student's images x (B, C, H, W); None if it has
+    #: no teacher. The teacher itself is `self.teacher`.
     teacher_logits: Callable[[Tensor], Tensor] | None = None
-    #: (dataset, seed or None) -> all hparams, for a fork's method whose fork states them.
+    #: (dataset, seed or None) -> all hparams, for a fork's method, whose hparams are the fork's.
     all_hparams: Callable[[str, int | None], dict[str, Any]] | None = None
-    #: What hparams take that do not take every value of their default's kind.
+    #: Which values hparams take, where not every value of their default's kind will do.
     takes: dict[str, Takes] = {
         "lr": at_least(0), "weight_decay": at_least(0), "resnet_dropout": between(0, 1),
         "vit_dropout": between(0, 1), "optimizer": one_of("adam", "sgd", "adamw"),
-        "schedule": one_of("none", "step", "cosine")}
+        "schedule": one_of("none", "step", "cosine"),
+        "schedule_drops": list_of(between(0, 1), "shares of the run, such as [0.8]"),
+        "base_weight": at_least(0), "distill_weight": at_least(0), "distill_temperature": above(0)}
 
     #: The part that predicts, and the optimiser that trains it.
     network: nn.Module
@@ -132,18 +145,21 @@ class Algorithm(networks.CountsOnCPU):
         super().__init__()
         for name, takes in self.takes.items():
             if name in hparams and not takes.fits(hparams[name]):
-                raise ValueError(
-                    f"{self.display_name or type(self).__name__}: {name} is {hparams[name]!r}; it "
-                    f"takes {takes.words}.")
+                raise ValueError(f"{self.shown_name()}: {name} is {hparams[name]!r}; it takes "
+                                 f"{takes.words}.")
         if hparams.get("mended") and not self.mends:
-            raise ValueError(
-                f"{self.display_name or type(self).__name__}: the hparam mended is true, but there "
-                "is nothing to fix in its numbers. Leave it out.")
+            raise ValueError(f"{self.shown_name()}: the hparam mended is true, but there is "
+                             "nothing to fix in its numbers. Leave it out.")
         self.hparams = hparams
+
+    @classmethod
+    def shown_name(cls) -> str:
+        """Its name in tables and messages."""
+        return cls.display_name or cls.__name__
 
     @property
     def total_steps(self) -> int:
-        """How many updates the run takes; DomainBed's number where a fork does not tell."""
+        """The number of updates in the run; in a fork, which does not say it, DomainBed's."""
         steps: int = self.hparams.get("total_steps", MultipleDomainDataset.N_STEPS)
         return steps
 
@@ -155,9 +171,9 @@ class Algorithm(networks.CountsOnCPU):
         self.register_buffer("update_count", torch.zeros(shape, dtype=torch.long))
 
     def part(self, name: str) -> Any:
-        """One of its parts, None if it has none of that name.
+        """The part of that name; None if there is none.
 
-        They are "network", which `predict` runs; its "featurizer" and "classifier"; "average", of
+        Names are "network", which `predict` runs; its "featurizer" and "classifier"; "average", of
         its weights; "teacher" or, where there are several, "teachers".
         """
         return getattr(self, name, None)
@@ -189,8 +205,9 @@ class Algorithm(networks.CountsOnCPU):
         raise NotImplementedError(f"{type(self).__name__} does not implement update().")
 
     def predict(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) of x (B, C, H, W)."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement predict().")
+        """Logits (B, num_classes) of x (B, C, H, W): those of `network`, unless overridden."""
+        logits: Tensor = self.network(x)
+        return logits
 
     def forward(self, x: Tensor) -> Tensor:
         """The same as `predict`."""
@@ -217,22 +234,25 @@ class Algorithm(networks.CountsOnCPU):
         The hparam `optimizer` makes it AdamW, or SGD with momentum 0.9, unless the method has
         options for Adam.
         """
-        rate: float = self.hparams["lr"] if lr is None else lr
-        decay = self.hparams["weight_decay"] if weight_decay is None else weight_decay
         kind = "adam" if options else self.hparams.get("optimizer", "adam")
         if kind == "sgd":
-            return self.sgd(*modules, lr=rate, weight_decay=decay)
-        parameters = [p for module in modules for p in module.parameters()]
+            return self.sgd(*modules, lr=lr, weight_decay=weight_decay)
         optimizer = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
-        return optimizer(parameters, lr=rate, weight_decay=decay, **options)
+        return self._over(modules, optimizer, lr, weight_decay, **options)
 
     def sgd(self, *modules: nn.Module, lr: float | None = None,
-            weight_decay: float | None = None) -> torch.optim.SGD:
-        """SGD with momentum 0.9 over the modules' parameters, by default at the run's settings."""
-        parameters = [p for module in modules for p in module.parameters()]
-        return torch.optim.SGD(
-            parameters, self.hparams["lr"] if lr is None else lr, momentum=0.9,
-            weight_decay=self.hparams["weight_decay"] if weight_decay is None else weight_decay)
+            weight_decay: float | None = None) -> torch.optim.Optimizer:
+        """SGD with momentum 0.9 over the modules' parameters, at the run's lr and decay."""
+        return self._over(modules, torch.optim.SGD, lr, weight_decay, momentum=0.9)
+
+    def _over(self, modules: Iterable[nn.Module], optimizer: Any, lr: float | None,
+              weight_decay: float | None, **options: Any) -> torch.optim.Optimizer:
+        """An optimiser over the modules' parameters, where None at the run's lr and decay."""
+        made: torch.optim.Optimizer = optimizer(
+            [p for module in modules for p in module.parameters()],
+            lr=self.hparams["lr"] if lr is None else lr, weight_decay=(
+                self.hparams["weight_decay"] if weight_decay is None else weight_decay), **options)
+        return made
 
     def descend(self, loss: Tensor, **terms: Tensor | float) -> dict[str, Tensor | float]:
         """One step of `self.optimizer` on the loss; returns the loss and its terms."""
@@ -240,3 +260,25 @@ class Algorithm(networks.CountsOnCPU):
         loss.backward()
         self.optimizer.step()
         return detached(loss=loss, **terms)
+
+    def step(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+        """One step of these optimisers on the loss, for methods that have several."""
+        self.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+class InTwoParts(Algorithm):
+    """A base for methods that predict by `featurizer` and `classifier`; other parts only train.
+
+    As in DomainBed, the state dict has the two under their own names alone, not as a `network` too.
+    """
+
+    featurizer: nn.Module
+    classifier: nn.Module
+
+    @property
+    def network(self) -> nn.Module:  # type: ignore[override]
+        """The two parts, one after the other."""
+        return nn.Sequential(self.featurizer, self.classifier)

@@ -1,11 +1,11 @@
-"""CAD: an image's neighbours among the features shall not tell its domain.
+"""CAD: features whose neighbours do not reveal the domain.
 
 Ruan, Dubois & Maddison, "Optimal Representations for Covariate Shift", ICLR 2022,
 https://arxiv.org/abs/2201.00057 (contrastive adversarial domain bottleneck). Constants from
-DomainBed. There, an image counts as a neighbour of its own where `is_flipped` is false; with the
-hparam `mended`: true it does not.
-Departures: `is_project`, which fails in DomainBed, works, and one training domain, whose gradient
-is NaN there, has a bottleneck of 0.
+DomainBed. There, an image counts as its own neighbour if `is_flipped` is false; with the hparam
+`mended`: true it does not.
+Departures: `is_project`, which fails in DomainBed, works. With one training domain, where
+DomainBed's gradient is NaN, the bottleneck is 0.
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm, above, detached
+from domainbed_kd.algorithms.base import InTwoParts, above, detached, domain_labels
 
 BASE_TEMPERATURE = 0.07
 
@@ -29,9 +29,10 @@ def similarities(features: Tensor, temperature: float) -> Tensor:
 
 
 def log_share(scores: Tensor, part: Tensor, whole: Tensor) -> Tensor:
-    """Logarithm of the sum of exp(scores) over `part`, by that over `whole`; (B,) of rows (B, B).
+    """Log of the sum of exp(scores) over `part` divided by that over `whole`, for each row; (B,).
 
-    Both are boolean masks. A row without a part has -infinity, and no gradient.
+    Scores and the two boolean masks are (B, B). A row with an empty part has -infinity and no
+    gradient.
     """
     def sum_over(values, mask):
         return values.masked_fill(~mask, float("-inf")).logsumexp(dim=1)
@@ -39,19 +40,18 @@ def log_share(scores: Tensor, part: Tensor, whole: Tensor) -> Tensor:
     return sum_over(scores - sum_over(scores, whole)[:, None], part)
 
 
-class CAD(Algorithm):
-    """Cross-entropy, and how surely a neighbour is of another domain.
+class CAD(InTwoParts):
+    """Cross-entropy, and the probability that a neighbour is of another domain.
 
-    With `is_flipped` the chance of a neighbour of another domain is raised; without, that of one
-    of the same domain is lowered.
+    With `is_flipped` that probability is raised; without, that of the same domain is lowered.
     """
 
     mends = True
-    takes = Algorithm.takes | {"temperature": above(0)}
+    takes = InTwoParts.takes | {"temperature": above(0)}
 
     @staticmethod
     def search_space(dataset):
-        """The bottleneck's weight and temperature, on which features it acts, and its form."""
+        """The bottleneck's weight, temperature, features and form."""
         return {
             "lmbda": (0.1, lambda r: r.choice([1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0])),
             "temperature": (0.1, lambda r: r.choice([0.05, 0.1])),
@@ -62,23 +62,17 @@ class CAD(Algorithm):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.featurizer = networks.Featurizer(input_shape, hparams)
-        n_features = self.featurizer.n_outputs
-        self.classifier = networks.Classifier(
-            n_features, num_classes, hparams["nonlinear_classifier"])
+        self.featurizer, self.classifier = networks.featurizer_and_classifier(
+            input_shape, num_classes, hparams)
         self.project = nn.Identity()
         if hparams["is_project"]:
+            n_features = self.featurizer.n_outputs
             self.project = nn.Sequential(
                 nn.Linear(n_features, n_features), nn.ReLU(), nn.Linear(n_features, 128))
         self.optimizer = self.adam(self.network, self.project)
 
-    @property
-    def network(self):
-        """Featurizer and classifier; the projection only trains."""
-        return nn.Sequential(self.featurizer, self.classifier)
-
     def masks(self, same_class: Tensor, same_domain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which rows count (B,), which neighbours are sought and among which; (B, B) each."""
+        """The rows that count (B,), the neighbours sought (B, B) and those compared (B, B)."""
         others = ~torch.eye(len(same_class), device=same_class.device).bool()
         rows = (same_class & others).any(dim=1)
         if self.hparams["is_flipped"]:
@@ -86,7 +80,7 @@ class CAD(Algorithm):
         return rows, same_domain & others if self.hparams.get("mended") else same_domain, others
 
     def bottleneck(self, features: Tensor, y: Tensor, domains: Tensor) -> Tensor:
-        """Mean over the images that count, 0 without any, of features (B, D); a scalar."""
+        """The bottleneck of features (B, D): a mean over the images that count, 0 without any."""
         if self.hparams["is_normalized"]:
             features = F.normalize(features, dim=1)
         temperature = self.hparams["temperature"]
@@ -100,15 +94,10 @@ class CAD(Algorithm):
     def update(self, minibatches, unlabeled=None):
         """One step on the cross-entropy and the weighted bottleneck."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
-        domains = torch.cat([torch.full_like(labels, i)
-                             for i, (_, labels) in enumerate(minibatches)])
+        domains = domain_labels(minibatches)
         features = self.featurizer(x)
         bottleneck = self.bottleneck(self.project(features), y, domains)
         classify = F.cross_entropy(self.classifier(features), y)
         loss = classify + self.hparams["lmbda"] * bottleneck
         self.descend(loss)
         return detached(clf_loss=classify, bn_loss=bottleneck, total_loss=loss)
-
-    def predict(self, x):
-        """Logits (B, C) of images (B, ...)."""
-        return self.classifier(self.featurizer(x))

@@ -1,4 +1,4 @@
-"""CausIRL with CORAL's distance: features shall not depend on the mix of domains they come from.
+"""CausIRL with CORAL's distance: features that do not depend on the mix of domains.
 
 Chevalley et al., "Invariant Causal Mechanisms through Distribution Matching", 2022,
 https://arxiv.org/abs/2206.11646. Constants from DomainBed.
@@ -12,9 +12,9 @@ from domainbed_kd.algorithms.coral import CORAL
 
 
 def random_mixtures(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Each domain's features (B, D) cut at a random row; the first parts and the others, joined.
+    """Cuts each domain's features (B, D) at a random row; joins the first parts, and the others.
 
-    The cuts are drawn from NumPy's global stream, one per domain, from 0 to B - 1.
+    The cuts, one per domain, are drawn from NumPy's global stream, from 0 to B - 1.
     """
     cuts = [np.random.randint(0, len(f)) for f in features]
     return (torch.cat([f[:cut] for f, cut in zip(features, cuts)]),
@@ -22,9 +22,9 @@ def random_mixtures(features: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class CausIRL_CORAL(CORAL):
-    """Mean cross-entropy of the domains, and the distance of two random mixtures of them."""
+    """Mean cross-entropy of the domains, and the distance between two random mixtures of them."""
 
     def penalty(self, features):
-        """The distance of two random mixtures; 0 where one of them has fewer than two rows."""
+        """The distance between two random mixtures; 0 if one of them has fewer than two rows."""
         a, b = random_mixtures(features)
         return self.distance(a, b) if min(len(a), len(b)) > 1 else a.new_zeros(())

@@ -53,7 +53,3 @@ class CLIP(Algorithm):
         """The zero-shot cross-entropy; no step is taken."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         return {"loss": F.cross_entropy(self.predict(x), y)}
-
-    def predict(self, x):
-        """Logits (B, C): CLIP's own."""
-        return self.network(x)

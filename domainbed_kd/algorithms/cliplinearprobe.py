@@ -40,7 +40,3 @@ class CLIPLinearProbe(Algorithm):
         """One step of the head on the mean cross-entropy."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         return self.descend(F.cross_entropy(self.predict(x), y))
-
-    def predict(self, x):
-        """Logits (B, C) from CLIP's embeddings."""
-        return self.network(x)

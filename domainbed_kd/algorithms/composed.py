@@ -1,19 +1,20 @@
 """Teachers on top of any algorithm: `--hparams '{"teachers": ["run:SWAD"], "distill": "logit"}'`.
 
-The algorithm keeps its loss, its batches and its optimiser; terms are added to the one loss that it
-descends, on what its own forward pass computed:
+The algorithm keeps its loss L, its batches and its optimiser. Terms are added to L, computed from
+the features and logits of its own forward pass:
 
-    base_weight L + distill_weight / J  sum over J teachers and the words of `distill` of a term
+    base_weight L + distill_weight / J * (sum over the J teachers and the words in `distill`)
 
-logit: Hinton et al., 2014, `losses.kd_loss`; on maps the one term that there is, over the pixels
-that are not ignored. feature: cosine distance of projected features, after
-Romero et al., "FitNets", ICLR 2015. relation: Park et al., "Relational Knowledge Distillation",
-CVPR 2019, on cosines. text: RISE's distances, with its constants; see rise.py. With base_weight
-1 - alpha and distill_weight alpha, ERM and one teacher are KD.
+logit: Hinton et al., 2014, `losses.kd_loss`; for segmentation the only word, averaged over the
+pixels that are not ignored. feature: cosine distance of projected features, after Romero et al.,
+"FitNets", ICLR 2015. relation: Park et al., "Relational Knowledge Distillation", CVPR 2019, on
+cosines. text: RISE's distances, with its constants; see rise.py. ERM with one teacher, base_weight
+1 - alpha and distill_weight alpha is KD.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,14 @@ from torch import Tensor, nn
 
 from domainbed_kd import algorithms, averaging, networks, teachers
 from domainbed_kd.algorithms import rise, scheduled
-from domainbed_kd.algorithms.base import above, at_least, forked_rng, one_of
+from domainbed_kd.algorithms.base import forked_rng
 from domainbed_kd.folder import composition
 from domainbed_kd.losses import kd_loss
 from domainbed_kd.tasks import SEGMENTATION
 
-# Where the relative distance pulls as hard as the absolute one; see rise.py.
+# At this temperature the relative distance pulls as hard as the absolute one; see rise.py.
 TEXT_TEMPERATURE = 0.1
-# What a wrong prediction costs, in nats, where the cross-entropy shall count them.
+# The cross-entropy of a wrong prediction, in nats, where `validate` is used to count these.
 ERROR = 1000.0
 
 
@@ -44,67 +45,75 @@ def assembled(algorithm_class: type, hparams: dict) -> type:
 
 
 def check(algorithm_class: type, hparams: dict) -> None:
-    """Refuses hparams of teachers that have no meaning on an algorithm, before anything is built.
+    """Refuses teachers, or hparams of teachers, that an algorithm cannot take; builds nothing.
 
     Raises:
         ValueError: saying why.
     """
-    name = algorithm_class.display_name or algorithm_class.__name__
+    name, on_top = algorithm_class.shown_name(), composition.teachers(hparams)
     of_method = composition.teacher_of_method(hparams)
     if of_method and not algorithm_class.learns_from_run:
         raise ValueError(f"{name} does not learn from a run: leave out the hparam teacher, or put "
                          'the run on top of it: "teachers": [...].')
-    asked = composition.teachers(hparams)
+    if hparams.get("task") == SEGMENTATION.name:
+        _check_maps(name, on_top if of_method is None else [*on_top, of_method])
+    if on_top:
+        for cannot, reason in _obstacles(algorithm_class, hparams, on_top):
+            if cannot:
+                _refuse(name, reason)
+    elif idle := [key for key in ("distill", "distill_weight", "teacher_mix") if key in hparams]:
+        raise ValueError(f"{name}: {idle[0]} needs teachers. Name one, for example "
+                         '"teachers": ["run:ERM"].')
+
+
+def _obstacles(cls: type, hparams: dict, on_top: list[composition.Teacher]
+               ) -> Iterator[tuple[object, str]]:
+    """Whether each obstacle is there, and the reason to give then."""
     words, mix = composition.words(hparams), hparams.get("teacher_mix", "sum")
-    of_maps = hparams.get("task") == SEGMENTATION.name
-    for teacher in (*asked, of_method) if of_maps else ():
-        if reason := teacher and _why_no_maps(teacher):
-            raise ValueError(f"{name}: {teacher.shown} cannot teach where each pixel has a label: "
-                             f"{reason}.")
-    if not asked:
-        if idle := [key for key in ("distill", "distill_weight", "teacher_mix") if key in hparams]:
-            raise ValueError(f"{name}: {idle[0]} needs teachers. Name one, for example "
-                             '"teachers": ["run:ERM"].')
-        return
-    if algorithm_class.learns_from_run:
-        reason = 'it brings its own teacher. Name that by "teacher": "run:..."'
-    elif algorithm_class.teacher_logits is not None:
-        reason = "it brings its own teacher. Choose a base that has none, such as ERM or CORAL"
-    elif algorithm_class.no_teachers:
-        reason = algorithm_class.no_teachers
-    elif of_maps and words != ["logit"]:
-        reason = f'where each pixel has a label, distill takes "logit" alone, not {words}'
-    elif of_maps and algorithm_class.rearranges_images:
-        reason = ("the images of its loss are not its minibatches', so that nothing tells which "
-                  "pixels are ignored")
-    elif unknown := [word for word in words if word not in list(composition.DISTILL)]:
-        reason = f"distill is {unknown[0]!r}; it takes {', '.join(composition.DISTILL)}, or a list"
-    elif not words or len(set(words)) < len(words):
-        reason = f"distill is {words}; it takes each of {', '.join(composition.DISTILL)} once"
-    elif mix not in composition.MIXES:
-        reason = f"teacher_mix is {mix!r}; it takes {', '.join(composition.MIXES)}"
-    elif mix != "sum" and words != ["logit"]:
-        reason = (f"teacher_mix {mix!r} is one prediction of all teachers, so it goes with distill "
-                  '"logit" alone')
-    elif "text" in words and (others := [each.shown for each in asked if each.kind != "clip"]):
-        reason = f"distill \"text\" copies CLIP's sentences, and {others[0]} reads none"
-    elif "text" in words and algorithm_class.rearranges_images:
-        reason = 'distill "text" needs labels, and the images of its loss are not its minibatches\''
-    else:
-        return
+    known = list(composition.DISTILL)
+    yield cls.learns_from_run, 'it brings its own teacher. Name that by "teacher": "run:..."'
+    yield cls.teacher_logits is not None, (
+        "it brings its own teacher. Choose a base that has none, such as ERM or CORAL")
+    yield cls.no_teachers, cls.no_teachers
+    if hparams.get("task") == SEGMENTATION.name:
+        yield words != ["logit"], (
+            f'where each pixel has a label, distill takes "logit" alone, not {words}')
+        yield cls.rearranges_images, (
+            "the images of its loss are not its minibatches', so the ignored pixels are not known")
+    yield (not words or any(word not in known or words.count(word) > 1 for word in words),
+           f"distill is {hparams.get('distill')!r}; it takes {', '.join(known)}, or a list of "
+           "them, each once")
+    yield mix not in composition.MIXES, (
+        f"teacher_mix is {mix!r}; it takes {', '.join(composition.MIXES)}")
+    yield mix != "sum" and words != ["logit"], (
+        f'teacher_mix {mix!r} makes one prediction of all teachers, so distill must be "logit"')
+    if "text" in words:
+        other = next((each.shown for each in on_top if each.kind != "clip"), None)
+        yield other, f"distill \"text\" copies CLIP's sentences, and {other} reads none"
+        yield cls.rearranges_images, (
+            'distill "text" needs labels, and the images of its loss are not its minibatches\'')
+
+
+def _refuse(name: str, reason: str) -> NoReturn:
     raise ValueError(f"{name}: teachers do not go with this: {reason}.")
 
 
-def _why_no_maps(teacher: composition.Teacher) -> str | None:
-    if teacher.kind == "clip":
-        return "it compares sentences with images, not with pixels"
-    return (algorithms.get_algorithm_class(teacher.name).needs_image_labels
-            if teacher.kind == "run" else None)
+def _check_maps(name: str, asked: list[composition.Teacher]) -> None:
+    """Refuses teachers that cannot predict a class for each pixel."""
+    for teacher in asked:
+        reason = None
+        if teacher.kind == "clip":
+            reason = "it compares sentences with images, not with pixels"
+        elif teacher.kind == "run":
+            reason = algorithms.get_algorithm_class(teacher.name).needs_image_labels
+        if reason:
+            raise ValueError(f"{name}: {teacher.shown} cannot teach where each pixel has a label: "
+                             f"{reason}.")
 
 
 @contextlib.contextmanager
 def caught(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inside, the list gathers (input, output) of the module's calls that have a gradient."""
+    """Collects (input, output) of the module's calls inside whose output has a gradient."""
     calls = []
 
     def note(_, args, output):
@@ -124,9 +133,9 @@ def feature_distance(projected: Tensor, seen: Tensor) -> Tensor:
 
 
 def relation_distance(features: Tensor, seen: Tensor) -> Tensor:
-    """Mean squared difference of the cosines between images, as student and teacher have them.
+    """Mean squared difference between the student's and the teacher's cosines of image pairs.
 
-    Features are (B, d) and (B, D); an image's cosine with itself is left out.
+    Features are (B, d) and (B, D). An image's cosine with itself is left out.
     """
     own, wanted = (F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).T for x in (features, seen))
     n = len(features)
@@ -136,35 +145,27 @@ def relation_distance(features: Tensor, seen: Tensor) -> Tensor:
 class Composed:
     """An Algorithm that also learns from frozen teachers; mixed in by `assembled`.
 
-    Each of `teachers` sees images, and its head makes logits of what it has seen. Projections that
-    a term needs are trained beside the algorithm's own optimiser; `predict` needs none of this.
+    Each of `teachers` turns images into features, and its entry of `heads` turns these into
+    logits. Projections that a term needs have an optimiser of their own. `predict` needs none of
+    this.
 
     Raises:
-        ValueError, FileNotFoundError: as `check` and the teachers' own; in an update, if the
-            algorithm does not make exactly one step, on the logits of its classifier.
+        ValueError, FileNotFoundError: as `check` does, or if a teacher cannot be built; in an
+            update, if the algorithm does not take exactly one step on its classifier's logits.
     """
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        name = self.display_name or type(self).__name__
-        for hparam, takes in {
-                "distill_weight": at_least(0), "base_weight": at_least(0),
-                "distill_temperature": above(0),
-                "teacher_mix": one_of(*composition.MIXES)}.items():
-            if hparam in hparams and not takes.fits(hparams[hparam]):
-                raise ValueError(f"{name}: {hparam} is {hparams[hparam]!r}; it takes "
-                                 f"{takes.words}.")
         if not isinstance(self.part("featurizer"), nn.Module):
-            raise ValueError(f"{name}: teachers do not go with this: it has no featurizer and "
-                             "classifier of its own.")
+            _refuse(self.shown_name(), "it has no featurizer and classifier of its own")
         self.words = composition.words(hparams)
         self.weight = hparams.get("distill_weight", 1.0)
         self.base_weight = hparams.get("base_weight", 1.0)
         self.temperature = hparams.get("distill_temperature", 4.0)
         self.mix = hparams.get("teacher_mix", "sum")
         if "relation" in self.words and hparams["batch_size"] * num_domains < 3:
-            raise ValueError(f"{name}: distill \"relation\" compares pairs of images and needs a "
-                             "batch of 3 or more. Raise batch_size.")
+            raise ValueError(f"{self.shown_name()}: distill \"relation\" compares pairs of images "
+                             "and needs a batch of 3 or more. Raise batch_size.")
         self.num_classes = num_classes
         with forked_rng():
             self._build_teachers(input_shape, num_classes, hparams)
@@ -180,7 +181,7 @@ class Composed:
         pairs = [teachers.in_two(each, hparams, num_classes, input_shape, folders, needs_features)
                  for each in composition.teachers(hparams)]
         self.teachers, self.heads = (nn.ModuleList(part) for part in zip(*pairs))
-        # All of its state that `predict` does not need, under a name of its own.
+        # The state that `predict` does not need, under one name.
         self.taught = nn.Module()
         self.taught.register_buffer("shares", torch.full((len(pairs),), 1 / len(pairs)))
         self.taught.projections = nn.ModuleDict()
@@ -203,12 +204,12 @@ class Composed:
 
     @property
     def needs_same_view(self) -> str | None:
-        """Why teachers must see the student's images: it makes others of its minibatches."""
+        """Why teachers must see the student's own images, if its loss is on other images."""
         return ("the images of its loss are not those of its minibatches" if self.rearranges_images
                 else None)
 
     def update(self, minibatches, unlabeled=None):
-        """The algorithm's update, whose one step is on the teachers' terms too."""
+        """The algorithm's update, with the teachers' terms added to the loss of its one step."""
         if not self.weight and self.base_weight == 1:
             return super().update(minibatches, unlabeled)
         if self.needs_labels:
@@ -217,15 +218,15 @@ class Composed:
         with caught(self.featurizer) as self._images, caught(self.classifier) as self._logits:
             values = super().update(minibatches, unlabeled)
         if self._terms is None:
-            raise ValueError(self._misfit("its update makes no step by `descend`"))
+            _refuse(self.shown_name(), "its update makes no step by `descend`")
         return values | {name: term.detach() for name, term in self._terms.items()}
 
     def descend(self, loss: Tensor, **terms: Tensor | float) -> dict[str, Tensor | float]:
-        """The step that the algorithm makes, on its loss and the teachers' terms."""
+        """The algorithm's step, on its loss and the teachers' terms."""
         if not self.weight and self.base_weight == 1:
             return super().descend(loss, **terms)
         if self._terms is not None:
-            raise ValueError(self._misfit("it makes more than one step in an update"))
+            _refuse(self.shown_name(), "it makes more than one step in an update")
         if self.base_weight != 1:
             loss = self.base_weight * loss
         self._terms = self._distill() if self.weight else {}
@@ -239,9 +240,9 @@ class Composed:
         return values
 
     def _distill(self) -> dict[str, Tensor]:
-        """{word: its term}, means over the teachers, of the images that the student has seen."""
+        """{word: term}, each the mean over the teachers, on the images that the student saw."""
         if sum(len(z) for _, z in self._logits) != sum(len(x) for x, _ in self._images):
-            raise ValueError(self._misfit("its classifier does not look at each image once"))
+            _refuse(self.shown_name(), "its classifier does not look at each image once")
         x = torch.cat([x for x, _ in self._images]).detach()
         features = torch.cat([features for _, features in self._images])
         logits = torch.cat([logits for _, logits in self._logits])
@@ -251,9 +252,9 @@ class Composed:
             if word == "logit" and self.mix != "sum":
                 terms[word] = kd_loss(logits, self._mixed(seen, self.temperature),
                                       self.temperature, self._labels)
-                continue
-            terms[word] = sum(self._term(word, i, features, logits, of_one)
-                              for i, of_one in enumerate(seen)) / len(seen)
+            else:
+                terms[word] = sum(self._term(word, i, features, logits, of_one)
+                                  for i, of_one in enumerate(seen)) / len(seen)
         return terms
 
     def _term(self, word, i, features, logits, seen):
@@ -276,19 +277,15 @@ class Composed:
         shares = self.taught.shares.view(-1, *(1 for _ in of_all.shape[1:]))
         return temperature * (of_all + shares.log()).logsumexp(dim=0)
 
-    def _misfit(self, reason: str) -> str:
-        return (f"{self.display_name or type(self).__name__}: teachers do not go with this: "
-                f"{reason}.")
-
     def checkpoint(self, step, last, validate, batches) -> None:
-        """The algorithm's own; after the first update teachers get shares by their accuracy."""
+        """As the algorithm's own. After the first update it may weigh teachers by accuracy."""
         super().checkpoint(step, last, validate, batches)
         if step == 0 and self.mix == "accuracy":
             right = [1 - validate(self._costs(i)) / ERROR for i in range(len(self.teachers))]
             self.taught.shares.copy_(torch.tensor(right) / sum(right))
 
     def _costs(self, i: int):
-        """A predictor whose cross-entropy is ERROR where teacher `i` is wrong, else 0."""
+        """A predictor whose cross-entropy is ERROR where teacher `i` is wrong and 0 elsewhere."""
         def predict(x):
             guess = self.heads[i](self.teachers[i](x)).argmax(dim=1)
             return ERROR * F.one_hot(guess, self.num_classes).movedim(-1, 1).float()
@@ -297,6 +294,6 @@ class Composed:
 
     @torch.no_grad()
     def teacher_logits(self, x):
-        """What the teachers together make of images: logits (B, C, ...)."""
+        """The teachers' joint logits (B, C, ...) of the student's images."""
         seen = [eye(x) for eye in self.teachers]
         return self.heads[0](seen[0]) if len(seen) == 1 else self._mixed(seen, 1.0)

@@ -1,12 +1,11 @@
-"""CORAL: the domains' features shall have the same mean and the same covariance.
+"""CORAL: equalises mean and covariance of the domains' features.
 
 Sun & Saenko, "Deep CORAL: Correlation Alignment for Deep Domain Adaptation", ECCV 2016 Workshops,
-https://arxiv.org/abs/1607.01719. Departures, as in DomainBed: means are aligned too, and every
-pair of training domains.
+https://arxiv.org/abs/1607.01719. Departures, as in DomainBed: means are aligned too, and all pairs
+of training domains are.
 """
 
 import itertools
-from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,12 +13,6 @@ from torch import Tensor
 from domainbed_kd.algorithms.base import detached
 from domainbed_kd.algorithms.erm import ERM
 from domainbed_kd.losses import moment_distance
-
-
-def mean_over_pairs(distance: Callable[[Tensor, Tensor], Tensor], features: list[Tensor]) -> Tensor:
-    """The mean of a distance over all pairs of domains' features (B, D); 0 for one domain."""
-    distances = [distance(a, b) for a, b in itertools.combinations(features, 2)]
-    return sum(distances) / len(distances) if distances else features[0].new_zeros(())
 
 
 class CORAL(ERM):
@@ -34,11 +27,12 @@ class CORAL(ERM):
         return {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))}
 
     def penalty(self, features: list[Tensor]) -> Tensor:
-        """The mean distance over all pairs of domains' features (B, D), a scalar."""
-        return mean_over_pairs(self.distance, features)
+        """The mean distance over all pairs of domains' features (B, D); 0 for one domain."""
+        distances = [self.distance(a, b) for a, b in itertools.combinations(features, 2)]
+        return sum(distances) / len(distances) if distances else features[0].new_zeros(())
 
     def update(self, minibatches, unlabeled=None):
-        """One step; as in DomainBed, the loss that is returned is the cross-entropy alone."""
+        """One step; as in DomainBed, the returned loss is the cross-entropy alone."""
         features = [self.featurizer(x) for x, _ in minibatches]
         loss = sum(F.cross_entropy(self.classifier(f), y)
                    for f, (_, y) in zip(features, minibatches)) / len(minibatches)

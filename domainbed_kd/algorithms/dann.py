@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import datasets, networks
-from domainbed_kd.algorithms.base import Algorithm, detached, fixed
+from domainbed_kd.algorithms.base import InTwoParts, detached, domain_labels, fixed
 
 
 def gradient_penalty(logits: Tensor, domains: Tensor, features: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def gradient_penalty(logits: Tensor, domains: Tensor, features: Tensor) -> Tenso
     return gradient.square().sum(dim=1).mean()
 
 
-class DANN(Algorithm):
+class DANN(InTwoParts):
     """The student minimises its cross-entropy minus the discriminator's, which minimises its own.
 
     Of 1 + `d_steps_per_g_step` updates one is the student's, the others are the discriminator's.
@@ -62,9 +62,8 @@ class DANN(Algorithm):
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.count_updates(shape=(1,))
-        self.featurizer = networks.Featurizer(input_shape, hparams)
-        self.classifier = networks.Classifier(
-            self.featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
+        self.featurizer, self.classifier = networks.featurizer_and_classifier(
+            input_shape, num_classes, hparams)
         self.discriminator = networks.MLP(self.featurizer.n_outputs, num_domains, hparams)
         # Only CDANN uses it; DomainBed's checkpoints have it in both.
         self.class_embeddings = nn.Embedding(num_classes, self.featurizer.n_outputs)
@@ -74,11 +73,6 @@ class DANN(Algorithm):
             lr=hparams["lr_d"], weight_decay=hparams["weight_decay_d"], betas=betas)
         self.gen_opt = self.adam(
             self.network, lr=hparams["lr_g"], weight_decay=hparams["weight_decay_g"], betas=betas)
-
-    @property
-    def network(self):
-        """Featurizer and classifier; the discriminator is not part of the predictor."""
-        return nn.Sequential(self.featurizer, self.classifier)
 
     def discriminator_input(self, features: Tensor, y: Tensor) -> Tensor:
         """What the discriminator sees, (B, D)."""
@@ -92,8 +86,7 @@ class DANN(Algorithm):
         """One step of the player whose turn it is: `disc_loss` or `gen_loss`."""
         self.update_count += 1
         x, y = (torch.cat(part) for part in zip(*minibatches))
-        domains = torch.cat([torch.full_like(labels, i)
-                             for i, (_, labels) in enumerate(minibatches)])
+        domains = domain_labels(minibatches)
         features = self.featurizer(x)
         seen = self.discriminator_input(features, y)
         logits = self.discriminator(seen)
@@ -103,17 +96,10 @@ class DANN(Algorithm):
                 self.hparams["grad_penalty"] * gradient_penalty(logits, domains, seen))
 
         n_turns = self.hparams["d_steps_per_g_step"]
-        self.zero_grad()
         if self.update_count.item() % (1 + n_turns) < n_turns:
-            disc_loss.backward()
-            self.disc_opt.step()
+            self.step(disc_loss, self.disc_opt)
             return detached(disc_loss=disc_loss)
         classify = F.cross_entropy(self.classifier(features), y)
         gen_loss = classify - self.hparams["lambda"] * disc_loss
-        gen_loss.backward()
-        self.gen_opt.step()
+        self.step(gen_loss, self.gen_opt)
         return detached(gen_loss=gen_loss)
-
-    def predict(self, x):
-        """Logits (B, C) of images (B, ...)."""
-        return self.classifier(self.featurizer(x))

@@ -15,7 +15,7 @@ from domainbed_kd.algorithms.base import Algorithm, between
 class ERM(Algorithm):
     """Cross-entropy on all domains' images, concatenated.
 
-    With the hparam `label_smoothing` that share of each label is spread over all classes: for
+    The hparam `label_smoothing` spreads that share of each label over all classes. It is meant for
     teachers.
     """
 
@@ -35,7 +35,3 @@ class ERM(Algorithm):
         x, y = (torch.cat(part) for part in zip(*minibatches))
         smoothing = self.hparams.get("label_smoothing", 0.0)
         return self.descend(F.cross_entropy(self.predict(x), y, label_smoothing=smoothing))
-
-    def predict(self, x):
-        """Logits (B, C) of images (B, ...)."""
-        return self.network(x)

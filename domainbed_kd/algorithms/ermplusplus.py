@@ -53,10 +53,7 @@ class ERMPlusPlus(ERM):
         with torch.set_grad_enabled(all_parts):
             features = self.featurizer(x)
         loss = F.cross_entropy(self.classifier(features), y)
-        optimizer = self.optimizer if all_parts else self.linear_optimizer
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        self.step(loss, self.optimizer if all_parts else self.linear_optimizer)
         self._average(x)
         return detached(loss=loss)
 

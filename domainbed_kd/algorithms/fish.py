@@ -38,10 +38,7 @@ class Fish(Algorithm):
         self.optimizer = self.adam(self.network)
 
     def _build(self, hparams) -> nn.Sequential:
-        input_shape, num_classes = self.shape
-        featurizer = networks.Featurizer(input_shape, hparams)
-        return nn.Sequential(featurizer, networks.Classifier(
-            featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"]))
+        return nn.Sequential(*networks.featurizer_and_classifier(*self.shape, hparams))
 
     def update(self, minibatches, unlabeled=None):
         """One pass; the loss is that of the last domain."""
@@ -55,7 +52,3 @@ class Fish(Algorithm):
                 way = tensor - start[name]
                 tensor.copy_(start[name] + self.hparams["meta_lr"] * way)
         return values
-
-    def predict(self, x):
-        """Logits (B, C) of images (B, ...)."""
-        return self.network.net(x)

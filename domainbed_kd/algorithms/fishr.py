@@ -1,4 +1,4 @@
-"""Fishr: the gradients of the classifier shall vary alike in every domain.
+"""Fishr: gives the classifier's gradients the same variance in every domain.
 
 Rame et al., "Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization",
 ICML 2022, https://arxiv.org/abs/2109.02934. Constants from the authors' code.
@@ -17,9 +17,9 @@ from domainbed_kd.algorithms.annealed import Annealed
 def gradient_variance(features: Tensor, logits: Tensor, y: Tensor) -> Tensor:
     """Variance over samples of the cross-entropy's gradient by a linear classifier; (C * D + C,).
 
-    Of features (B, D) and logits (B, C). The gradient by the weights is the outer product of
-    softmax(logits) - onehot(y) and the features, so its moments are matrix products; that by the
-    bias is the first factor. Differentiable in both.
+    Features are (B, D), logits (B, C). The gradient by the weights is the outer product of
+    softmax(logits) - onehot(y) and the features, so its moments are matrix products; the gradient
+    by the bias is the first factor. Differentiable in features and logits.
     """
     error = logits.softmax(dim=1) - F.one_hot(y, logits.shape[1])
     inputs = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)  # 1: the bias's input
@@ -39,13 +39,13 @@ def per_sample_gradient_variance(classifier: nn.Module, features: Tensor, y: Ten
 
 
 class Fishr(Annealed):
-    """Cross-entropy, and how far the domains' gradient variances are from their mean."""
+    """Cross-entropy, and the distance of the domains' gradient variances from their mean."""
 
     needs_image_labels = "it takes the classifier's gradient for each image"
 
     @staticmethod
     def search_space(dataset):
-        """The penalty's weight, when it sets in, and how slowly the variances' means move."""
+        """The penalty's weight, its first update, and the decay of the variances' running means."""
         return {
             "lambda": (1000.0, lambda r: 10 ** r.uniform(1, 4)),
             "penalty_anneal_iters": (1500, lambda r: int(r.uniform(0, 5000))),
@@ -69,7 +69,7 @@ class Fishr(Annealed):
         variances = torch.stack([
             gradient_variance(f, z, label) if isinstance(self.classifier, nn.Linear)
             else per_sample_gradient_variance(self.classifier, f, label) for f, z, label in parts])
-        # The new share counts in full, as in the authors' code, so that its gradient does too.
+        # As in the authors' code, the new variances have weight 1, and so does their gradient.
         ema = self.hparams["ema"]
         smoothed = variances + ema / (1 - ema) * self.mean_variance
         self.mean_variance.copy_((1 - ema) * smoothed.detach())

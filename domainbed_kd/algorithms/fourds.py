@@ -3,29 +3,16 @@
 Tang et al., "Direct Distillation between Different Domains", ECCV 2024,
 https://arxiv.org/abs/2401.06826. Architecture, losses and constants from the authors' code.
 
-Phase is taken for what an image means in any domain, amplitude for a domain's style. After each
-stage of the teacher an adapter mixes the amplitudes of the map's spectrum with those of a learned
-one and keeps the phases. Adapters and student learn in turns from the same images; the teacher's
-own weights never change. There are three protocols:
+Phase stands for what an image means in any domain, amplitude for a domain's style. After each stage
+of the teacher an adapter mixes the amplitudes of the map's spectrum with those of a learned map and
+keeps the phases. Adapters and student learn in turns from the same images; the teacher's own
+weights never change. docs/methods/fourds.md describes the three protocols.
 
-A. as published: the teacher trained on one domain, the student on another one's labelled images,
-   and the number to read is `env{i}_out_acc` of that training env. `fourds_protocol` "target" lets
-   such a teacher pass; columns of test envs that it has seen mean nothing then. With domains 0 to
-   3: `--algorithm ERM --test_envs 1 2 3 --output_dir T`, then `--algorithm 4Ds --test_envs 0 2 3
-   --teacher T --hparams '{"fourds_protocol": "target"}'`, and read env1_out_acc.
-B. generalization: teacher and student train on the same domains; the test domain is unseen.
-C. `--task domain_adaptation`: unlabelled images of the test domains join in. Their cross-entropy
-   is with the plain teacher's confident predictions. Without labelled images (`fourds_source`
-   false; the authors never show the student the teacher's domain) the two players have next to
-   nothing to hold on to but each other, and soon agree on nothing.
-
-B and C are ours. So are these defaults, each with what restores the authors' code: phases are
-compared as unit phasors (`fourds_phase` "raw": as angles, of which 0.002 apart may cost 39); the
-gate that weighs the phases has mean 1, as it could satisfy its loss by closing otherwise
-(`fourds_gate` "published"); the teacher's BatchNorm keeps its statistics (`fourds_teacher_bn`
-"adapt"); adapters start to listen to the student over a tenth of the run (`fourds_ramp` 0); Adam
-at DomainBed's lr (`fourds_optimizer` "sgd", with their lr 0.01 and weight_decay 5e-4). Networks of
-unequal widths, which their code cannot pair, get a 1x1 projection of the student's phases.
+Departures, each with the hparam that undoes it: phases are compared as unit phasors, not angles
+(`fourds_phase`); the gate that weighs them has mean 1 (`fourds_gate`); the teacher's BatchNorm
+keeps its statistics (`fourds_teacher_bn`); the adapters' loss from the student sets in over a tenth
+of the run (`fourds_ramp`); Adam at DomainBed's lr (`fourds_optimizer`). Networks of unequal widths,
+which their code cannot pair, get a 1x1 projection of the student's phases.
 """
 
 import copy
@@ -34,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainbed_kd import networks
+from domainbed_kd import networks, teachers
 from domainbed_kd.algorithms.base import above, at_least, between, fixed, forked_rng, one_of
 from domainbed_kd.algorithms.taught import Taught
 from domainbed_kd.losses import kd_loss
 
-FLOOR = 1e-5**0.5  # of an amplitude: the authors'
-UNKNOWN = -100  # the label of an image without one
+FLOOR = 1e-5**0.5  # least amplitude: the authors'
+UNKNOWN = -100  # label of an image without one
 OPTIONS = {
     "fourds_protocol": ("generalization", "target"),
     "fourds_phase": ("circular", "raw"),
@@ -53,8 +40,8 @@ OPTIONS = {
 def spectrum(x: Tensor) -> Tensor:
     """2-D discrete Fourier transform of real maps (..., H, W): (..., H, W // 2 + 1, 2).
 
-    Real and imaginary parts of the left half of the plane; the other half is its conjugate.
-    Computed in single precision or better.
+    Its left half as real and imaginary parts, in single precision or better; the other half is the
+    conjugate of this one.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.view_as_real(torch.fft.rfft2(x))
@@ -69,9 +56,9 @@ def amplitude_of(spectrum: Tensor) -> Tensor:
 def decompose(x: Tensor, raw: bool = False) -> tuple[Tensor, Tensor]:
     """Phase (..., H, W // 2 + 1, P) and amplitude (..., H, W // 2 + 1) of maps (..., H, W).
 
-    A phase is a cosine and a sine, P = 2. Their squares add up to 1, or to less where an amplitude
-    is below FLOOR, so that empty bins have no phase and gradients stay below 1 / FLOOR. With `raw`
-    it is the angle in radians, in (-pi, pi], and P = 1.
+    A phase is a cosine and a sine, P = 2. Their squares add up to 1, or to less where the amplitude
+    is below FLOOR, so empty bins have no phase and gradients stay below 1 / FLOOR. With `raw` a
+    phase is the angle in radians, in (-pi, pi], and P = 1.
     """
     parts = spectrum(x)
     amplitude = amplitude_of(parts)
@@ -83,7 +70,7 @@ def decompose(x: Tensor, raw: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def compose(phase: Tensor, amplitude: Tensor, width: int) -> Tensor:
-    """The real maps (..., H, width) of a phase, in either form, and an amplitude."""
+    """The real maps (..., H, width) with these phases, in either form, and amplitudes."""
     if phase.shape[-1] == 1:
         spectrum = torch.polar(amplitude, phase[..., 0])
     else:
@@ -92,9 +79,9 @@ def compose(phase: Tensor, amplitude: Tensor, width: int) -> Tensor:
 
 
 def whole_plane(phase: Tensor, width: int) -> Tensor:
-    """The phase (P, ..., H, width) of every bin, from those (..., H, width // 2 + 1, P) of half."""
+    """The phases (P, ..., H, width) of all bins, from the left half (..., H, width // 2 + 1, P)."""
     phase = phase.movedim(-1, 0)
-    # Bin (u, v) is the conjugate of bin (-u, -v), modulo the plane's sides.
+    # Bin (u, v) is the conjugate of bin (-u, -v), modulo the plane's size.
     mirrored = phase[..., 1:(width + 1) // 2].flip(-1, -2).roll(1, dims=-2)
     odd = -mirrored[-1:]  # the sine, or the angle
     return torch.cat([phase, torch.cat([mirrored[:-1], odd])], dim=-1)
@@ -109,19 +96,15 @@ def fuse(phases: list[Tensor], size: tuple[int, int]) -> Tensor:
 def phase_distance(student: Tensor, teacher: Tensor, gate: Tensor) -> Tensor:
     """Mean squared difference of two phases (P, B, C, h, w), weighed by a gate (B, C, 1, 1).
 
-    P is 2 for cosines and sines, where it is 2 - 2 cos of the angle between unit phasors, and 1
-    for raw angles, where it is in rad^2.
+    For raw angles it is in rad^2; for unit phasors it is 2 - 2 cos of the angle between them.
     """
     return (gate * (student - teacher)).square().sum(dim=0).mean()
 
 
 class FourierAdapter(nn.Module):
-    """Mixes a map's amplitudes with those of a learned map, and keeps its phases.
+    """Mixes the amplitudes of a map of `width` channels with a learned map's; keeps its phases.
 
-    Args:
-        width: channels of the map.
-        reduction: by how much the learned map's bottleneck is narrower.
-        raw: whether phases are angles.
+    The learned map's bottleneck is narrower by the factor `reduction`. `raw`: see `decompose`.
     """
 
     def __init__(self, width: int, reduction: int = 4, raw: bool = False):
@@ -134,11 +117,11 @@ class FourierAdapter(nn.Module):
         self.raw = raw
 
     def alpha(self) -> Tensor:
-        """Shares (2,) of the learned and of the original amplitude; they add up to 1."""
+        """Shares (2,) of the learned and of the original amplitude, with sum 1."""
         return (self.mix / 0.1).softmax(dim=0)  # 0.1: the authors' temperature
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The adapted map (B, C, H, W) and its phase, as `decompose` gives it."""
+        """The adapted map (B, C, H, W) and its phase in the form of `decompose`."""
         phase, amplitude = decompose(x, self.raw)
         share, rest = self.alpha()
         mixed = share * amplitude_of(spectrum(self.restyle(x))) + rest * amplitude
@@ -146,13 +129,10 @@ class FourierAdapter(nn.Module):
 
 
 class FusionActivation(nn.Module):
-    """All stages' phases at the last stage's size, and how much each channel counts.
+    """The distance of all stages' phases at the last stage's size, with a weight per channel.
 
-    Args:
-        widths: channels of the teacher's stages.
-        student_widths: of the student's; where they differ its phases are projected.
-        gate: "published" lets the gate learn freely, "normalized" fixes its mean over the channels
-            at 1, "detached" keeps it from learning.
+    The student's phases are projected where its stages have other widths. The gate, of the weights,
+    learns freely if "published", has mean 1 if "normalized", and does not learn if "detached".
     """
 
     def __init__(self, widths: list[int], student_widths: list[int], gate: str = "normalized"):
@@ -169,17 +149,16 @@ class FusionActivation(nn.Module):
 
     def gate(self, fused: Tensor) -> Tensor:
         """Weights (B, C, 1, 1) of the channels, from the teacher's fused phases."""
-        # Only from the cosines: sines, odd over the plane, have mean 0.
+        # From the cosines alone: sines are odd over the plane, so their mean is 0.
         gate = self.excitation(fused[0].mean(dim=(-2, -1)))[..., None, None]
         if self.kind == "detached":
             return gate.detach()
         return gate / gate.mean(dim=1, keepdim=True) if self.kind == "normalized" else gate
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """The `phase_distance` of both networks' phases: planes (P, B, C_l, H_l, W_l)."""
+        """The `phase_distance` of two networks' phases, planes (P, B, C_l, H_l, W_l)."""
         size = teacher[-1].shape[-2:]
-        theirs = fuse(teacher, size)
-        ours = fuse(student, size)
+        theirs, ours = fuse(teacher, size), fuse(student, size)
         ours = self.projection(ours.flatten(0, 1)).unflatten(0, ours.shape[:2])
         return phase_distance(ours, theirs, self.gate(theirs))
 
@@ -190,76 +169,38 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return loss / (y != UNKNOWN).sum().clamp(min=1)
 
 
-def stage_maps(featurizer: nn.Module, x: Tensor) -> list[Tensor]:
-    """What each stage of a featurizer returns for images x."""
-    maps = []
-    for stage in featurizer.stages():
-        x = stage(x)
-        maps.append(x)
-    return maps
-
-
 @torch.no_grad()
 def stage_widths(featurizer: nn.Module, input_shape, who: str) -> list[int]:
-    """Channels of each stage's maps, found by running it in eval mode.
+    """Channels of each stage's maps, found by running the featurizer, left in eval mode.
 
     Raises:
         ValueError: if it has no stages that return maps, naming `who` it is.
     """
-    training = featurizer.training
-    device = next(featurizer.parameters()).device
-    featurizer.eval()
-    maps = stage_maps(featurizer, torch.zeros(1, *input_shape, device=device)) if hasattr(
-        featurizer, "stages") else []
-    featurizer.train(training)
+    x = torch.zeros(1, *input_shape, device=next(featurizer.parameters()).device)
+    maps = featurizer.eval().maps(x) if isinstance(featurizer, networks.Staged) else []
     if not maps or any(m.ndim != 4 for m in maps):
         raise ValueError(f"4Ds: the {who}'s {type(featurizer).__name__} has no convolution stages, "
                          "whose feature maps 4Ds compares. Choose a convolutional network.")
     return [m.shape[1] for m in maps]
 
 
-def staged(teacher: networks.Frozen, input_shape) -> nn.Sequential:
-    """The featurizer and the classifier by which a teacher predicts.
-
-    Raises:
-        ValueError: if it does not predict by a featurizer with stages and a classifier.
-    """
-    module = teacher.module
-    device = next((p.device for p in module.parameters()), None)
-    x = torch.linspace(-1, 1, 2 * torch.Size(input_shape).numel(), device=device)
-    x = x.view(2, *input_shape)
-    candidates = [getattr(getattr(module, "average", None), "network", None),
-                  getattr(module, "network", module)]
-    if hasattr(module, "featurizer") and hasattr(module, "classifier"):
-        candidates.append(nn.Sequential(module.featurizer, module.classifier))
-    for network in candidates:
-        if (isinstance(network, nn.Sequential) and len(network) == 2
-                and hasattr(network[0], "stages")
-                and torch.allclose(networks.Frozen(network)(x), teacher(x))):
-            return network
-    raise ValueError(f"4Ds: the teacher, a {type(module).__name__}, does not predict by a "
-                     "featurizer with stages and a classifier. Name a run of ERM or the like.")
-
-
 class FourDs(Taught):
     """Student and adapters of a frozen teacher learn from labels, each other, and phases.
 
-    `predict` is the bare student; `predict_teacher` is the adapted teacher.
+    `predict` is the student alone; `predict_teacher` is the adapted teacher.
 
     Raises:
-        ValueError: if a switch has an unknown value, a network has no convolution stages, or as
-            `Taught`.
+        ValueError: as `Taught` does, or if a network has no convolution stages.
     """
 
     needs_image_labels = "its adapters end in one vector per image"
     display_name = "4Ds"
     needs_same_view = "its teacher's adapters learn with every batch"
     takes = Taught.takes | {
-        "fourds_temperature": above(0), "fourds_cls": at_least(0), "fourds_div": at_least(0),
-        "fourds_beta": at_least(0), "fourds_adapter_lr": at_least(0),
-        "fourds_reduction": at_least(1), "fourds_ramp": between(0, 1),
-        "fourds_confidence": between(0, 1),
-        **{name: one_of(*known) for name, known in OPTIONS.items()}}
+        **{f"fourds_{name}": at_least(0) for name in ("cls", "div", "beta", "adapter_lr")},
+        **{f"fourds_{share}": between(0, 1) for share in ("ramp", "confidence")},
+        **{name: one_of(*known) for name, known in OPTIONS.items()},
+        "fourds_temperature": above(0), "fourds_reduction": at_least(1)}
 
     @staticmethod
     def search_space(dataset):
@@ -274,12 +215,11 @@ class FourDs(Taught):
             "fourds_ramp": fixed(0.1),  # share of the student's steps
             "fourds_source": fixed(True),
             "fourds_confidence": fixed(0.9),  # of a pseudo-label; 1: there are none
-            **{name: fixed(known[0]) for name, known in OPTIONS.items()},
-        }
+            **{name: fixed(known[0]) for name, known in OPTIONS.items()}}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         if hparams["fourds_protocol"] == "target":
-            hparams = {**hparams, "test_envs": None}  # those that the teacher saw may be among them
+            hparams = {**hparams, "test_envs": None}  # the teacher may have seen some of them
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.count_updates()
         self.steps = max(1, self.total_steps - int(self.warm_up_left))
@@ -306,17 +246,22 @@ class FourDs(Taught):
         self.train()
 
     def _take_apart(self, input_shape):
-        """Keeps of a given teacher what predicts; statistics that adapt are our own to save."""
-        network, loaded = staged(self.teacher, input_shape), self.teacher
+        """Keeps a given teacher's featurizer and classifier; a copy if its statistics adapt."""
+        given = self.teacher
+        with forked_rng():
+            network = teachers.layers_of(given, input_shape)
+        if network is None or len(network) != 2 or not isinstance(network[0], networks.Staged):
+            raise ValueError(f"4Ds: the teacher, a {type(given.module).__name__}, does not predict "
+                             "by a featurizer with stages and a classifier. Name a run of ERM.")
         adapt = self.hparams["fourds_teacher_bn"] == "adapt"
         self.teacher = copy.deepcopy(network) if adapt else networks.Frozen(network)
-        self.teacher.weights_loaded = loaded.weights_loaded
+        self.teacher.weights_loaded = given.weights_loaded
 
     def _teacher_parts(self):
         return getattr(self.teacher, "module", self.teacher)
 
     def train(self, mode=True):
-        """Leaves a teacher that has warmed up as it is, but for BatchNorm that is to adapt."""
+        """Leaves a teacher that has warmed up in eval mode, except BatchNorm that adapts."""
         super().train(mode)
         if not self.warm_up_left:
             self.teacher.requires_grad_(False)
@@ -327,14 +272,14 @@ class FourDs(Taught):
         return self
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """As nn.Module's; a student that only predicts leaves what trained it."""
+        """As nn.Module's; a student that only predicts ignores the state that trained it."""
         if self.adapters is None:
             own = self.state_dict()
             state_dict = {name: value for name, value in state_dict.items() if name in own}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def update(self, minibatches, unlabeled=None):
-        """One step of adapters and student, on the unlabelled images too where there are any."""
+        """One step of the adapters and of the student, also on unlabelled images if given."""
         if self.warm_up_left or not unlabeled:
             return super().update(minibatches)
         unlabeled = torch.cat(unlabeled)
@@ -353,13 +298,13 @@ class FourDs(Taught):
         return y.where(confidence > self.hparams["fourds_confidence"], UNKNOWN)
 
     def distill(self, x, y):
-        """One step of the adapters, then one of the student from what they gave before it.
+        """One step of the adapters, then one of the student on their outputs from before it.
 
-        Images whose label is UNKNOWN take no part in cross-entropy.
+        Images whose label is UNKNOWN are left out of cross-entropy.
         """
         cls, div, beta, temperature = (
             self.hparams[f"fourds_{name}"] for name in ("cls", "div", "beta", "temperature"))
-        maps = stage_maps(self.featurizer, x)
+        maps = self.featurizer.maps(x)
         logits = self.classifier(self.featurizer.pool(maps[-1]))
         adapted, phases = self._adapted(x)
 
@@ -368,9 +313,7 @@ class FourDs(Taught):
         if div:
             terms["teacher_distill"] = kd_loss(adapted, logits.detach(), temperature)
             loss = loss + div * self._ramp() * terms["teacher_distill"]
-        self.adapter_optimizer.zero_grad()
-        loss.backward()
-        self.adapter_optimizer.step()
+        self.step(loss, self.adapter_optimizer)
         self.adapter_scheduler.step()
         self.update_count += 1
 
@@ -388,12 +331,12 @@ class FourDs(Taught):
         return self.descend(loss, **terms, alpha=alpha)
 
     def _ramp(self) -> float:
-        """How much of its weight the student's pull on the adapters has by now, in (0, 1]."""
+        """The share, in (0, 1], of its weight that the adapters' loss from the student has."""
         return min(1.0, (self.update_count.item() + 1)
                    / max(1.0, self.hparams["fourds_ramp"] * self.steps))
 
     def _adapted(self, x):
-        """The adapted teacher's logits (B, C), and its maps' whole phases without gradients."""
+        """The adapted teacher's logits (B, C), and its maps' phases without gradients."""
         featurizer, classifier = self._teacher_parts()
         phases = []
         for stage, adapter in zip(featurizer.stages(), self.adapters):

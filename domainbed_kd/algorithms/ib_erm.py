@@ -1,4 +1,4 @@
-"""IB_ERM: ERM whose features shall vary little, an information bottleneck.
+"""IB_ERM: ERM with an information bottleneck, features that vary little.
 
 Ahuja et al., "Invariance Principle Meets Information Bottleneck for Out-of-Distribution
 Generalization", NeurIPS 2021, https://arxiv.org/abs/2106.06607. Constants and annealing from
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainbed_kd.algorithms.annealed import Annealed
+from domainbed_kd.losses import per_domain
 
 
 def feature_variance(features: Tensor) -> Tensor:
-    """Variance of features (B, D) over the batch, its mean over the features; a scalar."""
+    """Variance of features (B, D) over the batch, averaged over the features; a scalar."""
     return features.var(dim=0).mean()
 
 
@@ -34,11 +35,12 @@ class IB_ERM(Annealed):
 
     def update(self, minibatches, unlabeled=None):
         """One step on the penalized loss."""
-        features = self.featurizer(torch.cat([x for x, _ in minibatches]))
-        logits, sizes = self.classifier(features), [len(x) for x, _ in minibatches]
-        nll = torch.stack([F.cross_entropy(z, y) for z, (_, y) in zip(
-            logits.split(sizes), minibatches)]).mean()
-        bottleneck = torch.stack([feature_variance(f) for f in features.split(sizes)]).mean()
+        images, labels = zip(*minibatches)
+        sizes = [len(y) for y in labels]
+        features = self.featurizer(torch.cat(images))
+        logits = self.classifier(features).split(sizes)
+        nll = per_domain(F.cross_entropy, logits, labels).mean()
+        bottleneck = per_domain(feature_variance, features.split(sizes)).mean()
         loss = nll + bottleneck * self.penalty_weight(
             self.hparams["ib_penalty_anneal_iters"], 0.0, self.hparams["ib_lambda"])
         self.update_count += 1

@@ -1,4 +1,4 @@
-"""IB_IRM: IRM whose features shall vary little, an information bottleneck.
+"""IB_IRM: IRM with an information bottleneck, features that vary little.
 
 Ahuja et al., "Invariance Principle Meets Information Bottleneck for Out-of-Distribution
 Generalization", NeurIPS 2021, https://arxiv.org/abs/2106.06607. Constants and annealing from
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from domainbed_kd.algorithms.annealed import Annealed
 from domainbed_kd.algorithms.ib_erm import IB_ERM, feature_variance
 from domainbed_kd.algorithms.irm import IRM
-from domainbed_kd.losses import invariance_penalty
+from domainbed_kd.losses import invariance_penalty, per_domain
 
 
 class IB_IRM(Annealed):
@@ -28,12 +28,13 @@ class IB_IRM(Annealed):
 
     def update(self, minibatches, unlabeled=None):
         """One step on the penalized loss."""
-        features = self.featurizer(torch.cat([x for x, _ in minibatches]))
-        logits, sizes = self.classifier(features), [len(x) for x, _ in minibatches]
-        labelled = list(zip(logits.split(sizes), [y for _, y in minibatches]))
-        nll = torch.stack([F.cross_entropy(z, y) for z, y in labelled]).mean()
-        invariance = torch.stack([invariance_penalty(z, y) for z, y in labelled]).mean()
-        bottleneck = torch.stack([feature_variance(f) for f in features.split(sizes)]).mean()
+        images, labels = zip(*minibatches)
+        sizes = [len(y) for y in labels]
+        features = self.featurizer(torch.cat(images))
+        logits = self.classifier(features).split(sizes)
+        nll = per_domain(F.cross_entropy, logits, labels).mean()
+        invariance = per_domain(invariance_penalty, logits, labels).mean()
+        bottleneck = per_domain(feature_variance, features.split(sizes)).mean()
         loss = nll + invariance * self.penalty_weight(
             self.hparams["irm_penalty_anneal_iters"], 1.0, self.hparams["irm_lambda"])
         loss = loss + bottleneck * self.penalty_weight(

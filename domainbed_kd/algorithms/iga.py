@@ -1,4 +1,4 @@
-"""IGA: the domains' gradients shall be the same.
+"""IGA: makes the domains' gradients the same.
 
 Koyama & Yamaguchi, "When Is Invariance Useful in an Out-of-Distribution Generalization Problem?",
 2020, https://arxiv.org/abs/2008.01883 (inter-environmental gradient alignment). Constants from
@@ -16,7 +16,7 @@ from domainbed_kd.algorithms.erm import ERM
 def gradient_spread(gradients: list[tuple[Tensor, ...]], mean: tuple[Tensor, ...]) -> Tensor:
     """Sum of the squared distances of the domains' gradients to their mean.
 
-    A gradient is a tuple of tensors, one per parameter. The mean may be constant: the gradient of
+    A gradient is a tuple of tensors, one per parameter. The mean may be detached: the gradient of
     the sum is the same.
     """
     return sum((g - m).square().sum() for of_domain in gradients for g, m in zip(of_domain, mean))
@@ -33,7 +33,7 @@ class IGA(ERM):
         return {"penalty": (1000, lambda r: 10 ** r.uniform(1, 5))}
 
     def update(self, minibatches, unlabeled=None):
-        """One step; as in DomainBed, the loss that is returned is the cross-entropy alone."""
+        """One step; as in DomainBed, the returned loss is the cross-entropy alone."""
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         losses = [F.cross_entropy(self.network(x), y) for x, y in minibatches]
         gradients = [torch.autograd.grad(

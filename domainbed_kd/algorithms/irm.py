@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from domainbed_kd.algorithms.annealed import Annealed
-from domainbed_kd.losses import invariance_penalty
+from domainbed_kd.losses import invariance_penalty, per_domain
 
 
 class IRM(Annealed):
@@ -24,13 +24,10 @@ class IRM(Annealed):
 
     def update(self, minibatches, unlabeled=None):
         """One step on the penalized loss."""
-        logits = self.network(torch.cat([x for x, _ in minibatches]))
-        per_domain = logits.split([len(x) for x, _ in minibatches])
-        labels = [y for _, y in minibatches]
-        nll = torch.stack(
-            [F.cross_entropy(z, y) for z, y in zip(per_domain, labels)]).mean()
-        penalty = torch.stack(
-            [invariance_penalty(z, y) for z, y in zip(per_domain, labels)]).mean()
+        images, labels = zip(*minibatches)
+        logits = self.network(torch.cat(images)).split([len(y) for y in labels])
+        nll = per_domain(F.cross_entropy, logits, labels).mean()
+        penalty = per_domain(invariance_penalty, logits, labels).mean()
         weight = self.penalty_weight(
             self.hparams["irm_penalty_anneal_iters"], 1.0, self.hparams["irm_lambda"])
         self.update_count += 1

@@ -1,21 +1,19 @@
-"""KDDG: distillation in which the samples that a student has already mastered are silent.
+"""KDDG: distillation without the gradients of samples that the student has mastered.
 
 Wang, Li, Chau & Kot, "Embracing the Dark Knowledge: Domain Generalization Using Regularized
 Knowledge Distillation", ACM MM 2021, https://arxiv.org/abs/2107.02629.
 
-The abstract names a "gradient filter" and calls it a regularizer; no code is public, and the
-filter's definition could not be had. This is a reading of it: a sample is filtered where the
-student is right and at least as sure of the label as the teacher, since nothing is left to
-learn from it there and cross-entropy would only overfit. What the source leaves open is an
-hparam: `kddg_filter`, `kddg_filter_on`, `kddg_norm`, `kddg_margin`, `kddg_filter_start`. All
-constants are ours, and so is the teacher: ERM's network on the same training domains.
+The abstract names a "gradient filter" and calls it a regularizer. No code is public, and we could
+not obtain the filter's definition. This is our reading: a sample is filtered where the student is
+right and at least as sure of the label as the teacher. There it has nothing left to learn from the
+teacher, and cross-entropy would only overfit. What the abstract leaves open is an hparam:
+`kddg_filter`, `kddg_filter_on`, `kddg_norm`, `kddg_margin`, `kddg_filter_start`. All constants are
+ours, and so is the teacher: ERM's network on the same training domains.
 
-The two diagnostics of the analysis are our definitions too: how far the weights travel is logged
-with `kddg_weight_distance`, and `mutual_information` is there to be called. A step whose samples
-are all filtered has no gradient, but Adam's momentum and weight decay still move the weights.
+`--diagnostics` measures, by our definitions, what the paper analyses: how far the weights travel,
+and `mutual_information`. A step whose samples are all filtered has no gradient, but Adam's
+momentum and weight decay still move the weights.
 """
-
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +29,12 @@ FILTERS = ("none", "correct", "confident", "both")
 
 def keep_mask(student: Tensor, teacher: Tensor, y: Tensor, rule: str,
               margin: float = 0.0) -> Tensor:
-    """1 where a sample still teaches, 0 where it is filtered; (B, ...), without gradient.
+    """1 where a sample is kept and 0 where it is filtered, (B, ...), without gradient.
 
-    From logits (B, C, ...), at temperature 1; a sample is an image or, of maps, a pixel. It is
-    `correct` if the student's largest logit is the label's, `confident` if the student gives the
-    label at least the teacher's probability plus `margin`. The rule names the condition to filter
-    by: one of FILTERS. Every rule filters pixels that y (B, ...) ignores.
+    Logits are (B, C, ...), taken at temperature 1. A sample is an image or, in segmentation, a
+    pixel. It is `correct` if the student's largest logit is the label's, `confident` if the student
+    gives the label at least the teacher's probability plus `margin`. The rule, one of FILTERS,
+    names the condition to filter by. Every rule filters the pixels that y (B, ...) ignores.
     """
     def of_label(logits):
         return logits.softmax(dim=1).gather(1, y.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -48,18 +46,13 @@ def keep_mask(student: Tensor, teacher: Tensor, y: Tensor, rule: str,
     return (~filtered & (y != IGNORED)).float()
 
 
-def distance(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
-    """Euclidean distance between two lists of weights, each taken as one vector."""
-    return sum(((new - old) ** 2).sum() for old, new in zip(before, after)).sqrt()
-
-
 def mutual_information(features: Tensor, labels: Tensor, held_out: Tensor,
                        held_out_labels: Tensor, ridge: float = 1e-4) -> float:
     """A lower bound, in nats, on what features (N, D) tell about labels (N,); at least 0.
 
-    H(y) - CE of a linear probe, fitted to the first two and measured on the held-out ones. The
-    labels may be classes or domains. `ridge` is the weight of the probe's squared weights; any
-    gives a lower bound. Deterministic; draws no random numbers.
+    H(y) minus the cross-entropy of a linear probe, which is fitted to `features` and measured on
+    `held_out`. The labels may be classes or domains. `ridge` weighs the probe's squared weights;
+    any value gives a lower bound. Draws no random numbers.
     """
     n_classes = int(max(labels.max(), held_out_labels.max())) + 1
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
@@ -92,7 +85,7 @@ class KDDG(Taught):
 
     @staticmethod
     def search_space(dataset):
-        """Weight and temperature of the distillation, and the readings of the filter."""
+        """Weight and temperature of the distillation, and the variants of the filter."""
         return Taught.search_space(dataset) | {
             "kddg_alpha": (0.5, lambda r: r.uniform(0.1, 0.9)),
             "kddg_tau": (2.0, lambda r: r.choice([1.0, 2.0, 3.0, 4.0, 5.0])),
@@ -101,16 +94,14 @@ class KDDG(Taught):
             "kddg_margin": (0.0, lambda r: r.choice([0.0, 0.05])),
             "kddg_norm": fixed("batch"),
             "kddg_filter_start": fixed(0),  # in steps of the student
-            "kddg_weight_distance": fixed(False),
         }
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.count_updates()
-        self.register_buffer("weight_distance", torch.tensor(0.0))
 
     def distill(self, x, y):
-        """One step on the filtered mix; a batch that is filtered whole has loss 0."""
+        """One step on the filtered mix; its loss is 0 if the whole batch is filtered."""
         logits = self.network(x)
         teacher = self.teacher_logits(x)
         classify = F.cross_entropy(logits, y, reduction="none")
@@ -124,18 +115,9 @@ class KDDG(Taught):
         loss = (1 - alpha) * classify * (keep if on in ("all", "ce") else 1)
         if alpha:
             loss = loss + alpha * distill * (keep if on in ("all", "kd") else y != IGNORED)
-        # By the whole batch: filtering a sample must not change the gradient of another.
+        # With "batch", filtering a sample does not change the gradient of another.
         divisor = n_labels(y) if self.hparams["kddg_norm"] == "batch" else keep.sum().clamp(min=1)
-        return self._descend(
+        return self.descend(
             loss.sum() / divisor, classify=mean_of_labelled(classify, y),
             distill=mean_of_labelled(distill, y), filtered=1 - mean_of_labelled(keep, y),
             teacher_correct=mean_of_labelled((teacher.argmax(dim=1) == y).float(), y))
-
-    def _descend(self, loss, **terms):
-        if not self.hparams["kddg_weight_distance"]:
-            return self.descend(loss, **terms)
-        before = [p.detach().clone() for p in self.network.parameters()]
-        found = self.descend(loss, **terms)
-        with torch.no_grad():
-            self.weight_distance += distance(before, self.network.parameters())
-        return found | {"weight_distance": self.weight_distance.clone()}

@@ -41,10 +41,8 @@ class LFME(ERM):
         if not (hparams["lfme_experts"] and hparams["lfme_weight"]):
             return
         with forked_rng():
-            for _ in range(num_domains):
-                featurizer = networks.Featurizer(input_shape, hparams)
-                self.experts.append(nn.Sequential(featurizer, networks.Classifier(
-                    featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])))
+            self.experts.extend(nn.Sequential(*networks.featurizer_and_classifier(
+                input_shape, num_classes, hparams)) for _ in range(num_domains))
         self.expert_optimizer = self.adam(self.experts)
 
     def update(self, minibatches, unlabeled=None):
@@ -68,7 +66,5 @@ class LFME(ERM):
         logits = [expert(x) for expert, (x, _) in zip(self.experts, minibatches)]
         # No expert reads another's domain, so one Adam on the sum is an Adam for each.
         loss = sum(F.cross_entropy(z, y) for z, (_, y) in zip(logits, minibatches))
-        self.expert_optimizer.zero_grad()
-        loss.backward()
-        self.expert_optimizer.step()
+        self.step(loss, self.expert_optimizer)
         return torch.cat(logits).detach().softmax(dim=1), loss.detach() / len(logits)

@@ -1,4 +1,4 @@
-"""MLDG: a step on some domains shall also be a step for others.
+"""MLDG: a step on some domains should also help on others.
 
 Li et al., "Learning to Generalize: Meta-Learning for Domain Generalization", AAAI 2018,
 https://arxiv.org/abs/1710.03463; its first-order variant, as in DomainBed.
@@ -14,7 +14,7 @@ from domainbed_kd.algorithms.erm import ERM
 
 
 def meta_pairs(n_domains: int, n_meta_test: int) -> list[tuple[int, int]]:
-    """Each meta-training domain with a meta-test domain, from a random order of all domains."""
+    """Pairs of a meta-training and a meta-test domain, from a random order of all domains."""
     order = torch.randperm(n_domains).tolist()
     meta_train = order[:n_domains - n_meta_test]
     return list(zip(meta_train, itertools.cycle(order[-n_meta_test:])))
@@ -23,9 +23,9 @@ def meta_pairs(n_domains: int, n_meta_test: int) -> list[tuple[int, int]]:
 class MLDG(ERM):
     """Gradients of meta-training domains, plus those of meta-test domains one Adam step later.
 
-    As in DomainBed, `n_meta_test` may leave no domain for meta-training: with its default 2 and
-    two training domains, or with one, the loss is 0 and nothing but weight decay acts. With the
-    hparam `mended`: true at least one domain is left, and a single one is both.
+    As in DomainBed, `n_meta_test` may leave no domain for meta-training. That happens with its
+    default 2 and two training domains, or with one: the loss is 0 and only weight decay acts. With
+    the hparam `mended`: true at least one domain is left, and a single one is used for both.
     """
 
     no_teachers = "its gradients are those of copies of its network"
@@ -40,7 +40,7 @@ class MLDG(ERM):
         }
 
     def update(self, minibatches, unlabeled=None):
-        """One step on the gradients of all pairs, over the number of domains."""
+        """One step on the sum of the pairs' gradients, divided by the number of domains."""
         n_domains, n_meta_test = len(minibatches), self.hparams["n_meta_test"]
         if self.hparams.get("mended"):
             n_meta_test = max(1, min(n_meta_test, n_domains - 1))

@@ -1,4 +1,4 @@
-"""MMD: the domains' features shall have the same mean in a Gaussian kernel's space.
+"""MMD: equalises the mean of the domains' features in a Gaussian kernel's space.
 
 Li et al., "Domain Generalization with Adversarial Feature Learning", CVPR 2018, for the maximum
 mean discrepancy of Gretton et al., "A Kernel Two-Sample Test", JMLR 2012. Bandwidths from

@@ -10,13 +10,13 @@ and the classifier never sees it, but N(0, 1) noise in its place, in evaluation 
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm
+from domainbed_kd.algorithms.base import InTwoParts
 
 
-class MTL(Algorithm):
+class MTL(InTwoParts):
     """Cross-entropy of a classifier on [features, domain embedding].
 
     The embedding of a domain that is not trained on is the mean feature of the images given to
@@ -39,11 +39,6 @@ class MTL(Algorithm):
             2 * n_features, num_classes, hparams["nonlinear_classifier"])
         self.optimizer = self.adam(self.network)
         self.register_buffer("embeddings", torch.zeros(num_domains, n_features))
-
-    @property
-    def network(self):
-        """What is trained; call `predict`, which puts the embedding between the two."""
-        return nn.Sequential(self.featurizer, self.classifier)
 
     def update(self, minibatches, unlabeled=None):
         """One step on the sum over domains of the mean cross-entropy."""

@@ -1,4 +1,4 @@
-"""RDM: the images' losses shall be distributed in the worst domain as in all of them.
+"""RDM: matches the distribution of the worst domain's losses to that of all domains'.
 
 Nguyen et al., "Domain Generalization via Risk Distribution Matching", WACV 2024,
 https://arxiv.org/abs/2310.18598. Constants from DomainBed.
@@ -11,7 +11,7 @@ from torch import Tensor
 from domainbed_kd import datasets
 from domainbed_kd.algorithms.annealed import Annealed
 from domainbed_kd.algorithms.base import detached
-from domainbed_kd.losses import BANDWIDTHS, squared_mmd
+from domainbed_kd.losses import BANDWIDTHS, per_domain, squared_mmd
 
 
 def worst_row(risks: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def matching_penalty(some: Tensor, others: Tensor) -> Tensor:
 
 
 class RDM(Annealed):
-    """Mean cross-entropy of the domains; later also discrepancy and variances of the risks."""
+    """Mean cross-entropy of the domains; later also the discrepancy and variances of the risks."""
 
     needs_image_labels = "it compares domains by a loss for each image"
 
@@ -50,20 +50,21 @@ class RDM(Annealed):
         return space
 
     def update(self, minibatches, unlabeled=None):
-        """One step on `total_loss`; penalties are logged before they set in, too.
+        """One step on `total_loss`; penalties are logged from the start.
 
         Raises:
             ValueError: if the domains' batches differ in size.
         """
         if len(sizes := {len(y) for _, y in minibatches}) > 1:
-            raise ValueError("RDM: the domains' batches must be of one size, and these have "
+            raise ValueError("RDM: the domains' batches must have the same size, but they have "
                              f"{sorted(sizes)} images.")
         x, y = (torch.cat(part) for part in zip(*minibatches))
         logits = self.network(x)
-        erm_loss = torch.stack([F.cross_entropy(z, t) for z, t in zip(
-            logits.chunk(len(minibatches)), y.chunk(len(minibatches)))]).mean()
+        n_domains = len(minibatches)
+        erm_loss = per_domain(
+            F.cross_entropy, logits.chunk(n_domains), y.chunk(n_domains)).mean()
         risks = F.cross_entropy(logits, y, reduction="none")
-        worst = worst_row(risks.view(len(minibatches), -1))
+        worst = worst_row(risks.view(n_domains, -1))
         matching = matching_penalty(worst, risks)
         variance = risks.var() + worst.var()
 

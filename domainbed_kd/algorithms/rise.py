@@ -237,7 +237,3 @@ class RISE(Algorithm):
     def teacher_logits(self, x):
         """The first teacher's zero-shot logits (B, C) of the student's images."""
         return self.teacher.logits(x, self.network[0].text)
-
-    def predict(self, x):
-        """Logits (B, C) of the students alone."""
-        return self.network(x)

@@ -69,22 +69,12 @@ class SagNet(Algorithm):
         x, y = (torch.cat(part) for part in zip(*minibatches))
 
         loss_c = F.cross_entropy(self.network_c(randomize_style(self.network_f(x))), y)
-        self._step(loss_c, self.optimizer_f, self.optimizer_c)
+        self.step(loss_c, self.optimizer_f, self.optimizer_c)
 
         loss_s = F.cross_entropy(self.network_s(randomize_content(self.network_f(x))), y)
-        self._step(loss_s, self.optimizer_s)
+        self.step(loss_s, self.optimizer_s)
 
         style = self.network_s(randomize_content(self.network_f(x)))
         loss_adv = self.hparams["sag_w_adv"] * -F.log_softmax(style, dim=1).mean()
-        self._step(loss_adv, self.optimizer_f)
+        self.step(loss_adv, self.optimizer_f)
         return detached(loss_c=loss_c, loss_s=loss_s, loss_adv=loss_adv)
-
-    def predict(self, x):
-        """Logits (B, C) of images (B, ...), their style as it is."""
-        return self.network_c(self.network_f(x))
-
-    def _step(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-        self.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()

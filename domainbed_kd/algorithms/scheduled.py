@@ -1,8 +1,8 @@
 """A learning rate that falls over the run, on top of any algorithm: the hparam `schedule`.
 
-step: divided by 10 after each share of the run in `schedule_drops`, by default four fifths. cosine:
-Loshchilov & Hutter, "SGDR", ICLR 2017, https://arxiv.org/abs/1608.03983, equation 5 without
-restarts, down to 0 at the run's end.
+step: divided by 10 after each share of the run in `schedule_drops`, by default after four fifths.
+cosine: Loshchilov & Hutter, "SGDR", ICLR 2017, https://arxiv.org/abs/1608.03983, equation 5
+without restarts, down to 0 at the end of the run.
 """
 
 import math
@@ -12,12 +12,11 @@ import torch
 
 from domainbed_kd import checkpoints, networks
 
-KINDS = ("none", "step", "cosine")
 DROPS = (0.8,)
 
 
 def factor(kind: str, step: int, n_steps: int, drops: Sequence[float] = DROPS) -> float:
-    """What lr is multiplied by in update `step` of a run, counted from 0; in [0, 1]."""
+    """The factor of lr, in [0, 1], in update `step` of a run, counted from 0."""
     if kind == "cosine":
         return (1 + math.cos(math.pi * min(step / n_steps, 1))) / 2
     return 0.1 ** sum(step >= int(drop * n_steps) for drop in drops) if kind == "step" else 1.0
@@ -27,20 +26,16 @@ class Scheduled:
     """An Algorithm whose every optimiser follows the schedule; mixed in by `composed.assembled`.
 
     Raises:
-        ValueError: if it has a schedule of its own, or `schedule_drops` are not shares of a run.
+        ValueError: if it has a schedule of its own.
     """
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        name = self.display_name or type(self).__name__
-        self.drops = hparams.get("schedule_drops", list(DROPS))
-        if not isinstance(self.drops, list) or not all(
-                isinstance(drop, (int, float)) and 0 <= drop <= 1 for drop in self.drops):
-            raise ValueError(f"{name}: schedule_drops is {self.drops!r}; it takes a list of shares "
-                             "of the run, such as [0.8].")
+        self.drops = hparams.get("schedule_drops", DROPS)
         if any(isinstance(found, torch.optim.lr_scheduler.LRScheduler)
                for found in checkpoints.optimizers(self).values()):
-            raise ValueError(f"{name} has a schedule of its own: leave out the hparam schedule.")
+            raise ValueError(f"{self.shown_name()} has a schedule of its own: leave out the hparam "
+                             "schedule.")
         self.schedule = networks.CountsOnCPU()
         self.schedule.register_buffer("steps", torch.tensor(0))
 

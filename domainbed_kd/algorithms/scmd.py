@@ -1,16 +1,16 @@
-"""SCMD: the student learns CLIP's view of the samples it finds hardest, in CLIP's space too.
+"""SCMD: the student copies CLIP's scores, in its own and in CLIP's space, on hard samples.
 
 Leng et al., "Choosing Wisely and Learning Deeply: Selective Cross-Modality Distillation via CLIP
 for Domain Generalization", TMLR 2024, https://arxiv.org/abs/2311.15145.
 Losses, schedule and constants from the authors' code.
-Departures: CLIP gets its own normalization, the selection phase ends and the average begins after
-their shares of the run's steps, not of a literal 5,000, and the logit scale has no weight decay
-(`scmd_published` undoes all three; `clip_renormalize` the first alone); everything runs in the
-precision of the inputs, not in half; lr, weight decay, batch size and the student are DomainBed's,
-so BatchNorm learns unless `freeze_bn` and the ImageNet weights are torchvision's V1 unless
-`weights` is IMAGENET1K_V2.
-Like theirs, the pass that finds the hardest samples runs in train mode: BatchNorm that is not
-frozen takes in the whole batch there, and the kept samples in the step.
+Departures that `scmd_published` undoes: CLIP gets its own normalization (`clip_renormalize` undoes
+this alone); selection ends and the average begins after shares of the run's steps, not of a literal
+5,000; the logit scale has no weight decay. Other departures: everything runs in the precision of
+the inputs, not in half; lr, weight decay, batch size and the student are DomainBed's, so BatchNorm
+learns unless `freeze_bn`, and the ImageNet weights are torchvision's V1 unless `weights` is
+IMAGENET1K_V2.
+As in their code, the pass that finds the hardest samples runs in train mode. So BatchNorm, unless
+frozen, learns from the whole batch in that pass and from the kept samples in the step.
 """
 
 import torch
@@ -26,7 +26,7 @@ LARGEST_SCALE = torch.tensor(100.0).log().item()  # CLIP's own bound
 
 
 def hardest(losses: Tensor, share: float) -> Tensor:
-    """Indices of the `share` of losses (B,) that are largest, at least one."""
+    """Indices of the largest losses (B,): the given share of them, at least one."""
     return losses.topk(max(1, int(len(losses) * share))).indices
 
 
@@ -38,9 +38,9 @@ def cross_modal_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor
 class SCMD(ERM):
     """Cross-entropy and two distillations, over the hardest samples for most of the run.
 
-    One distillation is from CLIP's scores to the student's logits, the other to the cosines of
-    the student's projected features with CLIP's text. In eval mode it predicts with the mean of
-    the student's weights since one update before `scmd_sma_start`. Only `update` needs CLIP.
+    CLIP's scores are distilled into the student's logits, and into the cosines of its projected
+    features with CLIP's text. In eval mode it predicts with the mean of the student's weights since
+    one update before `scmd_sma_start`. Only `update` needs CLIP.
     """
 
     needs_image_labels = "its sentences describe one class per image"
@@ -63,7 +63,7 @@ class SCMD(ERM):
             "scmd_worst_case": (0.2, lambda r: r.choice([0.2, 0.25, 0.3])),
             "scmd_temperature": (3.0, lambda r: r.uniform(2, 5)),
             "scmd_sma": fixed(True),
-            "scmd_sma_start": fixed(None),  # null: 300 of 5,001 updates, and as much of others
+            "scmd_sma_start": fixed(None),  # null: 6 % of the run, 300 of 5,001 updates
             "scmd_published": fixed(False),
         }
 
@@ -88,7 +88,7 @@ class SCMD(ERM):
         start = hparams["scmd_sma_start"]
         if start is None:
             start = 300 if published else max(1, round(0.06 * self.total_steps))
-        # The authors fold update `start` into a copy of the one before it.
+        # The authors' mean begins with a copy of the weights before update `start`.
         self.average = averaging.MovingAverage(self.network, start - 1)
 
     def selects(self) -> bool:

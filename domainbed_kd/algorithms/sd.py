@@ -21,7 +21,7 @@ class SD(ERM):
         return {"sd_reg": (0.1, lambda r: 10 ** r.uniform(-5, -1))}
 
     def update(self, minibatches, unlabeled=None):
-        """One step; as in DomainBed, the loss that is returned is the cross-entropy alone."""
+        """One step; as in DomainBed, the returned loss is the cross-entropy alone."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         logits = self.predict(x)
         loss = F.cross_entropy(logits, y)

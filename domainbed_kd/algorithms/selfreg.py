@@ -1,4 +1,4 @@
-"""SelfReg: images of a class shall have similar logits and features, whatever their domain.
+"""SelfReg: similar logits and features for a class's images, whatever their domain.
 
 Kim et al., "SelfReg: Self-Supervised Contrastive Regularization for Domain Generalization",
 ICCV 2021, https://arxiv.org/abs/2104.09841. Constants from DomainBed, whose projection head keeps
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from domainbed_kd.algorithms.erm import ERM
 
-FEATURE_WEIGHT = 0.3  # of the features' distances beside the logits'
+FEATURE_WEIGHT = 0.3  # of the features' distances; the logits' weigh 1
 
 
 def projection(n: int) -> nn.Sequential:
@@ -25,7 +25,7 @@ def projection(n: int) -> nn.Sequential:
 
 
 def two_partners(class_sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Two permutations (B,) of rows sorted by class, each of which stays within the classes."""
+    """Two random permutations (B,) of rows sorted by class; both stay within the classes."""
     first, second, start = [], [], 0
     for size in class_sizes:
         first.append(start + torch.randperm(size))
@@ -37,8 +37,8 @@ def two_partners(class_sizes: list[int]) -> tuple[Tensor, Tensor]:
 class SelfReg(ERM):
     """Cross-entropy, and distances to another image of the class and to a mixture of two.
 
-    Images are sorted by label without `stable`, as in DomainBed: who meets whom depends on how the
-    device sorts equal labels.
+    As in DomainBed, images are sorted by label with an unstable sort, so the pairs depend on how
+    the device orders equal labels.
     """
 
     rearranges_images = True
@@ -54,7 +54,7 @@ class SelfReg(ERM):
             self.cdpl.requires_grad_(False)
 
     def update(self, minibatches, unlabeled=None):
-        """One step on the cross-entropy and what it weighs: at most as much as itself."""
+        """One step on CE + min(CE, 1) times the distances."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         share = np.random.beta(0.5, 0.5)
         y, order = y.sort()
@@ -64,7 +64,7 @@ class SelfReg(ERM):
         first, second = (partner.to(y.device) for partner in two_partners(class_sizes))
 
         def distance(partners):
-            """Of all images' logits and features to their partners'; a scalar."""
+            """The distance of logits and features to the partners'; a scalar."""
             return (F.mse_loss(logits, partners(logits))
                     + FEATURE_WEIGHT * F.mse_loss(features, partners(projected)))
 

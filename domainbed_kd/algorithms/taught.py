@@ -1,4 +1,4 @@
-"""What methods share that learn from a network trained on the same training domains."""
+"""The base of methods that learn from a network trained on the same training domains."""
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ from domainbed_kd.algorithms.erm import ERM
 class Taught(ERM):
     """ERM's student beside a teacher that was trained on the same training domains.
 
-    The teacher is hparams["teacher"]: a folder of a finished run, or a module x -> logits. Where
-    there is none, as inside a fork, a second network of the student's kind is trained by ERM in
-    the first `teacher_steps` updates and frozen then; until then `predict` is that network's.
-    Only a teacher that warmed up here is in the state dict.
+    The teacher is hparams["teacher"]: the folder of a finished run, or a module x -> logits.
+    Without one, as inside a fork, a second network like the student is trained by ERM in the first
+    `teacher_steps` updates and then frozen; until then `predict` uses that network. The state dict
+    holds a teacher only if it warmed up here.
 
     Subclasses implement `distill(x, y)`, one step of the student.
     """
@@ -25,7 +25,7 @@ class Taught(ERM):
 
     @staticmethod
     def search_space(dataset):
-        """How long a teacher warms up where none is given: null for a fifth of all steps."""
+        """How many updates its own teacher warms up for; null is a fifth of the run."""
         return {"teacher_steps": fixed(None)}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
@@ -41,7 +41,7 @@ class Taught(ERM):
         steps = hparams["teacher_steps"]
         if steps is None:
             steps = self.total_steps // 5
-        self.averages_after = steps  # until then the student stands still
+        self.averages_after = steps  # the student does not train before
         self.warm_up_left.fill_(steps)
 
     def train(self, mode=True):
@@ -52,7 +52,7 @@ class Taught(ERM):
         return self
 
     def load_state_dict(self, *args, **kwargs):
-        """As nn.Module's; a teacher that had warmed up is in eval mode again."""
+        """As nn.Module's; puts a teacher that has warmed up in eval mode again."""
         keys = super().load_state_dict(*args, **kwargs)
         self.train(self.training)
         return keys
@@ -63,9 +63,7 @@ class Taught(ERM):
         if not self.warm_up_left:
             return self.distill(x, y)
         loss = F.cross_entropy(self.teacher(x), y)
-        self.teacher_optimizer.zero_grad()
-        loss.backward()
-        self.teacher_optimizer.step()
+        self.step(loss, self.teacher_optimizer)
         self.warm_up_left -= 1
         self.train(self.training)
         return detached(loss=loss, teacher_loss=loss)
@@ -75,7 +73,7 @@ class Taught(ERM):
         raise NotImplementedError(f"{type(self).__name__} does not implement distill().")
 
     def teacher_is_ready(self):
-        """Whether the teacher has warmed up, if it had to."""
+        """Whether the teacher is given, or has warmed up."""
         return not self.warm_up_left
 
     @torch.no_grad()

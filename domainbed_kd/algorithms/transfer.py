@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm, between, detached
+from domainbed_kd.algorithms.base import InTwoParts, between, detached
 
 
 def risk_gap(logits: list[Tensor], labels: list[Tensor]) -> Tensor:
@@ -29,7 +29,7 @@ def project(module: nn.Module, centre: nn.Module, radius: float) -> None:
         p.copy_(torch.where(distance > radius, c + radius / distance * (p - c), p))
 
 
-class Transfer(Algorithm):
+class Transfer(InTwoParts):
     """A step on the cross-entropy, one on the gap of an adversary, then steps of the adversary.
 
     The adversary starts each update as a copy of the classifier, stays within `delta` of it, and
@@ -39,7 +39,7 @@ class Transfer(Algorithm):
     no_teachers = "it makes steps against an adversary"
     mends = True
 
-    takes = Algorithm.takes | {"d_steps_per_g": between(0, 1000)}
+    takes = InTwoParts.takes | {"d_steps_per_g": between(0, 1000)}
 
     @staticmethod
     def search_space(dataset):
@@ -58,9 +58,8 @@ class Transfer(Algorithm):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         # Nothing reads it; DomainBed's checkpoints have it.
         self.count_updates(shape=(1,))
-        self.featurizer = networks.Featurizer(input_shape, hparams)
-        self.classifier = networks.Classifier(
-            self.featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
+        self.featurizer, self.classifier = networks.featurizer_and_classifier(
+            input_shape, num_classes, hparams)
         self.adv_classifier = networks.Classifier(
             self.featurizer.n_outputs, num_classes, hparams["nonlinear_classifier"])
         self.adv_classifier.load_state_dict(self.classifier.state_dict())
@@ -71,38 +70,24 @@ class Transfer(Algorithm):
             self.optimizer = self.adam(self.network)
         self.adv_opt = torch.optim.SGD(self.adv_classifier.parameters(), lr=hparams["lr_d"])
 
-    @property
-    def network(self):
-        """Featurizer and classifier; the adversary only trains."""
-        return nn.Sequential(self.featurizer, self.classifier)
-
     def update(self, minibatches, unlabeled=None):
         """Returns `loss`, and the weighted `gap` before the adversary's last step."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         loss = F.cross_entropy(self.predict(x), y)
-        self._step(loss, self.optimizer)
+        self.step(loss, self.optimizer)
 
         gap = self._gap([self.featurizer(x) for x, _ in minibatches], minibatches)
-        self._step(gap, self.optimizer)
+        self.step(gap, self.optimizer)
 
         self.adv_classifier.load_state_dict(self.classifier.state_dict())
         for _ in range(self.hparams["d_steps_per_g"]):
             with torch.no_grad():
                 features = [self.featurizer(x) for x, _ in minibatches]
             gap = self._gap(features, minibatches)
-            self._step(-gap, self.adv_opt)
+            self.step(-gap, self.adv_opt)
             project(self.adv_classifier, self.classifier, self.hparams["delta"])
         return detached(loss=loss, gap=gap)
-
-    def predict(self, x):
-        """Logits (B, C) of images (B, ...)."""
-        return self.classifier(self.featurizer(x))
 
     def _gap(self, features: list[Tensor], minibatches) -> Tensor:
         logits = [self.adv_classifier(f) for f in features]
         return self.hparams["t_lambda"] * risk_gap(logits, [y for _, y in minibatches])
-
-    def _step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        self.zero_grad()
-        loss.backward()
-        optimizer.step()

@@ -1,12 +1,12 @@
-"""TRM: the classifier that suits one domain shall suit the others.
+"""TRM: features on which a classifier fitted to one domain does well in the others.
 
 Xu & Jaakkola, "Learning Representations that Support Robust Transfer of Predictors", 2021,
 https://arxiv.org/abs/2110.09940. Constants from DomainBed. There, the weights of the domains are
-updated before the gradient is taken and in the memory that it reads, and the series for the
-inverse Hessian begins with twice its second term; with the hparam `mended`: true the gradient takes
-the weights that the loss took, and the series begins with its first two terms.
-Departures: the domains' classifiers and weights are in the checkpoint; one training domain, where
-DomainBed fails, is ERM.
+updated in place before the gradient is taken, so the gradient has other weights than the loss, and
+the series for the inverse Hessian begins with twice its second term. With the hparam `mended`: true
+the gradient takes the loss's weights, and the series begins with its first two terms.
+Departures: the domains' classifiers and weights are in the checkpoint; with one training domain,
+where DomainBed fails, it is ERM.
 """
 
 import torch
@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import networks
-from domainbed_kd.algorithms.base import Algorithm, detached
+from domainbed_kd.algorithms.base import InTwoParts, detached
 
-HEAD_LR, HEAD_STEPS = 0.1, 30  # with which a domain's classifier is fitted in each update
-NEUMANN_STEPS, NEUMANN_LIMIT = 10, 10  # of the inverse Hessian's series, and of its entries
+HEAD_LR, HEAD_STEPS = 0.1, 30  # SGD that fits a domain's classifier in each update
+NEUMANN_STEPS, NEUMANN_LIMIT = 10, 10  # terms of the inverse Hessian's series; largest entry
 
 
 def inverse_hessian_product(head: nn.Linear, features: Tensor, y: Tensor, vector: Tensor,
                             doubled: bool) -> Tensor:
     """The inverse Hessian of the cross-entropy in the head's weight, times a vector of its shape.
 
-    The first terms of the Neumann series; no more once an entry of the sum exceeds a limit.
-    `doubled` starts with twice the second term instead of the first and the second.
+    Sums the first terms of the Neumann series, up to the one by which an entry of the sum exceeds a
+    limit. `doubled` starts with twice the second term instead of the first and the second.
     """
     loss = F.cross_entropy(head(features), y)
     gradient, = torch.autograd.grad(loss, head.weight, create_graph=True)
@@ -41,11 +41,11 @@ def inverse_hessian_product(head: nn.Linear, features: Tensor, y: Tensor, vector
     return total
 
 
-class TRM(Algorithm):
-    """Cross-entropy, and after some updates how badly a domain's classifier does in the others.
+class TRM(InTwoParts):
+    """Cross-entropy; after some updates also the risk of each domain's classifier in the others.
 
-    Each domain's linear classifier is fitted further in every update. `alpha`, (D, D), weighs
-    how it does in each of the other domains.
+    Each domain's linear classifier is fitted further in every update. `alpha`, (D, D), weighs its
+    risks in the other domains.
     """
 
     no_teachers = "it makes steps of several classifiers"
@@ -53,7 +53,7 @@ class TRM(Algorithm):
 
     @staticmethod
     def search_space(dataset):
-        """The gradients' weight, how many updates are ERM's, and the step size of `alpha`."""
+        """The gradients' weight, the number of ERM updates, and the step size of `alpha`."""
         return {
             "cos_lambda": (1e-4, lambda r: 10 ** r.uniform(-5, 0)),
             "iters": (200, lambda r: int(10 ** r.uniform(0, 4))),
@@ -73,11 +73,6 @@ class TRM(Algorithm):
         self.optimizer_c = self.adam(self.classifier)
         self.heads_opt = torch.optim.SGD(self.heads.parameters(), lr=HEAD_LR)
 
-    @property
-    def network(self):
-        """Featurizer and classifier; the domains' classifiers only train."""
-        return nn.Sequential(self.featurizer, self.classifier)
-
     def update(self, minibatches, unlabeled=None):
         """Returns the cross-entropy `nll` and what is added to it, `trm_loss`."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
@@ -92,16 +87,9 @@ class TRM(Algorithm):
             risks = [self._transfer_risk(q, per_domain, labels) for q in range(len(labels))]
             value, differentiable = (sum(r) / len(risks) for r in zip(*risks))
             loss, trm_loss = nll + differentiable, value
-        self.zero_grad()
-        loss.backward()
-        self.optimizer_f.step()
-        self.optimizer_c.step()
+        self.step(loss, self.optimizer_f, self.optimizer_c)
         self.update_count += 1
         return detached(nll=nll, trm_loss=trm_loss)
-
-    def predict(self, x):
-        """Logits (B, C) of images (B, ...)."""
-        return self.classifier(self.featurizer(x))
 
     def _fit_heads(self, features: list[Tensor], labels: list[Tensor]) -> None:
         if self.hparams["class_balanced"]:
@@ -116,7 +104,7 @@ class TRM(Algorithm):
 
     def _transfer_risk(self, q: int, features: tuple[Tensor, ...],
                        labels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The transfer risk of domain q's classifier, and the same with the gradient to follow.
+        """The transfer risk of domain q's classifier: its value, and the term to differentiate.
 
         Updates row q of `alpha`.
         """

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainbed_kd import datasets
-from domainbed_kd.algorithms.base import Algorithm, between, fixed, one_of
+from domainbed_kd.algorithms.base import between, fixed, one_of
 from domainbed_kd.algorithms.erm import ERM
 
 WIDTH = 100  # of the discriminator's layers
@@ -39,7 +39,7 @@ class URM(ERM):
     """
 
     needs_image_labels = "its discriminator takes one vector per image"
-    takes = Algorithm.takes | {
+    takes = ERM.takes | {
         "urm": one_of("adversarial"), "urm_generator_output": one_of(*ACTIVATIONS),
         "urm_discriminator_optimizer": one_of("adam", "sgd"),
         "urm_discriminator_label_smoothing": between(0, 1)}
@@ -67,12 +67,8 @@ class URM(ERM):
         self.discriminator = discriminator(
             self.featurizer.n_outputs, hparams["urm_discriminator_hidden_layers"])
         lr = hparams["urm_discriminator_lr"]
-        if hparams["urm_discriminator_optimizer"] == "adam":
-            self.discriminator_opt = self.adam(self.discriminator, lr=lr)
-        else:
-            self.discriminator_opt = torch.optim.SGD(
-                self.discriminator.parameters(), lr=lr, momentum=0.9,
-                weight_decay=hparams["weight_decay"])
+        build = self.adam if hparams["urm_discriminator_optimizer"] == "adam" else self.sgd
+        self.discriminator_opt = build(self.discriminator, lr=lr)
 
     def update(self, minibatches, unlabeled=None):
         """One step of the network, then one of the discriminator; returns the network's loss."""
@@ -95,7 +91,5 @@ class URM(ERM):
         told_apart = (
             F.binary_cross_entropy_with_logits(self.discriminator(noise), ones)
             + weight * F.binary_cross_entropy_with_logits(self.discriminator(features), zeros))
-        self.discriminator_opt.zero_grad()
-        told_apart.backward()
-        self.discriminator_opt.step()
+        self.step(told_apart, self.discriminator_opt)
         return values

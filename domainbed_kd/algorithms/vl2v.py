@@ -103,10 +103,6 @@ class VL2VADiP(Algorithm):
         """CLIP's zero-shot logits (B, C) of the student's images."""
         return self.teacher.logits(x, self.network[-1].text)
 
-    def predict(self, x):
-        """Logits (B, C): scaled cosines of the projected features and the classes' sentences."""
-        return self.network(x)
-
 
 class VL2VSD(VL2VADiP):
     """The same without a projector, for a student that starts as CLIP's own image network."""

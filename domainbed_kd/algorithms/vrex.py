@@ -1,4 +1,4 @@
-"""VREx: the domains shall have the same risk.
+"""VREx: equalises the risk across domains.
 
 Krueger et al., "Out-of-Distribution Generalization via Risk Extrapolation", ICML 2021,
 https://arxiv.org/abs/2003.00688. Annealing from DomainBed.
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from domainbed_kd.algorithms.annealed import Annealed
+from domainbed_kd.losses import per_domain
 
 
 class VREx(Annealed):
@@ -23,10 +24,9 @@ class VREx(Annealed):
 
     def update(self, minibatches, unlabeled=None):
         """One step; as in DomainBed, `nll` is that of the last domain."""
-        logits = self.network(torch.cat([x for x, _ in minibatches]))
-        losses = torch.stack([
-            F.cross_entropy(z, y)
-            for z, (_, y) in zip(logits.split([len(x) for x, _ in minibatches]), minibatches)])
+        images, labels = zip(*minibatches)
+        logits = self.network(torch.cat(images)).split([len(y) for y in labels])
+        losses = per_domain(F.cross_entropy, logits, labels)
         penalty = losses.var(correction=0)
         weight = self.penalty_weight(
             self.hparams["vrex_penalty_anneal_iters"], 1.0, self.hparams["vrex_lambda"])
