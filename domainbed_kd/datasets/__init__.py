@@ -1,9 +1,9 @@
-"""The datasets: DomainBed's, image folders of a user's own, and digits that ship with the package.
+"""The datasets: DomainBed's, a user's own image folders, and digits that ship with the package.
 
-Names, order of domains, transforms, folder layouts and frequencies are DomainBed's
+Names, domain order, transforms, folder layouts and evaluation intervals are DomainBed's
 (https://github.com/facebookresearch/DomainBed). A dataset is a list of domains ("environments");
-a domain is a map-style dataset of (x, y): float32 (C, H, W) and a class index. What is true of a
-dataset (small images, side, files it needs) is an attribute of its class: see base.py.
+a domain is a map-style dataset of (x, y): float32 (C, H, W) and a class index. A dataset's
+properties (small images, side, files) are attributes of its class: see base.py.
 torch is imported when a dataset is built, not with this module.
 """
 
@@ -38,7 +38,7 @@ from domainbed_kd.datasets.wilds import WILDSCamelyon, WILDSFMoW
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageFolders", "ImageList", "MultipleDomainDataset",
            "load_image", "plain"]
 
-# DomainBed's datasets in its order, which is that of its tables and of the sweep's jobs.
+# DomainBed's datasets in its order, which its tables and a sweep's jobs follow.
 _DOMAINBED = (
     Debug28, Debug224, ColoredMNIST, RotatedMNIST, VLCS, PACS, OfficeHome, TerraIncognita,
     DomainNet, SVIRO, WILDSCamelyon, WILDSFMoW, SpawriousO2O_easy, SpawriousO2O_medium,
@@ -47,7 +47,7 @@ DOMAINBED = tuple(cls.__name__ for cls in _DOMAINBED)
 _CLASSES: dict[str, type[MultipleDomainDataset]] = {
     cls.__name__: cls for cls in (*_DOMAINBED, DigitsDG, DigitsSeg, StreetScenes, CIFAR)}
 DATASETS: list[str] = list(_CLASSES)
-#: What reads images of a user's own, by what stands before the colon in "Folder:NAME".
+#: Classes that read a user's own images, by the word before the colon in "Folder:NAME".
 OWN = {"Folder": ImageFolders, "FolderSeg": FolderSeg}
 
 
@@ -61,12 +61,12 @@ def register(cls: type[MultipleDomainDataset]) -> type[MultipleDomainDataset]:
 
 def get_dataset_class(name: str, data_dir: str | Path | None = None
                       ) -> type[MultipleDomainDataset]:
-    """The class of that name; for "Folder:NAME", one of OWN that reads `<data_dir>/NAME`.
+    """The class with this name; for "Folder:NAME", a class of OWN that reads `<data_dir>/NAME`.
 
-    The message for an unknown name depends on what is in `data_dir`.
+    For an unknown name, the message points to a folder in `data_dir` with that name.
 
     Raises:
-        NotImplementedError: if there is none; the message names the nearest known.
+        NotImplementedError: if there is none; the message suggests the nearest known name.
         ValueError: if NAME is not the name of a folder.
     """
     kind, colon, folder = name.partition(":")
@@ -86,20 +86,20 @@ def get_dataset_class(name: str, data_dir: str | Path | None = None
 
 
 def facts(name: str) -> type[MultipleDomainDataset]:
-    """The class whose attributes say what is true of a dataset; the defaults for an unknown name.
+    """The class that holds a dataset's properties; the base class for an unknown name.
 
-    A fork's dataset is such a name: its hparams are drawn here too.
+    Unknown names are a fork's datasets, whose hparams are drawn here too.
     """
     kind, colon, _ = name.partition(":")
     return _CLASSES.get(name) or (OWN.get(kind) if colon else None) or MultipleDomainDataset
 
 
 def environments(name: str, data_dir: str | Path | None = None) -> list[str]:
-    """Short labels of a dataset's domains, in order; "Folder:NAME" has its folders' names.
+    """Short labels of a dataset's domains, in order; folder names for "Folder:NAME".
 
     Raises:
-        ValueError, FileNotFoundError: if the class names no domains, or the folder that is needed
-            is not given or does not exist.
+        ValueError, FileNotFoundError: if the class names no domains, or the required folder is
+            missing or not given.
     """
     cls = get_dataset_class(name)
     labels = cls.ENVIRONMENTS or cls.domain_folders(data_dir)
@@ -114,7 +114,7 @@ def num_environments(name: str, data_dir: str | Path | None = None) -> int:
 
 
 def check_test_envs(name: str, n_envs: int, test_envs: Collection[int]) -> None:
-    """Refuses domains to hold out that do not exist, and holding out all of them."""
+    """Refuses test domains that do not exist, and holding out every domain."""
     asked = f"--test_envs {' '.join(map(str, test_envs))}"
     if not set(test_envs) <= set(range(n_envs)):
         raise ValueError(f"{asked}: {name} has environments 0 to {n_envs - 1}.")
@@ -129,6 +129,6 @@ def class_names(name: str, data_dir: str | Path | None = None) -> list[str]:
 
 
 def domain_names(name: str) -> list[str] | None:
-    """A dataset's domains as words, in order; None where their names do not describe their look."""
+    """A dataset's domains as words, in order; None where names do not describe the images."""
     names = get_dataset_class(name).DOMAIN_NAMES
     return None if names is None else list(names)

@@ -1,4 +1,4 @@
-"""Fetching and unpacking archives of datasets: downloads resume, unpacking is all or nothing."""
+"""Downloads and unpacks dataset archives: downloads resume, unpacking is all or nothing."""
 
 import gzip
 import hashlib
@@ -32,7 +32,7 @@ def fetch_url(url: str, path: Path) -> None:
     """Downloads to `path`, continuing `path`.part if there is one.
 
     Raises:
-        OSError: if the server cannot be reached or breaks off; what arrived is kept.
+        OSError: if the server cannot be reached or the connection breaks; partial data are kept.
     """
     from tqdm import tqdm
 
@@ -55,7 +55,7 @@ def fetch_url(url: str, path: Path) -> None:
                     bar.update(len(chunk))
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code == 416 and start:
-            part.unlink()  # longer than the file on the server, so not a part of it
+            part.unlink()  # longer than the server's file
             return fetch_url(url, path)
         what = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"{url} cannot be fetched to {path} ({what}). If it was the connection, run "
@@ -98,9 +98,9 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def verified(path: Path) -> Iterator[None]:
-    """Inside, an archive may be unpacked: its SHA-256 is what `path`.sha256 says, if that exists.
+    """Checks an archive's SHA-256 against `path`.sha256, if there is one, before it is unpacked.
 
-    Afterwards the SHA-256 is written there and the archive, no longer needed, is deleted.
+    Afterwards the SHA-256 is written there and the archive is deleted.
 
     Raises:
         ValueError: if the SHA-256 differs; the archive is then deleted.
@@ -120,7 +120,7 @@ def verified(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(archive: Path, url: str = "") -> Iterator[None]:
-    """Inside, an archive that is damaged, encrypted or dangerous is refused, naming its URL."""
+    """Inside, a damaged, encrypted or dangerous archive is refused; the message names its URL."""
     source = f"{archive}{f' from {url}' if url else ''}"
     try:
         yield
@@ -129,15 +129,15 @@ def opened(archive: Path, url: str = "") -> Iterator[None]:
                          f"{error}. Get it from elsewhere.") from error
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
             EOFError) as error:
-        reason = " ".join(str(error).split())  # tarfile's takes lines
+        reason = " ".join(str(error).split())  # tarfile's has several lines
         raise ValueError(f"{source} is damaged ({reason}). Delete it and run the same command "
                          "again.") from error
-    except (RuntimeError, NotImplementedError) as error:  # encrypted, or packed in an unknown way
+    except (RuntimeError, NotImplementedError) as error:  # encrypted, or an unknown compression
         raise ValueError(f"{source} cannot be unpacked ({error}). Unpack it by hand.") from error
 
 
 def unpack(archive: Path, folder: Path, url: str = "") -> None:
-    """Unpacks a .zip or .tar.* into an existing folder; messages name its URL."""
+    """Unpacks a .zip or .tar.* into an existing folder; messages name `url`."""
     with opened(archive, url):
         files.open_regular(archive).close()
         if archive.suffix != ".zip":
@@ -155,6 +155,6 @@ def unpack(archive: Path, folder: Path, url: str = "") -> None:
 
 @contextmanager
 def beside(data_dir: Path) -> Iterator[Path]:
-    """A temporary folder on the disk where its contents belong."""
+    """A temporary folder in `data_dir`, so that its contents can be moved there by renaming."""
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpacking-") as folder:
         yield Path(folder)

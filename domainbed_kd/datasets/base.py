@@ -1,4 +1,4 @@
-"""The base of every dataset: a list of domains, and facts on its class."""
+"""The base class of all datasets: a list of domains, with the dataset's properties on the class."""
 
 import copy
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def plain(dataset: Any) -> Any:
     """The images of a domain, or of a split of one, without augmentation.
 
-    A shallow copy; where there is no augmentation to leave out, the argument itself.
+    A shallow copy, or the argument itself where images are not augmented.
     """
     if hasattr(dataset, "underlying_dataset"):
         same = copy.copy(dataset)
@@ -31,20 +31,19 @@ def plain(dataset: Any) -> Any:
 
 
 class Source(NamedTuple):
-    """The origin of a dataset's files."""
+    """Where a dataset's files come from."""
 
     size: str
-    #: Who fetches them, one of `sources.FETCHERS`, or "by hand".
+    #: How they are fetched: a key of `sources.FETCHERS`, or "by hand".
     via: str
     licence: str
     page: str
-    #: What is fetched: a file's id at Google Drive, or names of datasets in the package wilds or
-    #: torchvision.
+    #: A Google Drive file id, or dataset names in the package wilds or torchvision.
     id: str = ""
-    #: The name that the archive gets, and the folder in it that becomes the dataset's.
+    #: The archive's file name, and the folder in it that becomes the dataset's.
     archive: str = ""
     inside: str = ""
-    #: For who fetches them by hand: what lies below the dataset's folder, and what else to know.
+    #: For fetching by hand: the layout below the dataset's folder, and advice.
     layout: str = ""
     note: str = ""
 
@@ -53,46 +52,46 @@ class MultipleDomainDataset:
     """A list of domains.
 
     A subclass fills `self.datasets`, `self.input_shape` (C, H, W) and `self.num_classes` in
-    `__init__(root, test_envs, hparams)`. The class attributes below say what is true of it; the
-    package reads them and asks for no dataset by name, so a user's own class may set them too.
+    `__init__(root, test_envs, hparams)`. The class attributes below describe it. The package reads
+    these instead of asking for datasets by name, so a user's own class can set them too.
     """
 
-    #: What its labels are, and what is measured.
+    #: The kind of labels, and the metric.
     TASK: Task = CLASSIFICATION
-    #: Steps of a run, and between two evaluations.
+    #: Steps of a run, and steps between two evaluations.
     N_STEPS = 5001
     CHECKPOINT_FREQ = 100
-    #: Images at a time in an evaluation; 1 where sizes differ.
+    #: Evaluation batch size; 1 where image sizes differ.
     EVALUATION_BATCH = 64
-    #: Streams of random numbers that a loader simulates: DomainBed's eight workers.
+    #: Workers whose random streams a loader simulates: DomainBed's eight.
     N_WORKERS = 8
-    #: Whether the images are small: DomainBed's hparams then have a larger lr and batch.
+    #: Whether images are small: DomainBed's hparams then have a larger lr and batch.
     SMALL_IMAGES = False
     #: The images' side in pixels; None where hparams["image_size"] sets it, 224 by default.
     SIDE: int | None = None
     #: Random batch sizes are at most 2 ** this; 2 ** 9 for small images.
     MAX_LOG2_BATCH = 5.5
-    #: Hparams that differ from DomainBed's for images of its size: {name: (default, draw)}.
+    #: Hparams that differ from DomainBed's for this image size: {name: (default, draw)}.
     HPARAMS: dict[str, tuple[Any, Any]] = {}
-    #: Whether it is read from files, and the folder below the data directory that holds them.
+    #: Whether it reads files, and their folder in the data directory.
     NEEDS_FILES = False
     FOLDER = ""
-    #: Where its files come from; None if it needs none, or they are somebody's own.
+    #: Where its files come from; None if it needs none, or has a user's own.
     SOURCE: Source | None = None
-    #: Published numbers of images by domain; by class in label order where these are known.
+    #: Published image counts by domain; by class too, in label order, where these are known.
     PUBLISHED: dict[str, int | tuple[int, ...]] = {}
-    #: The CLIP that knows its classes, if it is not a public one; None leaves that to the method.
+    #: A CLIP trained for its classes; None leaves the choice to the method.
     CLIP_BACKBONE: str | None = None
     #: Short labels of the domains, in order.
     ENVIRONMENTS: list[str] | None = None
-    #: Where DomainBed states the shape (C, H, W) on the class.
+    #: The shape (C, H, W), where DomainBed has it on the class.
     INPUT_SHAPE: tuple[int, ...] | None = None
-    #: The classes' folder names in label order, and words where these differ from the names.
+    #: Class folder names in label order, and words for names that need other ones.
     CLASSES: tuple[str, ...] = ()
     WORDS: dict[str, str] = {}
     #: The domains as words, in order.
     DOMAIN_NAMES: tuple[str, ...] | None = None
-    #: (mean, std) per channel that images in [0, 1] were normalized with; None if they were not.
+    #: (mean, std) per channel that normalize images in [0, 1]; None if images are not normalized.
     NORMALIZATION: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     datasets: "list[Dataset[tuple[Tensor, Any]]]"
@@ -112,17 +111,17 @@ class MultipleDomainDataset:
 
     @classmethod
     def domain_folders(cls, data_dir: str | Path | None) -> list[str]:
-        """The names of the domains' folders, in order; none where domains are not folders."""
+        """The names of the domains' folders, in order; empty where domains are not folders."""
         return []
 
     @classmethod
     def read_classes(cls, data_dir: str | Path | None) -> list[str]:
-        """The classes' folder names, in label order; none where files do not tell them."""
+        """The classes' folder names, in label order; empty where files do not define them."""
         return []
 
     @classmethod
     def words(cls, classes: Iterable[str]) -> list[str]:
-        """The words for classes' folder names: "Alarm_Clock" is an "alarm clock"."""
+        """Words for the classes' folder names: "alarm clock" for "Alarm_Clock"."""
         return [cls.WORDS.get(c, c.replace("_", " ").lower()) for c in classes]
 
     @property
@@ -132,7 +131,7 @@ class MultipleDomainDataset:
 
     @property
     def domain_names(self) -> list[str] | None:
-        """The domains as words, in order; None where their names do not describe their look."""
+        """The domains as words, in order; None where names do not describe the images."""
         return None if self.DOMAIN_NAMES is None else list(self.DOMAIN_NAMES)
 
     def __getitem__(self, index: int) -> "Dataset[tuple[Tensor, Any]]":

@@ -1,4 +1,4 @@
-"""Published numbers of images, and whether a copy has them."""
+"""Published image counts, and whether a local copy has them."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".ti
 
 
 def published() -> list[str]:
-    """The datasets whose numbers of images are published."""
+    """The datasets with published image counts."""
     return [name for name in datasets.DATASETS if datasets.facts(name).PUBLISHED]
 
 
 def sizes(name: str, data_dir: str | Path | None) -> list[int]:
     """Each domain's number of images, in order: as published, or as found in a user's own folder.
 
-    Empty if neither is known.
+    Empty if neither exists.
     """
     cls = datasets.get_dataset_class(name)
     if cls.PUBLISHED or not issubclass(cls, datasets.ImageFolders):
@@ -28,7 +28,7 @@ def _images_in(folder: Path) -> int:
 
 
 def verify(name: str, data_dir: Path) -> bool:
-    """Prints a dataset's numbers of images beside the published ones; False if they differ."""
+    """Prints a dataset's image counts next to the published ones; False if they differ."""
     cls = datasets.get_dataset_class(name)
     if not cls.PUBLISHED:
         raise ValueError(f"{name} has no published numbers of images by domain to compare with. "
@@ -53,7 +53,7 @@ def verify(name: str, data_dir: Path) -> bool:
 
 
 def _difference(counts: dict, total: int, classes: tuple, by_class: dict) -> str:
-    """How a domain differs from what is published; empty if it does not."""
+    """How a domain's counts differ from the published ones; empty if they do not."""
     def amount(n):
         return f"{n} missing" if n > 0 else f"{-n} too many"
 
@@ -75,5 +75,5 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _bare(name: str) -> str:
-    """A folder's name for comparison: "Real World" is "real_world"."""
+    """A folder's name for comparison: "Real World" equals "real_world"."""
     return name.lower().replace("_", "").replace(" ", "")

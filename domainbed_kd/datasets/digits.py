@@ -6,7 +6,7 @@ from domainbed_kd.tasks import SEGMENTATION
 
 
 class DigitsDG(MultipleDomainDataset):
-    """1,797 real handwritten digits in four looks, 3x32x32 in [0, 1]; ships with the package.
+    """1,797 handwritten digits in four looks, 3x32x32 in [0, 1]; ships with the package.
 
     No digit occurs in two domains. See assets/digits.md for the source, looks.py for the looks.
     """
@@ -15,7 +15,8 @@ class DigitsDG(MultipleDomainDataset):
     CLASSES = DIGITS
     DOMAIN_NAMES = ("plain drawing", "colourful drawing", "textured picture", "sketch")
     SIDE = 32
-    INPUT_SHAPE = (3, SIDE, SIDE)
+    input_shape = INPUT_SHAPE = (3, SIDE, SIDE)
+    num_classes = len(CLASSES)
     SMALL_IMAGES = True
     CLIP_BACKBONE = "tiny"
 
@@ -23,15 +24,13 @@ class DigitsDG(MultipleDomainDataset):
         from domainbed_kd.datasets import looks
 
         self.datasets = _tensors(looks.domains())
-        self.input_shape = self.INPUT_SHAPE
-        self.num_classes = len(self.CLASSES)
 
 
 class DigitsSeg(MultipleDomainDataset):
     """Which digit is this pixel of? The digits of DigitsDG, four to a canvas, 3x64x64 in [0, 1].
 
-    112 canvases in each domain; class 0 is the background, 42 % of the pixels. Each digit is used
-    once, so a split by canvases has no digit on both sides.
+    Each domain has 112 canvases; class 0 is the background, 42 % of the pixels. Each digit is used
+    once, so a split by canvas never has a digit on both sides.
     """
 
     TASK = SEGMENTATION
@@ -40,7 +39,8 @@ class DigitsSeg(MultipleDomainDataset):
     CLASSES = ("background", *DIGITS)
     DOMAIN_NAMES = DigitsDG.DOMAIN_NAMES
     SIDE = 64
-    INPUT_SHAPE = (3, SIDE, SIDE)
+    input_shape = INPUT_SHAPE = (3, SIDE, SIDE)
+    num_classes = len(CLASSES)
     HPARAMS = {"lr": (3e-3, lambda r: 10 ** r.uniform(-3.5, -2)),
                "batch_size": (8, lambda r: int(2 ** r.uniform(2, 4)))}
 
@@ -48,8 +48,6 @@ class DigitsSeg(MultipleDomainDataset):
         from domainbed_kd.datasets import looks
 
         self.datasets = _tensors(looks.canvases())
-        self.input_shape = self.INPUT_SHAPE
-        self.num_classes = len(self.CLASSES)
 
 
 def _tensors(domains: list) -> list:

@@ -1,4 +1,4 @@
-"""Datasets in folders of images: DomainBed's, and a user's own."""
+"""Datasets in image folders: DomainBed's, and a user's own."""
 
 import os
 from pathlib import Path
@@ -15,19 +15,19 @@ from domainbed_kd.datasets.images import (
 
 
 def subfolders(path: Path) -> list[str]:
-    """The names of the folders in one, in order, without hidden ones."""
+    """The names of a folder's subfolders, sorted, without hidden ones."""
     return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 class ImageFolders(MultipleDomainDataset):
-    """Images in `<data_dir>/FOLDER/<domain>/<class>/`, domains and classes in the order of names.
+    """Images in `<data_dir>/FOLDER/<domain>/<class>/`, domains and classes sorted by name.
 
-    Side in pixels: `hparams["image_size"]`, 224 if absent. Training domains are augmented if
-    `hparams["data_augmentation"]` says so. Files hold 8 bits per channel, or 16 bits of grey,
+    `hparams["image_size"]` is the side in pixels, 224 by default. Training domains are augmented
+    if `hparams["data_augmentation"]` is true. Files hold 8 bits per channel, or 16 bits of grey,
     which are scaled. EXIF rotation is not applied, as in DomainBed.
 
     Raises:
-        FileNotFoundError: if the folder, its domains or its images are not there.
+        FileNotFoundError: if the folder, its domains or its images are missing.
         ValueError: if domains are missing or have different classes.
     """
 
@@ -111,14 +111,14 @@ class ImageFolders(MultipleDomainDataset):
         empty = sorted(set(range(len(domain.classes))) - set(domain.targets))
         if empty:
             folder = Path(domain.root, domain.classes[empty[0]])
-            os.listdir(folder)  # torchvision passes over what may not be read
+            os.listdir(folder)  # raises for an unreadable folder, which torchvision skips
             raise FileNotFoundError(
                 f"{type(self).__name__}: {folder} holds no images. Add some, or remove the class "
                 "everywhere.")
 
 
 class VLCS(ImageFolders):
-    """Five classes in photographs of four collections (Fang et al., ICCV 2013)."""
+    """Five classes in photographs from four collections (Fang et al., ICCV 2013)."""
 
     FOLDER = "VLCS"
     ENVIRONMENTS = ["C", "L", "S", "V"]
@@ -167,7 +167,7 @@ class OfficeHome(ImageFolders):
 
 
 class TerraIncognita(ImageFolders):
-    """Ten kinds of animals in the pictures of four camera traps (Beery et al., ECCV 2018)."""
+    """Ten classes in pictures from four camera traps (Beery et al., ECCV 2018)."""
 
     FOLDER = "terra_incognita"
     ENVIRONMENTS = ["L100", "L38", "L43", "L46"]

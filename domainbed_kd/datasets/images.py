@@ -1,4 +1,4 @@
-"""How an image becomes a tensor: reading, DomainBed's transforms, and images listed by path."""
+"""Turning images into tensors: reading, DomainBed's transforms, and images listed by path."""
 
 import contextlib
 import io
@@ -7,26 +7,26 @@ from types import MappingProxyType
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-#: What the hparam `view_statistics` takes: {name: (mean, std) per channel}.
+#: Values of the hparam `view_statistics`: {name: (mean, std) per channel}.
 STATISTICS = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # OpenAI's
     "half": ((0.5,) * 3, (0.5,) * 3),
 }
-# DomainBed's view of training images: least share of the area, jitter of colours, share of grays.
+# DomainBed's augmentation: smallest crop's share of the area, colour jitter, share of gray images.
 _VIEW = {"view_crop": 0.7, "view_jitter": 0.3, "view_gray": 0.1}
 _LIMITS = {"view_crop": 1, "view_jitter": 0.5, "view_gray": 1}
 
 
 def load_image(path: str, whole: bool = False):
-    """The image as 8-bit RGB; a truncated file gives what there is of it, as in DomainBed.
+    """The image as 8-bit RGB; of a truncated file, the part that can be read, as in DomainBed.
 
-    Grey values of 16 bits are divided by 257, so that 0 is black and 65,535 white; DomainBed clips
-    them at 255. As there, a rotation that the file's EXIF data ask for is not applied. `whole`
-    refuses a truncated file; not while another thread wants the other.
+    16-bit grey values are divided by 257, so that 0 is black and 65,535 white; DomainBed clips
+    them at 255. As in DomainBed, EXIF rotation is not applied. `whole` refuses truncated files;
+    threads must not mix the two, as the setting is global.
 
     Raises:
-        As `opened`, and ValueError if not all of the image is there or its values have no range.
+        As `opened`, and ValueError for a truncated image, or values of unknown range.
     """
     from PIL import ImageFile
 
@@ -42,11 +42,11 @@ def load_image(path: str, whole: bool = False):
 
 @contextlib.contextmanager
 def opened(path: str, what: str = "an image") -> Iterator:
-    """A file as Pillow's image, which is decoded inside.
+    """A file as a Pillow image, to be decoded inside.
 
     Raises:
-        FileNotFoundError: if the file has been taken away since the folder was listed.
-        OSError: if the system does not let it be read, or it is not a regular file.
+        FileNotFoundError: if the file was removed after the folder was listed.
+        OSError: if it cannot be read, or is not a regular file.
         ValueError: if the file is not `what`.
     """
     from PIL import Image
@@ -61,14 +61,14 @@ def opened(path: str, what: str = "an image") -> Iterator:
                                 "command goes on from the run's last state.") from None
     except (OSError, SyntaxError, ValueError, RuntimeError,
             Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
+        if isinstance(error, OSError) and error.errno:  # from the system, not from Pillow
             error.filename = str(path)
             raise
         raise ValueError(f"{path} cannot be read as {what}. Replace it.") from error
 
 
 def _as_rgb(image):
-    """A Pillow image as RGB; None if its values have no range of their own."""
+    """A Pillow image as RGB; None if the range of its values is unknown."""
     if image.mode.startswith("I;16") or (image.mode, image.format) in (
             ("I", "PNG"), ("I", "PPM")):
         import numpy as np
@@ -89,7 +89,7 @@ def image_size(hparams, default: int = 224) -> int:
 
 
 def view(hparams, name: str) -> float:
-    """The hparam of that name, one of those that begin with view_, or its default."""
+    """The value of an hparam whose name begins with view_, or its default."""
     value, most = hparams.get(name, _VIEW[name]), _LIMITS[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
         raise ValueError(f"hparams[{name!r}] is {value!r}; it takes a number from 0 to {most}.")
@@ -97,7 +97,7 @@ def view(hparams, name: str) -> float:
 
 
 def statistics(hparams) -> tuple:
-    """(mean, std) per channel that images are normalized with."""
+    """The (mean, std) per channel for normalizing images."""
     name = hparams.get("view_statistics", "imagenet")
     if name not in STATISTICS:
         raise ValueError(f"hparams['view_statistics'] is {name!r}; it takes "
@@ -106,20 +106,20 @@ def statistics(hparams) -> tuple:
 
 
 def differs_in_colour(hparams) -> bool:
-    """Whether colours are distorted or normalized otherwise than DomainBed's."""
+    """Whether colours are distorted or normalized differently from DomainBed's."""
     return (any(view(hparams, name) != _VIEW[name] for name in ("view_jitter", "view_gray"))
             or statistics(hparams) != STATISTICS["imagenet"])
 
 
 def make_transform(first: list, augment: bool, hparams=MappingProxyType({})):
-    """Resizing or cropping, augmentation if asked for, normalization: DomainBed's by default."""
+    """DomainBed's transform by default: geometry, augmentation if requested, normalization."""
     from torchvision import transforms as T
 
     distortions = [T.RandomHorizontalFlip(), T.ColorJitter(*4 * [view(hparams, "view_jitter")]),
                    T.RandomGrayscale(view(hparams, "view_gray"))] if augment else []
     transform = T.Compose(
         [*first, *distortions, T.ToTensor(), T.Normalize(*statistics(hparams))])
-    # For GPUs, which finish images themselves and, in fast mode, distort and resize them.
+    # Read on GPUs, which apply the last steps there and, in fast mode, all of them.
     transform.geometry, transform.is_augmented = first, augment
     return transform
 

@@ -1,9 +1,9 @@
-"""Draws DigitsDG and DigitsSeg: the UCI optical digits in four looks, of digits of their own.
+"""Draws DigitsDG and DigitsSeg: the UCI optical digits in four looks, each with its own digits.
 
-The 8x8 images are enlarged, slanted, turned and shifted a little, so that strokes are about five
-pixels wide at 32x32; then each domain paints them its way. Everything is drawn from a
-fixed private stream: the images are the same on every machine, and global random numbers are
-left alone.
+The 8x8 images are enlarged to 32x32 with a random slant, rotation and shift, so that strokes are
+about five pixels wide; then each domain renders them in its style. All random numbers come from a
+private stream with a fixed seed: the images are the same on every machine, and global streams stay
+unchanged.
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ import numpy as np
 
 ASSET = Path(__file__).parents[1] / "assets" / "digits.npz"
 SIZE = 32
-#: Of canvases: how far they are rolled, in pixels; by which steps masks are grown, a pixel each:
-#: to neighbours on the diagonal too, or not.
+#: The largest shift of a canvas, in pixels.
 MOST_ROLL = 6
+#: Steps that grow a mask by a pixel each; whether to grow diagonally too.
 GROWN = (False, True, False)
 
 
 def domains() -> list[tuple[np.ndarray, np.ndarray]]:
     """(images, labels) of the domains plain, colour, texture, sketch.
 
-    Images are uint8 (N, 32, 32, 3) and labels int64 (N,), in random order. Classes are dealt out
-    evenly: their counts in two domains differ by one at most.
+    Images are uint8 (N, 32, 32, 3) and labels int64 (N,), in random order. A class's counts in two
+    domains differ by at most one.
     """
     return [(_as_bytes(look(ink, random)), labels) for look, ink, labels, random in _dealt()]
 
@@ -31,9 +31,9 @@ def domains() -> list[tuple[np.ndarray, np.ndarray]]:
 def canvases() -> list[tuple[np.ndarray, np.ndarray]]:
     """(images, masks) of the same domains: each digit once, four to a canvas.
 
-    Images are uint8 (112, 64, 64, 3). Masks are int64 (112, 64, 64): 0 is background, and a
-    digit's strokes, grown by `GROWN` pixels, are the digit plus 1. Canvases are rolled by up to
-    `MOST_ROLL` pixels in both directions, round their edges.
+    Images are uint8 (112, 64, 64, 3). Masks are int64 (112, 64, 64): 0 is background, and the
+    digit plus 1 marks its strokes, grown by `GROWN`. Canvases are shifted by up to `MOST_ROLL`
+    pixels in both directions, wrapping around the edges.
     """
     result = []
     for look, ink, labels, random in _dealt():
@@ -53,7 +53,7 @@ def canvases() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _dealt() -> Iterator[tuple]:
-    """Each domain's look, its digits' ink (N, 32, 32) and labels (N,), and the stream to go on."""
+    """Each domain's look, its digits' ink (N, 32, 32) and labels (N,), and the random stream."""
     with np.load(ASSET) as file:
         images, labels = file["images"] / 16.0, file["labels"].astype(np.int64)
     random = np.random.RandomState(0)
@@ -65,12 +65,12 @@ def _dealt() -> Iterator[tuple]:
 
 
 def _as_bytes(painted: np.ndarray) -> np.ndarray:
-    # Not 0.5: values half-way between two integers must not hang on the last bit.
+    # Not 0.5: the last bit must not decide how values half-way between integers are rounded.
     return np.floor(255 * painted.clip(0, 1) + 0.4987).astype(np.uint8)
 
 
 def _grown(masks: np.ndarray, diagonal: bool) -> np.ndarray:
-    """Masks (N, H, W) whose background next to a class is that class; of several the largest."""
+    """Masks (N, H, W) with background pixels next to a class set to it; ties to the largest."""
     padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
     height, width = masks.shape[1:]
     near = [padded[:, 1 + y:1 + y + height, 1 + x:1 + x + width]
@@ -79,7 +79,7 @@ def _grown(masks: np.ndarray, diagonal: bool) -> np.ndarray:
 
 
 def strokes(images: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """Ink in [0, 1], (N, 32, 32), of images (N, 8, 8) in [0, 1], each moved a little."""
+    """Ink in [0, 1], (N, 32, 32), of images (N, 8, 8) in [0, 1], each slightly transformed."""
     n = len(images)
     angle = random.uniform(-0.1, 0.1, (n, 1, 1))
     slant = random.uniform(-0.1, 0.1, (n, 1, 1))
@@ -107,13 +107,13 @@ def _sample(images: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _spline(t: np.ndarray) -> tuple:
-    """The four weights of Catmull and Rom's cubic at t in [0, 1) between the middle two points."""
+    """The four weights of the Catmull-Rom cubic at t in [0, 1) between the middle two points."""
     return (t * (-0.5 + t * (1 - 0.5 * t)), 1 + t * t * (1.5 * t - 2.5),
             t * (0.5 + t * (2 - 1.5 * t)), t * t * (0.5 * t - 0.5))
 
 
 def plain(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """White on black: images (N, H, W, 3) in [0, 1] of ink (N, H, W); likewise the others."""
+    """White on black: images (N, H, W, 3) in [0, 1] of ink (N, H, W), as all looks return."""
     return np.repeat(ink[..., None], 3, axis=-1)
 
 
@@ -139,7 +139,7 @@ def texture(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
 
 
 def sketch(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-    """The strokes' outline in pencil, hatched inside, on grainy white paper."""
+    """The strokes' outlines in pencil, hatched inside, on grainy white paper."""
     outline = (4 * ink * (1 - ink)) ** 0.7
     y, x = np.mgrid[:ink.shape[1], :ink.shape[2]]
     hatching = 0.8 * ink * ((x + y) % 4 > 0)
@@ -151,7 +151,7 @@ def sketch(ink: np.ndarray, random: np.random.RandomState) -> np.ndarray:
 
 def _two_colours(n: int, random: np.random.RandomState,
                  light_pens: float) -> tuple[np.ndarray, np.ndarray]:
-    """Background and pen per image, each (n, 1, 1, 3), the pen lighter with that probability."""
+    """Background and pen per image, each (n, 1, 1, 3); `light_pens`: the share of lighter pens."""
     dark = random.uniform(0, 0.45, (n, 1, 1, 3))
     light = random.uniform(0.55, 1, (n, 1, 1, 3))
     lighter = random.uniform(size=(n, 1, 1, 1)) < light_pens
@@ -159,5 +159,5 @@ def _two_colours(n: int, random: np.random.RandomState,
 
 
 def _mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """From the first to the second colour, as `share` (N, H, W) in [0, 1] says."""
+    """Mixes two colours; `share` (N, H, W) in [0, 1] is that of the second."""
     return first + (second - first) * share[..., None]

@@ -1,7 +1,7 @@
-"""Datasets of images with masks: street scenes of five collections, and folders of a user's own.
+"""Datasets of images with masks: street scenes from five collections, and a user's own folders.
 
-A mask is a PNG of one channel that holds each pixel's class as a number; 255 is ignored. Masks are
-never resized but by nearest neighbours, and only while training.
+A mask is a PNG with one channel that holds each pixel's class number; 255 is ignored. Masks are
+resized in training only, by nearest neighbours.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from domainbed_kd.datasets.images import (
 from domainbed_kd.tasks import IGNORED, SEGMENTATION
 
 VOID = 255
-# Sides of images that networks see are multiples of this, so that their maps fit.
+# Image sides are multiples of this, as networks halve their maps.
 MULTIPLE = 16
-# Crops of an image that are tried until one holds a labelled pixel.
+# How many crops of an image are tried to find one with a labelled pixel.
 MOST_CROPS = 10
 
 
@@ -32,14 +32,14 @@ class MaskedImages:
 
     Args:
         pairs: the paths of each image and its mask.
-        n_train: how many of them are the collection's own training images, the others being its
-            validation images; None where it makes no difference between them.
-        classes: the class of each of the 256 values that a mask may hold, VOID to ignore it.
-        transform: of an image and a mask.
+        n_train: how many of these, from the first, are the collection's training images; the rest
+            are its validation images. None where it does not distinguish them.
+        classes: the class of each of the 256 values of a mask, VOID to ignore it.
+        transform: takes and returns an image and a mask.
         plain_transform: the same without crops and distortions.
 
     Raises:
-        ValueError: if a mask is not one, or hardly any of its pixels are labelled.
+        ValueError: if a mask is invalid, or hardly any of its pixels are labelled.
     """
 
     def __init__(self, pairs: list[tuple[str, str]], n_train: int | None, classes: bytes,
@@ -69,9 +69,9 @@ class MaskedImages:
 
 
 def load_mask(path: str):
-    """A mask's values, uint8 (H, W), VOID for those above 255; a palette's colours are not read.
+    """A mask's values, uint8 (H, W), VOID for those above 255; of a palette, the indices.
 
-    Of three channels of 16 bits, as SYNTHIA has them, the first is the class.
+    In masks with three 16-bit channels, such as SYNTHIA's, the first is the class.
 
     Raises:
         As `images.opened`, and ValueError if it holds colours.
@@ -98,7 +98,7 @@ def _normalized(hparams) -> Callable:
 
 
 class Together:
-    """A transform of an image and its mask: geometry of both, colours of the image."""
+    """Transforms an image and its mask: the geometry of both, the colours of the image."""
 
     def __init__(self, steps: list, hparams):
         from torchvision.transforms import v2
@@ -106,24 +106,24 @@ class Together:
         self.steps, self.last = v2.Compose(steps), _normalized(hparams)
 
     def __call__(self, image, mask):
-        """Of a Pillow image and a mask, uint8 (H, W): the image, float32, and the mask."""
+        """Takes a Pillow image and a mask, uint8 (H, W); returns float32 (3, h, w) and (h, w)."""
         from torchvision import tv_tensors
         from torchvision.transforms.v2 import functional
 
-        # Wrapped: a plain tensor beside an image would be left as it is.
+        # Wrapped, as steps ignore a plain tensor next to an image.
         image, mask = self.steps(tv_tensors.Image(functional.pil_to_tensor(image)),
                                  tv_tensors.Mask(mask))
         return self.last(image.data), mask.data
 
 
 class Whole:
-    """The whole image, its shorter side resized to `size`; the mask as it is."""
+    """The whole image with its shorter side resized to `size`; the mask unchanged."""
 
     def __init__(self, size: int, hparams):
         self.size, self.last = size, _normalized(hparams)
 
     def __call__(self, image, mask):
-        """As `Together`; both sides of the image are multiples of MULTIPLE."""
+        """As `Together`; both image sides are multiples of MULTIPLE."""
         from torchvision.transforms.v2 import functional
 
         shorter = min(image.size)
@@ -134,7 +134,7 @@ class Whole:
 
 
 def crops(size: int, hparams) -> Together:
-    """Squares of `size` pixels. With augmentation the shorter side is half to twice that before."""
+    """Square crops of `size` pixels; with augmentation from images of half to twice that size."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
@@ -149,13 +149,13 @@ def crops(size: int, hparams) -> Together:
 
 
 class MaskFolders(MultipleDomainDataset):
-    """A folder for each domain, with images and masks; `hparams["image_size"]` is 512 if absent.
+    """A folder of images and masks for each domain; `hparams["image_size"]` is 512 by default.
 
-    Training is on square crops of that size. Evaluation is on whole images, whose shorter side
-    is resized to it; predictions are resized to the mask, which stays as it is.
+    Training uses square crops of that size. Evaluation uses whole images, with the shorter side
+    resized to it; predictions are resized to the mask, which stays unchanged.
 
     Raises:
-        FileNotFoundError: if images or masks are not there.
+        FileNotFoundError: if images or masks are missing.
         ValueError: if `image_size` is not a multiple of 16.
     """
 
@@ -186,21 +186,22 @@ class MaskFolders(MultipleDomainDataset):
                 pairs, n_train, classes, whole if i in test_envs else cut, whole))
 
     def domain(self, folder: Path) -> tuple[list[tuple[str, str]], int | None, bytes]:
-        """What `MaskedImages` takes first, of a domain's folder."""
+        """The first three arguments of `MaskedImages` for a domain's folder."""
         raise NotImplementedError(f"{type(self).__name__} does not implement domain().")
 
 
 def table(train_ids: dict[int, int]) -> bytes:
-    """The class of each of the 256 values of a mask; VOID for those not named."""
+    """The class of each of a mask's 256 values; VOID for values without one."""
     return bytes(train_ids.get(value, VOID) for value in range(256))
 
 
 class Layout(NamedTuple):
-    """Where a collection's files are: globs below its folder, and an image's path as its mask's."""
+    """Where a collection's files are: patterns of image paths below its folder."""
 
     train: str
-    #: None where the collection does not part training from validation.
+    #: None where the collection does not split training from validation.
     val: str | None
+    #: Replacements that turn an image's path into its mask's.
     mask: dict[str, str]
 
 
@@ -214,13 +215,12 @@ _MAPILLARY = {13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5,
 
 
 class StreetScenes(MaskFolders):
-    """19 classes of pixels in rendered and in real streets, each collection in its own layout.
+    """19 pixel classes in rendered and real street scenes, each collection in its own layout.
 
     `gtav` (Richter et al., ECCV 2016), `synthia` (RAND-CITYSCAPES; Ros et al., CVPR 2016),
     `cityscapes` (Cordts et al., CVPR 2016), `bdd100k` (Yu et al., CVPR 2020), `mapillary` (Vistas
-    1.2; Neuhold et al., ICCV 2017). Where a collection parts training from validation images, so
-    does the run: a training domain is validated on the latter, and a test domain's accuracy is
-    that on the latter.
+    1.2; Neuhold et al., ICCV 2017). Where a collection has validation images, training domains are
+    validated on them, and test domains are measured on them.
     """
 
     FOLDER = "street_scenes"
@@ -234,6 +234,7 @@ class StreetScenes(MaskFolders):
     CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light",
                "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck",
                "bus", "train", "motorcycle", "bicycle")
+    num_classes = len(CLASSES)
     LAYOUTS = {
         "gtav": [Layout("images/train/**/*.png", "images/valid/**/*.png", {"images/": "labels/"}),
                  Layout("images/*.png", None, {"images/": "labels/"})],
@@ -251,17 +252,13 @@ class StreetScenes(MaskFolders):
     TRAIN_IDS = {"gtav": _CITYSCAPES, "synthia": _SYNTHIA, "cityscapes": _CITYSCAPES,
                  "bdd100k": {i: i for i in range(19)}, "mapillary": _MAPILLARY}
 
-    def __init__(self, root, test_envs, hparams):
-        super().__init__(root, test_envs, hparams)
-        self.num_classes = len(self.CLASSES)
-
     @classmethod
     def domain_folders(cls, data_dir) -> list[str]:
-        """Their names, whatever is in the folder."""
+        """The collections' names."""
         return list(cls.ENVIRONMENTS)
 
     def domain(self, folder: Path) -> tuple[list[tuple[str, str]], int | None, bytes]:
-        """The images of the first layout that has any."""
+        """The images of the first layout whose patterns match files."""
         for layout in self.LAYOUTS[folder.name]:
             train = sorted(folder.glob(layout.train))
             val = sorted(folder.glob(layout.val)) if layout.val else []
@@ -283,10 +280,10 @@ def _replaced(path: str, changes: dict[str, str]) -> str:
 
 
 class FolderSeg(MaskFolders):
-    """Images in `<data_dir>/FOLDER/<domain>/images/`, masks of the same names in `labels/`, PNG.
+    """Images in `<data_dir>/FOLDER/<domain>/images/`, PNG masks of the same names in `labels/`.
 
-    `<data_dir>/FOLDER/classes.txt` names the classes, one a line; line 1 is class 0. Each domain
-    is split at random, as DomainBed's are.
+    `<data_dir>/FOLDER/classes.txt` names a class in each line; line 1 is class 0. Domains are
+    split at random, like DomainBed's.
     """
 
     def __init__(self, root, test_envs, hparams):
@@ -320,7 +317,7 @@ class FolderSeg(MaskFolders):
         return names
 
     def domain(self, folder: Path) -> tuple[list[tuple[str, str]], int | None, bytes]:
-        """All that is in `images`; a mask's values are classes."""
+        """All files in `images`; a mask's values are classes."""
         paths = sorted(path for path in (folder / "images").glob("*") if path.is_file())
         if not paths:
             raise FileNotFoundError(f"{type(self).__name__}: {folder / 'images'} holds no images.")

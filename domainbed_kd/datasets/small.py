@@ -8,35 +8,34 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 class _Debug(MultipleDomainDataset):
     ENVIRONMENTS = ["0", "1", "2"]
     CLASSES = DIGITS[:2]
+    num_classes = 2
 
     def __init__(self, root, test_envs, hparams):
         import torch
         from torch.utils.data import TensorDataset
 
-        self.input_shape = self.INPUT_SHAPE
-        self.num_classes = 2
         self.datasets = [
-            TensorDataset(torch.randn(16, *self.INPUT_SHAPE), torch.randint(0, 2, (16,)))
+            TensorDataset(torch.randn(16, *self.input_shape), torch.randint(0, 2, (16,)))
             for _ in self.ENVIRONMENTS]
 
 
 class Debug28(_Debug):
-    """Noise of 28 pixels, to try code on; needs no files."""
+    """28-pixel noise for trying out code; needs no files."""
 
     SIDE = 28
-    INPUT_SHAPE = (3, SIDE, SIDE)
+    input_shape = INPUT_SHAPE = (3, SIDE, SIDE)
     SMALL_IMAGES = True
 
 
 class Debug224(_Debug):
-    """Noise of 224 pixels, to try code on; needs no files."""
+    """224-pixel noise for trying out code; needs no files."""
 
     SIDE = 224
-    INPUT_SHAPE = (3, SIDE, SIDE)
+    input_shape = INPUT_SHAPE = (3, SIDE, SIDE)
 
 
 def _both_parts(dataset, kind: type, root, place: str, what: str) -> list:
-    """Training and test part of one of torchvision's datasets, fetched if they are not there."""
+    """The training and test parts of a torchvision dataset, downloaded if they are missing."""
     root = dataset.folder(root)
     try:
         return [kind(root, train=train, download=True) for train in (True, False)]
@@ -47,7 +46,7 @@ def _both_parts(dataset, kind: type, root, place: str, what: str) -> list:
 
 
 class _MNIST(MultipleDomainDataset):
-    """MNIST's 70,000 digits, shuffled and dealt out to the domains."""
+    """MNIST's 70,000 digits, shuffled and divided among the domains."""
 
     SIDE = 28
     SMALL_IMAGES = True
@@ -69,7 +68,7 @@ class _MNIST(MultipleDomainDataset):
 
 
 class ColoredMNIST(_MNIST):
-    """Is the digit below five? Colour says so too, with a sign that differs between domains.
+    """Is the digit below five? Colour correlates with the label, by domain in sign and strength.
 
     Arjovsky et al., "Invariant Risk Minimization", 2019, https://arxiv.org/abs/1907.02893; at 28
     pixels, with 25 % of the labels wrong. The label is 1 for digits below five.
@@ -77,11 +76,8 @@ class ColoredMNIST(_MNIST):
 
     ENVIRONMENTS = ["+90%", "+80%", "-90%"]
     CLASSES = ("digit_of_five_or_more", "digit_below_five")
-
-    def __init__(self, root, test_envs, hparams):
-        super().__init__(root, test_envs, hparams)
-        self.input_shape = (2, 28, 28)
-        self.num_classes = 2
+    input_shape = (2, 28, 28)
+    num_classes = 2
 
     def domain(self, images, digits, i):
         """Domain i of images (N, 28, 28): one of two channels is black."""
@@ -104,14 +100,11 @@ class RotatedMNIST(_MNIST):
 
     ENVIRONMENTS = ["0", "15", "30", "45", "60", "75"]
     CLASSES = DIGITS
-
-    def __init__(self, root, test_envs, hparams):
-        super().__init__(root, test_envs, hparams)
-        self.input_shape = (1, 28, 28)
-        self.num_classes = 10
+    input_shape = (1, 28, 28)
+    num_classes = 10
 
     def domain(self, images, digits, i):
-        """Domain i of images (N, 28, 28): turned."""
+        """Domain i of images (N, 28, 28), rotated."""
         import torch
         from torch.utils.data import TensorDataset
         from torchvision.transforms import InterpolationMode, functional
@@ -125,16 +118,18 @@ class RotatedMNIST(_MNIST):
 
 
 class CIFAR(MultipleDomainDataset):
-    """CIFAR-100 and CIFAR-10 (Krizhevsky, 2009), 3x32x32 in [0, 1]: one has no class of the other.
+    """CIFAR-100 and CIFAR-10 (Krizhevsky, 2009), 3x32x32 in [0, 1], without shared classes.
 
-    For distillation without images of the teacher's domain, as MosaicKD's: the student is tested on
-    one, of which its teacher knows all, and sees the other's images, whose labels mean nothing to
-    it. A domain's published test images are what it is tested or validated on. Training images are
-    cropped from 40 pixels and flipped.
+    For distillation without images of the teacher's domain, such as MosaicKD's: the student is
+    tested on the domain whose classes its teacher knows, and trains on the other's images, whose
+    labels have no meaning for it. Testing and validation use a domain's published test images.
+    Training images are padded to 40 pixels, cropped and flipped.
     """
 
     ENVIRONMENTS = ["CIFAR-100", "CIFAR-10"]
     SIDE = 32
+    input_shape = (3, SIDE, SIDE)
+    num_classes = 100
     SMALL_IMAGES = True
     NEEDS_FILES = True
     SOURCE = Source("340 MB", "https (torchvision)", "not stated",
@@ -153,12 +148,10 @@ class CIFAR(MultipleDomainDataset):
                     augmented if hparams["data_augmentation"] and i not in test_envs else plain,
                     plain)
             for i, (kind, place) in enumerate(kinds)]
-        self.input_shape = (3, 32, 32)
-        self.num_classes = 100
 
 
 class _Images:
-    """The images of a training and a test part, in this order, which transforms make tensors of."""
+    """The images of a training and a test part, in this order, with a transform."""
 
     def __init__(self, parts: list, transform, plain_transform):
         import torch

@@ -1,4 +1,4 @@
-"""Fetching datasets: where from, under which terms, and how."""
+"""Fetches datasets, and lists their sources and licences."""
 
 import http.client
 import json
@@ -11,20 +11,20 @@ from pathlib import Path, PurePosixPath
 from domainbed_kd import datasets
 from domainbed_kd.datasets import archives, counts
 
-# The images of Caltech Camera Traps that DomainBed takes (Beery et al., ECCV 2018).
+# The part of Caltech Camera Traps that DomainBed uses (Beery et al., ECCV 2018).
 TERRA_URL = "https://storage.googleapis.com/public-datasets-lila/caltechcameratraps/"
 TERRA_LOCATIONS = ("38", "43", "46", "100")
 TERRA_ANNOTATIONS = ("cis_test", "cis_val", "train", "trans_test", "trans_val")
 
 
 def check_name(name: str) -> None:
-    """Refuses unknown names, and datasets that need no files."""
+    """Refuses unknown names, and datasets without files to fetch."""
     if not datasets.get_dataset_class(name).SOURCE:
         raise ValueError(f"{name} has no files to fetch: it is built in, or your own.")
 
 
 def install(name: str, data_dir: Path) -> bool:
-    """Fetches, unpacks and verifies a dataset that is not there; False if it is incomplete."""
+    """Fetches and unpacks a missing dataset, then verifies it; False if it is incomplete."""
     cls = datasets.get_dataset_class(name)
     source, folder = cls.SOURCE, cls.folder(data_dir)
     if folder != data_dir and folder.exists():
@@ -58,13 +58,10 @@ def _downloads(data_dir: Path) -> Path:
     return folder
 
 
-# TerraIncognita.
-
-
 def terra_places(annotations: dict) -> Iterator[tuple[str, str]]:
-    """(name of an image, "location_<n>/<class>") of the annotations that belong to the dataset.
+    """(image name, "location_<n>/<class>") for each annotation that belongs to the dataset.
 
-    They are COCO-style: `images` (id, file_name, location), `categories` (id, name),
+    Annotations are COCO-style: `images` (id, file_name, location), `categories` (id, name),
     `annotations` (image_id, category_id).
     """
     classes = {c["id"]: c["name"] for c in annotations["categories"]
@@ -89,9 +86,9 @@ def _terra_places(text: bytes, archive: Path, name: str) -> list[tuple[str, str]
 
 
 def build_terra(images: Path, annotations: Path, folder: Path) -> None:
-    """Unpacks the images that belong to TerraIncognita to `folder/location_<n>/<class>/`.
+    """Unpacks TerraIncognita's images to `folder/location_<n>/<class>/`.
 
-    An image of several classes goes to each of them, as in DomainBed.
+    An image with several classes goes to each of them, as in DomainBed.
     """
     places = defaultdict(set)
     with archives.opened(annotations, TERRA_URL + annotations.name), tarfile.open(
@@ -128,9 +125,6 @@ def _fetch_terra(cls: type, data_dir: Path) -> None:
         (unpacked / "terra").rename(cls.folder(data_dir))
 
 
-# What other packages fetch.
-
-
 def _fetch_torchvision(cls: type, data_dir: Path) -> None:
     from torchvision import datasets as kinds
 
@@ -154,18 +148,18 @@ def _fetch_wilds(cls: type, data_dir: Path) -> None:
         raise OSError(f"{name} cannot be fetched to {data_dir} ({error!r}).") from error
 
 
-# By `Source.via`: functions of a dataset's class and the data directory.
+# By `Source.via`: functions that take a dataset's class and the data directory.
 FETCHERS = {"Google Drive (gdown)": _from_drive, "https": _fetch_terra,
             "https (torchvision)": _fetch_torchvision, "https (wilds)": _fetch_wilds}
 
 
 def known() -> list[str]:
-    """The datasets whose files somebody publishes."""
+    """The datasets with published files."""
     return [name for name in datasets.DATASETS if datasets.facts(name).SOURCE]
 
 
 def listing(names: Iterable[str]) -> str:
-    """A table of the datasets' sources and terms."""
+    """A table of the datasets' sources and licences."""
     rows = [("dataset", "size", "fetched by", "licence", "page")]
     for name in names:
         source = datasets.facts(name).SOURCE

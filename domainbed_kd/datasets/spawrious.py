@@ -1,4 +1,4 @@
-"""Spawrious: dogs whose backgrounds mislead, in six degrees."""
+"""Spawrious: dogs with misleading backgrounds, in six variants."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from domainbed_kd.datasets.images import (
 
 
 class _Spawrious(MultipleDomainDataset):
-    """Four breeds of dogs, on backgrounds that change place between training and test.
+    """Four breeds of dogs, whose backgrounds change between training and test.
 
     Lynch et al., "Spawrious", 2023, https://arxiv.org/abs/2303.05470. Images are read from
     `<data_dir>/{0|1}/<background>/<breed>/`. The first domain is the test, whatever `test_envs`
@@ -22,14 +22,15 @@ class _Spawrious(MultipleDomainDataset):
 
     ENVIRONMENTS = ["Test", "SC_group_1", "SC_group_2"]
     CLASSES = ("bulldog", "corgi", "dachshund", "labrador")
+    num_classes = len(CLASSES)
     NORMALIZATION = STATISTICS["imagenet"]
     NEEDS_FILES = True
     SOURCE = Source("size unknown", "by hand", "see its page",
                     "https://github.com/aengusl/spawrious", layout="<0 or 1>/<background>/<breed>/")
-    #: The order in which backgrounds are listed below.
+    #: The breeds' order in the lists of backgrounds below.
     BREEDS = ("bulldog", "dachshund", "labrador", "corgi")
     N_IMAGES = 3168
-    #: Backgrounds by breed in training and test, and the one that all breeds share in training.
+    #: Each breed's background in training and test, and the one that all share in training.
     TRAIN: tuple = ()
     TEST: tuple = ()
     FILLER = ""
@@ -51,7 +52,6 @@ class _Spawrious(MultipleDomainDataset):
             self._training_group(root, group), self.CLASSES, training_transform, plain_transform)
             for group in (0, 1)]
         self.input_shape = (3, size, size)
-        self.num_classes = len(self.CLASSES)
 
     def _samples(self, root: Path, folder: int, background: str, breed: str,
                  limit: int | None = None) -> list[tuple[str, int]]:

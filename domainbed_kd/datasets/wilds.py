@@ -1,4 +1,4 @@
-"""Two datasets of the package wilds, which reads and fetches their files."""
+"""Two datasets from the package wilds, which fetches and reads their files."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class _WILDSDomain:
 
 
 class _WILDS(MultipleDomainDataset):
-    """A dataset of the package wilds, one domain per value of a metadata field."""
+    """A dataset from the package wilds, with a domain per value of a metadata field."""
 
     INPUT_SHAPE = (3, 224, 224)
     NORMALIZATION = STATISTICS["imagenet"]
@@ -59,7 +59,7 @@ class _WILDS(MultipleDomainDataset):
 
 
 class WILDSCamelyon(_WILDS):
-    """Is there a tumour in the slide? Five hospitals (Koh et al., ICML 2021)."""
+    """Tumour detection in slides from five hospitals (Koh et al., ICML 2021)."""
 
     ENVIRONMENTS = ["hospital_0", "hospital_1", "hospital_2", "hospital_3", "hospital_4"]
     CLASSES = ("normal_tissue", "tumor_tissue")
@@ -69,14 +69,14 @@ class WILDSCamelyon(_WILDS):
 
     @staticmethod
     def load(root: Path):
-        """Camelyon17 in `root/camelyon17_v1.0`, as wilds names it."""
+        """Camelyon17 from `root/camelyon17_v1.0`, wilds' name for it."""
         from wilds.datasets.camelyon17_dataset import Camelyon17Dataset
 
         return Camelyon17Dataset(root_dir=str(root))
 
 
 class WILDSFMoW(_WILDS):
-    """62 uses of land and buildings seen from above, in six regions (Koh et al., ICML 2021)."""
+    """62 uses of land and buildings in satellite images of six regions (Koh et al., ICML 2021)."""
 
     ENVIRONMENTS = ["region_0", "region_1", "region_2", "region_3", "region_4", "region_5"]
     CLASSES = tuple("""
@@ -97,7 +97,7 @@ class WILDSFMoW(_WILDS):
 
     @staticmethod
     def load(root: Path):
-        """FMoW in `root/fmow_v1.1`, as wilds names it."""
+        """FMoW from `root/fmow_v1.1`, wilds' name for it."""
         from wilds.datasets.fmow_dataset import FMoWDataset
 
         return FMoWDataset(root_dir=str(root))

@@ -1,4 +1,4 @@
-"""Every flag of a run, declared once: what `train` takes, `sweep` hands on and records keep."""
+"""Every flag of a run, declared once: for `train`, for `sweep`, and for records."""
 
 import argparse
 import functools
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from domainbed_kd.console import parse_hparams
 
-# Whether a flag's value is in each record's args: always, as DomainBed's are; only if it is given,
-# as DomainBed's records lack it; or never.
+# Whether records keep a flag's value in their args: always, as for DomainBed's flags; only if it
+# is given, as DomainBed's records lack it; or never.
 ALWAYS, IF_GIVEN, NEVER = "always", "if given", "never"
 
 
@@ -20,18 +20,18 @@ class Flag(NamedTuple):
 
     name: str
     help: str
-    #: Its value's type; bool for a switch.
+    #: Converts its value; bool for a switch.
     type: Callable = str
     #: The value if it is not given, or if a record lacks it.
     default: object = None
     #: ALWAYS, IF_GIVEN or NEVER.
     on_record: str = ALWAYS
-    #: Whether runs that differ in it are different runs, which cannot continue each other.
+    #: Whether runs with different values are different runs, which cannot continue each other.
     is_identity: bool = False
-    #: Whether runs of one cell of a table must agree in it for their accuracies to be compared.
+    #: Whether the runs in a table's cell must agree in it to be comparable.
     is_setting: bool = False
-    #: Whether a sweep takes it for all of its runs. Flags on record are part of a folder's name:
-    #: with ALWAYS in any case, with IF_GIVEN if given.
+    #: Whether sweeps pass it to their runs. Recorded flags are then part of folder names: ALWAYS,
+    #: or IF_GIVEN.
     in_sweep: str | None = None
     #: Further arguments of `add_argument`.
     options: Mapping = {}
@@ -49,7 +49,7 @@ DOMAINBEDS = (
     Flag("dataset", "a dataset by name, or Folder:NAME for images of your own in "
                     "DATA_DIR/NAME/DOMAIN/CLASS/", default="RotatedMNIST", is_identity=True),
     Flag("algorithm", "an algorithm by name", default="ERM", is_identity=True),
-    Flag("steps", "updates in a run; the dataset's own number if absent or, as in DomainBed, 0",
+    Flag("steps", "updates in a run; absent or, as in DomainBed, 0: the dataset's own number",
          int, is_identity=True, is_setting=True, in_sweep=IF_GIVEN, options={"metavar": "N"}),
     Flag("hparams", "JSON object merged over the chosen hparams", is_identity=True,
          is_setting=True, in_sweep=IF_GIVEN, options={"metavar": "JSON"}),
@@ -61,7 +61,7 @@ DOMAINBEDS = (
     Flag("trial_seed", "seed of the splits and, with hparams_seed, of the random hparams", int, 0,
          is_identity=True),
     Flag("seed", "seed of everything else", int, 0, is_identity=True),
-    Flag("checkpoint_freq", "steps between evaluations; the dataset's own if absent or 0", int,
+    Flag("checkpoint_freq", "steps between evaluations; absent or 0: the dataset's own", int,
          is_identity=True, in_sweep=IF_GIVEN, options={"metavar": "N"}),
     Flag("test_envs", "numbers of the domains to hold out", int, [0], is_identity=True,
          options={"nargs": "+"}),
@@ -75,27 +75,27 @@ DOMAINBEDS = (
     Flag("save_model_every_checkpoint", "write model_stepN.pkl at each evaluation", bool, False),
 )
 OURS = (
-    Flag("teacher", "finished run whose model teaches, for methods that learn from one; with the "
-                    "hparam teachers, one for each run among them",
+    Flag("teacher", "folder of a finished run that teaches, for methods that learn from one; with "
+                    "the hparam teachers, one folder for each run among them",
          on_record=IF_GIVEN, is_identity=True, options={"metavar": "FOLDER", "nargs": "+"}),
-    Flag("recipe", "published experiment that these flags repeat: tables call its rows \"authors' "
-                   "protocol\" and keep them apart; see docs/recipes.md",
+    Flag("recipe", "published experiment that these flags repeat: tables mark its rows \"authors' "
+                   "protocol\" and keep them separate; see docs/recipes.md",
          on_record=IF_GIVEN, is_identity=True, in_sweep=IF_GIVEN, options={"metavar": "NAME"}),
-    Flag("resume", "auto continues an unfinished run; never starts again and appends",
+    Flag("resume", "auto continues an unfinished run; never restarts it and appends",
          default="auto", on_record=NEVER, options={"choices": ["auto", "never"]}),
     Flag("wait", "how long to wait for another process that trains in the folder", float, 2,
          on_record=NEVER, options={"metavar": "SECONDS"}),
-    Flag("allow_bad_teacher", "go on with a teacher that is near chance or has other classes",
+    Flag("allow_bad_teacher", "accept a teacher that is near chance or has other classes",
          bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
     Flag("diagnostics", "record weight distance, mutual information, calibration and agreement "
                         "with the teacher at each evaluation; see docs/analysis.md",
          bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
-    Flag("save_logits", "keep the predictions that model selection looks at, at each evaluation, "
-                        "in logits/stepN.npz (float16); see docs/analysis.md",
+    Flag("save_logits", "at each evaluation, save the predictions that model selection uses in "
+                        "logits/stepN.npz (float16); see docs/analysis.md",
          bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
-    Flag("seal", "keep accuracies on test domains in sealed.jsonl, out of all that is printed, "
-                 "logged and tabulated; `collect_results --unseal` reads them and writes down that "
-                 "it did; see docs/protocol.md", bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
+    Flag("seal", "write accuracies on test domains to sealed.jsonl only: they are not printed, "
+                 "logged or tabulated; `collect_results --unseal` reads them and records that it "
+                 "did; see docs/protocol.md", bool, False, IF_GIVEN, in_sweep=IF_GIVEN),
     Flag("log_test_domains", "show accuracies on the test domains in TensorBoard too",
          bool, False, NEVER, in_sweep=IF_GIVEN),
     Flag("wandb", "log to Weights & Biases too, offline unless WANDB_MODE=online",
@@ -103,53 +103,53 @@ OURS = (
     Flag("fast", "train in bfloat16, channels last, with augmentation as tensor operations, and "
                  "evaluate only what model selection reads; see docs/speed.md",
          bool, False, IF_GIVEN, is_identity=True, is_setting=True, in_sweep=IF_GIVEN),
-    Flag("auto_lr", "choose ERMPlusPlus's learning rates on held-out images, then train anew on "
-                    "all images, as DomainBed's train_autolr does; see docs/methods/ermplusplus.md",
+    Flag("auto_lr", "choose ERMPlusPlus's learning rates on held-out images, then retrain on all "
+                    "images, as DomainBed's train_autolr does; see docs/methods/ermplusplus.md",
          bool, False, IF_GIVEN, is_identity=True, is_setting=True, in_sweep=IF_GIVEN),
-    Flag("compile", "with --fast: compile each run's featurizer, for a minute or two; needs a C++ "
-                    "compiler", bool, False, IF_GIVEN, is_identity=True, in_sweep=IF_GIVEN),
-    Flag("image_cache", "folder where decoded images are kept for all runs, 3 bytes a pixel; "
-                        "results do not depend on it; see docs/speed.md",
+    Flag("compile", "with --fast: compile each run's featurizer, which takes a minute or two and "
+                    "a C++ compiler", bool, False, IF_GIVEN, is_identity=True, in_sweep=IF_GIVEN),
+    Flag("image_cache", "folder for decoded images, shared by all runs, 3 bytes a pixel; results "
+                        "do not depend on it; see docs/speed.md",
          on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "DIR"}),
-    Flag("teacher_cache", "keep what frozen teachers make of images without augmentation, for all "
-                          "runs; needs the hparam canonical_view; see docs/speed.md",
+    Flag("teacher_cache", "folder for frozen teachers' outputs on images without augmentation, "
+                          "shared by all runs; needs the hparam canonical_view; see docs/speed.md",
          on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "DIR"}),
-    Flag("loader_processes", "processes that read a run's images, no more than there are cores; "
-                             "default: 0, but on a GPU as many as the run has threads, up to 8 "
-                             "for each training domain; results do not depend on it",
+    Flag("loader_processes", "processes that read a run's images, at most one per core; default: "
+                             "0, but on a GPU one for each thread of the run, up to 8 for each "
+                             "training domain; results do not depend on it",
          int, on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "N"}),
-    Flag("gpu_image_gb", "how much of a GPU's memory images may take, in GB, so that they are read "
-                         "once; 0 keeps none there; default: 8; see docs/speed.md",
+    Flag("gpu_image_gb", "GPU memory for images, in GB, so that they are read once; 0 keeps none "
+                         "there; default: 8; see docs/speed.md",
          float, on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "GB"}),
-    Flag("format", "also write model.safetensors: the tensors by name, and all else that "
-                   "model.pkl has as JSON in the file's metadata",
+    Flag("format", "also write model.safetensors: tensors by name, and the rest of model.pkl as "
+                   "JSON in the file's metadata",
          on_record=IF_GIVEN, in_sweep=IF_GIVEN, options={"choices": ["safetensors"]}),
-    Flag("plugin", "module or .py file with algorithms, datasets or, for sweeps, launchers of "
-                   "your own; may be given again",
+    Flag("plugin", "module or .py file with your own algorithms, datasets or, for sweeps, "
+                   "launchers; may be repeated",
          default=[], on_record=NEVER, in_sweep=IF_GIVEN,
          options={"action": "append", "metavar": "MODULE"}),
-    Flag("fork", "folder of a DomainBed fork, which holds its package domainbed: its algorithms "
-                 "can be named too; ours keep their names",
+    Flag("fork", "folder of a DomainBed fork, with its package domainbed, whose algorithms are "
+                 "then available too; our algorithms keep their names",
          _fork, [], NEVER, in_sweep=IF_GIVEN,
          options={"action": "append", "metavar": "FOLDER", "dest": "plugin"}),
 )
 FLAGS = {flag.name: flag for flag in (*DOMAINBEDS, *OURS)}
 
-#: Args in which runs of one cell must agree for their accuracies to be compared.
+#: Args in which the runs in a table's cell must agree to be comparable.
 SETTINGS = tuple(flag.name for flag in FLAGS.values() if flag.is_setting)
-# Args on record that are neither lists nor objects.
+# Recorded args whose values are neither lists nor objects.
 _ONE_VALUE = tuple(flag.name for flag in FLAGS.values()
                    if flag.on_record != NEVER and "nargs" not in flag.options)
 #: The most domains that a dataset may have; readers count up to the largest number.
 MOST_ENVS = 1000
-# Nor is any number of steps or seed larger.
+# A bound on recorded steps and seeds.
 _MOST = 2 ** 63
 
 
 def add_flags(group, flags: Iterable[Flag], for_sweep: bool = False) -> None:
     """Adds flags to a parser or to one of its groups.
 
-    With `for_sweep`, only those that a sweep hands on; what is not given is then None.
+    With `for_sweep`, only those that a sweep passes on; flags not given are then None.
     """
     for flag in flags:
         if for_sweep and not flag.in_sweep:
@@ -168,7 +168,7 @@ def add_flags(group, flags: Iterable[Flag], for_sweep: bool = False) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses values that no run can use, of the flags of `train` or those that `sweep` shares."""
+    """Refuses values that no run can use, of the flags that `train` and `sweep` share."""
     if not args.output_dir:
         raise ValueError("--output_dir is empty; it takes a folder.")
     for name in ("steps", "checkpoint_freq", "loader_processes", "gpu_image_gb"):
@@ -196,7 +196,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Refuses values that no run can use, of flags that only `train` takes, and then as `check`."""
+    """As `check`, and for the flags that only `train` takes."""
     check(args)
     if not 0 <= args.wait < math.inf:
         raise ValueError(f"--wait is {args.wait}; it takes a number of seconds from 0 up.")
@@ -207,7 +207,7 @@ def check_run(args: argparse.Namespace) -> None:
 
 
 def on_record(args: argparse.Namespace) -> dict:
-    """The flags that a run's records keep, by name."""
+    """The args that a run's records keep."""
     values = {name: getattr(args, name) for name, flag in FLAGS.items() if flag.on_record != NEVER}
     if args.teacher and len(args.teacher) == 1:
         values["teacher"] = args.teacher[0]
@@ -216,19 +216,19 @@ def on_record(args: argparse.Namespace) -> dict:
 
 
 def of_sweep(args: argparse.Namespace) -> dict:
-    """The args that a sweep's flags put on each run's record; folders are named by them."""
+    """The args that a sweep's flags add to each run's records and folder name."""
     return {name: value for name, flag in FLAGS.items() if flag.in_sweep and flag.on_record != NEVER
             and ((value := getattr(args, name)) is not None or flag.in_sweep == ALWAYS)}
 
 
 def off_record(args: argparse.Namespace) -> list[str]:
-    """The words of a train command for a sweep's flags that are not on record."""
+    """The words of a train command for a sweep's flags that are not recorded."""
     return words({name: getattr(args, name) for name, flag in FLAGS.items()
                   if flag.in_sweep and flag.on_record == NEVER and name != "fork"})
 
 
 def words(args: Mapping) -> list[str]:
-    """The words of a command line that gives these args; None and False are left out."""
+    """The words of a command line with these args; None and False are left out."""
     found = []
     for name, value in args.items():
         if isinstance(value, bool):
@@ -243,13 +243,13 @@ def words(args: Mapping) -> list[str]:
 
 
 def _words(name: str, value) -> list[str]:
-    # argparse takes a word that starts with a dash for a flag, and a sweep one with @ for a file.
+    # A word that starts with a dash would be a flag, and one with @, in a sweep, a file.
     return ([f"--{name}={value}"] if str(value).startswith(("-", "@"))
             else [f"--{name}", str(value)])
 
 
 def are_args(args) -> bool:
-    """Whether args, which anybody may have written, say what a run trains, in sane values."""
+    """Whether args from an untrusted file say what a run trains, in valid values."""
     try:
         envs = args["test_envs"]
         if not all(isinstance(i, int) and 0 <= i < MOST_ENVS for i in envs):
@@ -265,7 +265,7 @@ def are_args(args) -> bool:
 
 
 def of_words(train: Iterable[str]) -> dict:
-    """The args of a train command, from its words after the module's name."""
+    """The args of a train command, given its words after the module's name."""
     return vars(_parser().parse_known_args(list(train))[0])
 
 
@@ -277,10 +277,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def identity(args: Mapping) -> dict[str, Hashable]:
-    """The args on record that two runs must share to be the same run.
+    """The recorded args that two runs must share to be the same run.
 
-    The folders of data and results are not part of it, nor is what a run keeps beside its records.
-    A teacher counts by its folder's name.
+    Folders of data and results are not among them, nor are flags that only save more files. A
+    teacher is identified by its folder's name.
     """
     found = {}
     for name, flag in FLAGS.items():
@@ -295,7 +295,7 @@ def identity(args: Mapping) -> dict[str, Hashable]:
 
 
 def teachers(args: Mapping) -> list[str]:
-    """The folders of the teachers in a run's args on record, where a single one is a string."""
+    """The teachers' folders in a run's recorded args, where a single one is a string."""
     found = args.get("teacher") or []
     return [str(folder) for folder in (found if isinstance(found, list) else [found])]
 

@@ -1,10 +1,10 @@
 """Claims on a run's folder: a lock, and a heartbeat for machines that do not see the lock.
 
-The lock of out.txt is exact: the system frees it however its process ends. It reaches every
-process on a machine, and other machines over file systems that share locks (NFS 4, Lustre with
-`flock`). For those that do not, the process touches the file `heartbeat` every BEAT_S seconds; one
-of another machine counts until STALE_S seconds after its last beat, by clocks that should agree to
-within as many seconds.
+The lock on out.txt is exact: the system frees it however the process ends. All processes on a
+machine see it, and so do other machines on file systems that share locks (NFS 4, Lustre with
+`flock`). For other file systems, the process touches the file `heartbeat` every BEAT_S seconds.
+Another machine's heartbeat counts until STALE_S seconds after its last beat; the machines' clocks
+should agree to within STALE_S.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from domainbed_kd.folder.args import FLAGS
 
 BEAT_S = 20
 STALE_S = 120
-# How long a process waits for a claim, which another may hold for a moment to look at it.
+# How long a process waits for a claim, as `holder` in another may hold the lock for a moment.
 WAIT_S = FLAGS["wait"].default
-# Two processes that take over the same stale heartbeat find out within this time.
+# Two processes that take over the same stale heartbeat notice within this time.
 SETTLE_S = 2
-# The exit status of a train that was told to stop, and has saved its state: 128 + SIGTERM, as a
-# shell would report it.
+# The exit status of a train command that a signal stopped, with its state saved: 128 + SIGTERM, as
+# in a shell.
 STOPPED = 143
-# That of a train that found another process at work in its folder: EX_TEMPFAIL of sysexits.h.
+# That of one that found another process training in its folder: EX_TEMPFAIL of sysexits.h.
 BUSY = 75
 
 
@@ -43,7 +43,7 @@ class Busy(ValueError):
 
 
 def holder(folder: str | Path) -> str | None:
-    """The machine of the process that trains in a folder, as of now; None if there is none."""
+    """The machine whose process is training in a folder; None if there is none."""
     beat = _beat(Path(folder))
     out = f"{folder}/{files.OUT}"
     if not os.path.isfile(out):
@@ -56,7 +56,7 @@ def holder(folder: str | Path) -> str | None:
 
 
 def clear(folder: str | Path) -> None:
-    """Removes the heartbeat of a process that was killed, if nobody trains in the folder."""
+    """Removes a killed process's heartbeat, if no process is training in the folder."""
     path = Path(folder, files.HEARTBEAT)
     if path.exists() and holder(folder) is None:
         path.unlink(missing_ok=True)
@@ -66,11 +66,11 @@ def clear(folder: str | Path) -> None:
 def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
     """Inside, no other process trains in the folder, which must exist.
 
-    Another gets `wait_s` seconds to end, or its heartbeat to grow stale.
+    Waits up to `wait_s` seconds for another process to end, or for its heartbeat to become stale.
 
     Raises:
-        Busy: if another process has it for longer.
-        ValueError: if something in the folder is in the place of one of a run's files.
+        Busy: if another process holds the folder for longer.
+        ValueError: if one of a run's files is something else, such as a folder.
     """
     deadline = time.monotonic() + wait_s
     try:
@@ -91,7 +91,6 @@ def held(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
 
 
 def _refuse_irregular(folder: Path) -> None:
-    """Refuses a folder in which something else is in the place of one of a run's files."""
     for name in files.REGULAR:
         if (folder / name).exists() and not (folder / name).is_file():
             raise ValueError(f"{folder / name} is not a regular file. Delete it, or choose "
@@ -112,7 +111,7 @@ def _lock(file, kind: int) -> bool | None:
 
 
 def _boot() -> str:
-    """An id of this machine that changes when it is restarted."""
+    """An id of this machine that changes with each restart."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else socket.gethostname()
 
@@ -134,8 +133,8 @@ def _beat(folder: Path) -> dict | None:
 
 
 def _counts(beat: dict | None, locked: bool | None) -> bool:
-    """Whether a heartbeat means that somebody is at work, if the lock is free or unknown."""
-    if beat is None or abs(beat["age"]) > STALE_S:  # from the future: by a clock that was wrong
+    """Whether a heartbeat shows a live process, if the lock is free or unsupported."""
+    if beat is None or abs(beat["age"]) > STALE_S:  # negative if a clock was wrong
         return False
     return locked is None or beat["boot"] != _boot()
 
@@ -169,19 +168,19 @@ def _written(path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        error.filename = str(path)  # a write that fails does not say where
+        error.filename = str(path)  # a failed write does not name its file
         raise
     return True
 
 
 @contextlib.contextmanager
 def _beating(path: Path) -> Iterator[None]:
-    """Inside, a thread touches the heartbeat; afterwards it is gone."""
+    """Inside, a thread touches the heartbeat; afterwards it is removed."""
     stop = threading.Event()
 
     def beat():
         while not stop.wait(BEAT_S):
-            with contextlib.suppress(FileNotFoundError):  # the folder is gone: the run will say so
+            with contextlib.suppress(FileNotFoundError):  # the run reports a missing folder
                 os.utime(path)
 
     thread = threading.Thread(target=beat, daemon=True)

@@ -1,4 +1,4 @@
-"""A run's teachers, by its hparams `teachers` and `teacher`, and the name of its table row.
+"""A run's teachers, from its hparams `teachers` and `teacher`, and the name of its table row.
 
 `teachers` adds teachers to any algorithm, see `algorithms.composed`; `teacher` replaces the sweep's
 ERM run as the teacher of a method such as KD.
@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from domainbed_kd.console import parse_hparams
 
-#: What can be copied from a teacher: {hparam `distill`: the name that rows show}.
+#: What to distil: {value of the hparam `distill`: its name in table rows}.
 DISTILL = {"logit": "KD", "feature": "Feature", "relation": "Relation", "text": "Text"}
-#: How several teachers are one.
+#: Ways to combine several teachers.
 MIXES = ("sum", "mean", "accuracy")
 #: Prefixes of state that teachers and schedules add, which predictions do not need.
 STATE = ("taught.", "schedule.")
-#: Hparams of the student alone, which its teachers do not share.
+#: Hparams of the student that its teachers do not share.
 OWN = ("teacher", "teachers", "distill", "distill_weight", "distill_temperature", "teacher_mix",
        "teacher_template", "base_weight", "averaging", "sma_start", "beta_average", "beta_start")
 # Hparams that choose the network or its weights.
@@ -29,21 +29,21 @@ _FORMS = ('a teacher is "run:ALGORITHM", {"run": ALGORITHM, "hparams": {...}, "s
 class Teacher(NamedTuple):
     """One teacher."""
 
-    #: "run", which the sweep trains; "folder", of a finished run; or "clip".
+    #: "run" that the sweep trains, "folder" of a finished run, or "clip".
     kind: str
-    #: Of the algorithm, the folder or the CLIP; None for the CLIP that fits the dataset.
+    #: The name of the algorithm, folder or CLIP; None for the CLIP that fits the dataset.
     name: str | None
-    #: Of a run, over those that it shares with its student.
+    #: For a run: hparams that override those shared with its student.
     hparams: dict = {}
-    #: Of a run, instead of its student's.
+    #: For a run: its steps; None for its student's.
     steps: int | None = None
-    #: Whether a run trains on what its student holds out, and holds out the student's domains.
+    #: For a run: whether it trains on the student's test domains and holds out the others.
     swapped: bool = False
-    #: What rows call it.
+    #: Its name in table rows.
     shown: str = ""
 
     def hparams_of_run(self, student: dict) -> dict:
-        """A run's hparams, as --hparams has them, given its student's."""
+        """The run's --hparams, given its student's."""
         without = OWN + (_NETWORK if "backbone" in self.hparams else ())
         return {name: value for name, value in student.items() if name not in without
                 } | self.hparams
@@ -53,7 +53,7 @@ def teachers(hparams: dict) -> list[Teacher]:
     """The teachers that hparams ask for, in order.
 
     Raises:
-        ValueError: if one is none of the forms that there are.
+        ValueError: if one is malformed.
     """
     asked = hparams.get("teachers") or []
     if not isinstance(asked, list):
@@ -62,11 +62,11 @@ def teachers(hparams: dict) -> list[Teacher]:
 
 
 def teacher_of_method(hparams: dict) -> Teacher | None:
-    """The run that a method such as KD asks to learn from; None for the sweep's ERM run."""
+    """The run that teaches a method such as KD; None for the sweep's ERM run."""
     asked = hparams.get("teacher")
     if isinstance(asked, dict) or isinstance(asked, str) and asked.startswith(("run:", "timm:")):
         return _teacher(asked)
-    return None  # a folder, or in Python a module
+    return None  # a folder or, in Python, a module
 
 
 def _teacher(asked) -> Teacher:
@@ -100,13 +100,13 @@ def _teacher(asked) -> Teacher:
 
 @functools.lru_cache(maxsize=10000)
 def without_own(text: str) -> str | None:
-    """Hparams as JSON without those that the row's name shows; None if nothing is left."""
+    """Hparams as JSON without those in OWN, which the row's name shows; None if nothing is left."""
     left = {name: value for name, value in parse_hparams(text).items() if name not in OWN}
     return json.dumps(left) if left else None
 
 
 def search_space(hparams: dict) -> dict:
-    """{name: (default, draw)} of the hparams that teachers on top add; none without teachers."""
+    """{name: (default, draw)} of the hparams that added teachers need; empty without teachers."""
     if not hparams.get("teachers"):
         return {}
     return {
@@ -122,7 +122,7 @@ def words(hparams: dict) -> list[str]:
 
 
 def others(hparams: dict) -> list[str]:
-    """The names of the added teachers that are not runs of a sweep; none if they are malformed."""
+    """The names of added teachers that a sweep does not train; empty if they are malformed."""
     try:
         return [each.shown for each in teachers(hparams) if each.kind != "run"]
     except ValueError:
@@ -132,7 +132,7 @@ def others(hparams: dict) -> list[str]:
 def row(algorithm: str, hparams: dict) -> str:
     """The table row of an algorithm with these hparams, such as "CORAL + KD(SWAD) + SMA".
 
-    Malformed teachers are left out, as anybody may have written the records.
+    Malformed teachers are left out, as records may come from an untrusted file.
     """
     try:
         return _row(algorithm, hparams)

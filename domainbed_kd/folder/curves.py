@@ -1,6 +1,6 @@
 """A run's records: which lines are valid, their columns, and which one is selected.
 
-Tables are made of columns (`Curve`), at a fraction of the memory that whole records take.
+Tables use columns (`Curve`), which take a fraction of the memory of whole records.
 """
 
 import functools
@@ -22,9 +22,9 @@ from domainbed_kd.folder.foreign import parse_json
 MENDED = " (mended)"
 #: Marks rows whose runs repeat a published experiment.
 AUTHORS = " (authors' protocol)"
-#: The problem of a record whose test accuracies `train --seal` put elsewhere.
+#: The problem of a record whose test accuracies are in sealed.jsonl, by `train --seal`.
 SEALED = "its test accuracies are sealed"
-# Beyond this step a record is damaged.
+# A record with a larger step is damaged.
 MOST_STEPS = 2 ** 53
 
 
@@ -35,17 +35,17 @@ class Curve(NamedTuple):
     hparams: dict
     #: How to choose among the records: "last" (SWAD), or None.
     selection: str | None
-    #: {"step": of each record, "env0_in_acc": in [0, 1] of each record, ...}.
+    #: {"step": one value for each record, "env0_in_acc": likewise, in [0, 1], ...}.
     columns: dict[str, tuple]
-    #: The problem of a bad teacher that the run learnt from anyway; None if there was none.
+    #: The problem of a bad teacher that was accepted; None if there was none.
     teacher_problem: str | None = None
-    #: The metric on record, see `tasks.Task.on_record`; None for accuracy.
+    #: The recorded metric, see `tasks.Task.on_record`; None for accuracy.
     metric: str | None = None
-    #: Of a run that holds out three domains or more, the one of this search.
+    #: The search's test domain, if the run holds out three or more.
     env: int | None = None
 
     def records(self) -> Iterator[dict]:
-        """The records, without losses, times and teachers, which are not kept."""
+        """The records, without losses, times and teachers."""
         same = {"args": self.args, "hparams": self.hparams}
         if self.selection is not None:
             same["selection"] = self.selection
@@ -62,12 +62,12 @@ def n_records(curves: Iterable[Curve]) -> int:
 
 def of_records(records: Iterable[dict], broken: list[tuple[int, str]] | None = None
                ) -> list[Curve]:
-    """The curves of records, run after run, in the order given.
+    """The curves of records, in the order given.
 
     Args:
-        records: as results.jsonl holds them.
-        broken: receives the number, from 1, and the problem of each record that `problem`
-            refuses, which is left out; without it no record is checked.
+        records: from results.jsonl, run after run.
+        broken: receives (number from 1, problem) of each record that `problem` refuses and that
+            is therefore left out; without it, records are not checked.
     """
     found = []
     last = None
@@ -97,12 +97,12 @@ def teacher_problem(record: dict) -> str | None:
 
 @functools.cache
 def columns(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """The keys of a record that are kept as columns."""
+    """The keys of a record that a curve keeps as columns."""
     return "step", *(key for key in keys if key.endswith("_acc"))
 
 
 def describe_broken(path: str | Path, broken: list[tuple[int, str]]) -> str:
-    """The first line of a results.jsonl that is skipped, its problem, and how many more are."""
+    """Describes the skipped lines of a results.jsonl: the first, its problem, and how many more."""
     number, what = broken[0]
     more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
     return f"{path}: line {number}{more}: {what}"
@@ -114,8 +114,8 @@ def problem(record, may_be_sealed: bool = False) -> str:
     Accuracies must be finite numbers in [0, 1]. ERM++'s second stage has only `fd_` accuracies.
 
     Args:
-        record: whatever a line says.
-        may_be_sealed: take one of `train --seal`, which has none of its test domains.
+        record: the content of a line, whatever it is.
+        may_be_sealed: accept a record of `train --seal`, which lacks its test domains.
     """
     unlike = "not a record like DomainBed's"
     try:
@@ -147,7 +147,7 @@ def problem(record, may_be_sealed: bool = False) -> str:
 @functools.cache
 def _accuracies(names: tuple[str, ...], test_envs: tuple[int, ...],
                 splits: tuple[str, ...]) -> list[str]:
-    """The accuracies among the names; empty if some that these test envs need are missing.
+    """The accuracies among the names; empty if required ones are missing.
 
     A test domain needs both splits, and every domain needs these `splits`.
     """
@@ -163,15 +163,15 @@ def _accuracies(names: tuple[str, ...], test_envs: tuple[int, ...],
 
 @functools.cache
 def n_envs(names: tuple[str, ...]) -> int:
-    """How many environments the accuracies with these names are of."""
+    """How many environments have accuracies among these names."""
     return len({name.split("_")[0] for name in names
                 if name.startswith("env") and name.endswith(("_in_acc", "_out_acc"))})
 
 
 def row(args: dict) -> str:
-    """The table row of a run with these arguments: its algorithm, or "CORAL + KD(SWAD) + SMA".
+    """The table row of a run with these args, such as "ERM" or "CORAL + KD(SWAD) + SMA".
 
-    It shows what hparams add to the algorithm, see `composition.row`, " (mended)" if they fix a
+    It shows what hparams add to the algorithm (see `composition.row`), " (mended)" if they fix a
     defect of DomainBed's, and " (authors' protocol)" for a recipe.
     """
     name, text = args["algorithm"], args.get("hparams")
@@ -182,7 +182,7 @@ def row(args: dict) -> str:
 
 @functools.lru_cache(maxsize=10000)
 def _on_top(text: str) -> str:
-    """The addition to the algorithm's name in a row by hparams, as JSON."""
+    """What hparams, as JSON, add to the algorithm's name in a row."""
     if not any(word in text for word in ("mended", "upstream_exact", "teacher", "averaging")):
         return ""
     try:
@@ -205,7 +205,7 @@ class Search(list):
 
 
 def searches(curves: Iterable[Curve]) -> dict[tuple[int, str, str, int], Search]:
-    """The curves by (trial_seed, dataset, algorithm, test env), in the order of first sight.
+    """The curves by (trial_seed, dataset, algorithm, test env), in order of first appearance.
 
     A run with two test envs belongs to two searches.
     """
@@ -219,13 +219,10 @@ def searches(curves: Iterable[Curve]) -> dict[tuple[int, str, str, int], Search]
     return dict(found)
 
 
-# Whole records, as results.jsonl has them, and which of a run's counts.
-
-
 def read_records(run: str | Path, skipped: list[str] | None = None) -> list[dict]:
-    """A run's records with every value; `skipped` is as for `results.to_frame`.
+    """A run's records with all values; `skipped` is as for `results.to_frame`.
 
-    Sealed ones lack the accuracies on their test domains.
+    Sealed records lack the accuracies on their test domains.
     """
     path, found, broken = Path(run, files.RESULTS), [], []
     for number, line in enumerate(files.read_bytes(path).splitlines(), 1):
@@ -246,20 +243,17 @@ def read_records(run: str | Path, skipped: list[str] | None = None) -> list[dict
 
 
 def say_skipped(left_out: list[str]) -> None:
-    """Names on stderr what was left out, one line each."""
+    """Lists on stderr what was left out, one line each."""
     for line in left_out:
         print(f"skipped {line}", file=sys.stderr)
-
-
-# Which checkpoint counts.
 
 
 def choose(candidates: Iterable[tuple[int, float, Any]], only_last: bool
            ) -> tuple[int, float, Any] | None:
     """DomainBed's rule: the first of (step, validation accuracy, ...) with the best accuracy.
 
-    With `only_last`, for records that say `"selection": "last"` (SWAD), it is the one with the
-    highest step, of equals the last. None if there are none.
+    With `only_last`, for records with `"selection": "last"` (SWAD), the one with the highest step,
+    ties to the last. None if there are none.
     """
     if only_last:
         candidates = sorted(candidates, key=operator.itemgetter(0))[-1:]
@@ -268,15 +262,15 @@ def choose(candidates: Iterable[tuple[int, float, Any]], only_last: bool
 
 @functools.cache
 def validation_columns(names: tuple[str, ...], test_envs: tuple[int, ...]) -> dict[int, str]:
-    """{training domain: name of its out-split's accuracy}, of a record with these names."""
+    """{training domain: name of its out-split's accuracy} in a record with these names."""
     every = itertools.takewhile(  # a sealed record has none of its test domains
         lambda i: f"env{i}_out_acc" in names or i in test_envs, itertools.count())
     return {i: f"env{i}_out_acc" for i in every if i not in test_envs}
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, to the last bit of NumPy's, in a tenth of its time."""
-    if len(values) >= 8:  # from here on NumPy does not add one after the other
+    """NumPy's mean, to the last bit, in a tenth of the time."""
+    if len(values) >= 8:  # from here on NumPy does not add sequentially
         import numpy as np
 
         return float(np.add.reduce(values)) / len(values)
@@ -289,7 +283,7 @@ def mean(values: Sequence[float]) -> float:
 def selected(records: list[dict]) -> dict | None:
     """The record of a run that training-domain validation selects.
 
-    None if no validation accuracy is a number.
+    None if all validation accuracies are NaN.
     """
     candidates = [(record["step"], accuracy, record) for record in records
                   if not math.isnan(accuracy := validation_accuracy(record))]

@@ -1,7 +1,7 @@
-"""The files of a run: their names, one reader and one writer. Nothing else names them.
+"""The files of a run: their names, one reader and one writer. No other module names them.
 
-Anybody may have written what is in a folder: only regular files are read (a FIFO would hang the
-reader), and JSON only within bounds that later steps can handle.
+A folder's content is untrusted: only regular files are read (a FIFO would block the reader), and
+JSON only within bounds that later steps can handle.
 """
 
 import contextlib
@@ -17,30 +17,30 @@ from typing import BinaryIO, TextIO
 from domainbed_kd.folder.args import FLAGS, NEVER, are_args
 from domainbed_kd.folder.foreign import parse_json
 
-#: A line of JSON for each evaluation; those of an attempt that cannot be continued.
+#: A line of JSON for each evaluation; the same of an attempt that could not be continued.
 RESULTS, OLD_RESULTS = "results.jsonl", "results.jsonl.old"
-#: What `train --seal` keeps out of RESULTS, by step.
+#: Accuracies that `train --seal` keeps out of RESULTS, by step.
 SEALED = "sealed.jsonl"
-#: What a run prints. Who trains in the folder locks OUT.
+#: What a run prints. The process that trains in the folder locks OUT.
 OUT, ERR = "out.txt", "err.txt"
-#: Why a run failed, in a line, until it is started again; there once it has finished.
+#: Why a run failed, in one line, until it is restarted; exists once the run has finished.
 FAILED, DONE = "failed", "done"
-#: What a sweep wants to train in the folder; what the run cost.
+#: The args that a sweep will train in the folder; the run's cost.
 ARGS, MEMORY = "args.json", "memory.json"
-#: The state that a restart needs; the predictor, also as safetensors; the kept predictions.
+#: The state that a restart needs; the predictor, also as safetensors; the saved predictions.
 STATE, MODEL, SAFETENSORS, LOGITS = "resume.pt", "model.pkl", "model.safetensors", "logits"
-#: A few images of the test domains with their masks and the predicted ones; of segmentation only.
+#: Segmentation only: a few test images with their masks and the predicted masks.
 PICTURES = "pictures.npz"
 #: Touched by the process that trains in the folder; see claims.py.
 HEARTBEAT = "heartbeat"
-#: Those that a run reads or writes, and that must be regular files.
+#: Files that a run reads or writes, which must be regular files.
 REGULAR = (RESULTS, SEALED, OUT, ERR, FAILED, DONE, ARGS, MEMORY, STATE, MODEL, SAFETENSORS,
            HEARTBEAT)
 
-# Of a file that is read whole, and of one line, in bytes.
+# The largest file that is read whole, and how much is read at a time, in bytes.
 MOST_BYTES = 2**26
 _BLOCK = 2**16
-# Arguments in out.txt that are not text; the others are shown as they are.
+# Args in out.txt that are numbers; the others are text.
 _NOT_TEXT = {name for name, flag in FLAGS.items()
              if flag.on_record != NEVER and flag.type in (int, float)}
 _WORDS = {"None": None, "True": True, "False": False}
@@ -50,8 +50,7 @@ def open_regular(path: str | Path) -> io.FileIO:
     """A regular file, or a link to one, open for reading.
 
     Raises:
-        OSError: if it cannot be opened or is anything else, such as a FIFO, on which it would
-            have to wait.
+        OSError: if it cannot be opened, or is anything else, such as a FIFO, which would block.
     """
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -70,7 +69,7 @@ def read_bytes(path: str | Path) -> bytes:
     """The content of a regular file.
 
     Raises:
-        OSError: as `open_regular`, and if it is larger than any file of a run.
+        OSError: as `open_regular`, and if it is larger than MOST_BYTES.
     """
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > MOST_BYTES:
@@ -83,14 +82,11 @@ def read_json(path: str | Path):
     return parse_json(read_bytes(path))
 
 
-# Writing, which never waits for a reader.
-
-
 def open_to_write(path: str | Path, mode: str = "w") -> TextIO | BinaryIO:
-    """A file open for writing ("w") or appending ("a", "ab").
+    """A file open for writing ("w") or appending ("a", "ab"); never waits for a reader.
 
     Raises:
-        OSError: if it cannot be opened, or is a FIFO that nobody reads.
+        OSError: if it cannot be opened, or is a FIFO without a reader.
     """
     return open(path, mode, encoding=None if "b" in mode else "utf-8",
                 errors=None if "b" in mode else "replace",
@@ -98,7 +94,7 @@ def open_to_write(path: str | Path, mode: str = "w") -> TextIO | BinaryIO:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary file beside `path`, then renames that."""
+    """Calls `write` on a temporary file in the same folder, then renames that to `path`."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(beside)
@@ -106,20 +102,20 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails does not say where
+        error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
     finally:
         beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content) -> None:
-    """Writes a file of JSON, whole or not at all."""
+    """Writes a JSON file atomically."""
     text = json.dumps(content, sort_keys=True) + "\n"
     write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_arrays(path: Path, arrays: dict) -> None:
-    """Writes an .npz file, compressed, whole or not at all; its folder is made."""
+    """Writes a compressed .npz file atomically, and makes its folder."""
     import numpy as np
 
     def write(beside: Path) -> None:
@@ -131,19 +127,19 @@ def write_arrays(path: Path, arrays: dict) -> None:
 
 
 def remove_half_written(folder: Path) -> None:
-    """Deletes what `write_atomically` left in a folder when it was killed."""
+    """Deletes the temporary files of a `write_atomically` that was killed."""
     for beside in folder.glob("*.tmp"):
         beside.unlink()
 
 
 def append_record(folder: Path, record: dict, name: str = RESULTS) -> None:
-    """Adds a whole line to results.jsonl or its like, on disk before this returns.
+    """Appends a line to results.jsonl or a similar file; it is on disk when this returns.
 
-    A torn last line, which a machine that broke down may have left, is cut off first; so is
-    what could be written of a line if the disk is full.
+    An incomplete last line, such as a crashed machine leaves, is removed first. If the disk is
+    full, the part of the new line that was written is removed too.
 
     Raises:
-        OSError: if it cannot be written; the lines before it stay.
+        OSError: if it cannot be written; earlier lines stay.
     """
     path = folder / name
     line = (json.dumps(record, sort_keys=True) + "\n").encode()
@@ -161,7 +157,7 @@ def append_record(folder: Path, record: dict, name: str = RESULTS) -> None:
 
 
 def _whole_lines(file) -> int:
-    """The size in bytes of a file without its last line, if that lacks its end."""
+    """The size in bytes of a file's complete lines."""
     size = file.seek(0, os.SEEK_END)
     while size:
         start = max(size - _BLOCK, 0)
@@ -173,10 +169,10 @@ def _whole_lines(file) -> int:
 
 
 def first_args(folder: str | Path) -> dict | None:
-    """The args on a run's first record; None if it has no record that tells them.
+    """The args in a run's first record; None if there is no such record, or it is damaged.
 
     Raises:
-        OSError: if results.jsonl is there and cannot be read.
+        OSError: if results.jsonl exists and cannot be read.
     """
     try:
         args = parse_json(read_bytes(f"{folder}/{RESULTS}").partition(b"\n")[0])["args"]
@@ -186,14 +182,14 @@ def first_args(folder: str | Path) -> dict | None:
 
 
 def last_record(folder: str | Path) -> dict | None:
-    """A run's last whole record, found from the end of its file; None if there is none."""
+    """A run's last complete record, found from the end of its file; None if there is none."""
     try:
         with open_regular(f"{folder}/{RESULTS}") as file:
             size, n_read = file.seek(0, os.SEEK_END), _BLOCK
             while True:
                 start = max(size - n_read, 0)
                 file.seek(start)
-                lines = file.read(size - start).split(b"\n")[:-1]  # the last one is torn, or empty
+                lines = file.read(size - start).split(b"\n")[:-1]  # the last is incomplete or empty
                 for line in reversed(lines[1:] if start else lines):
                     with contextlib.suppress(ValueError):
                         record = parse_json(line)
@@ -212,18 +208,15 @@ def steps_done(folder: str | Path) -> int:
     return record["step"] + 1 if record else 0
 
 
-# What a run is to train, how far it is, and why it failed.
-
-
 def leave_args(folder: str | Path, args: dict) -> None:
-    """Leaves in a job's folder what it is to train."""
+    """Writes a job's args to args.json in its folder."""
     with contextlib.suppress(OSError):
         with open_to_write(f"{folder}/{ARGS}") as file:
             file.write(json.dumps(args, sort_keys=True) + "\n")
 
 
 def without_results(sweep: str | Path, names: Iterable[str]) -> list[dict]:
-    """The args of a sweep's folders, where they are known; `output_dir` is the folder."""
+    """The args of those of a sweep's folders where they are known; `output_dir` is the folder."""
     found = ((f"{sweep}/{name}", planned_args(f"{sweep}/{name}")) for name in names)
     return [args | {"output_dir": folder} for folder, args in found if args]
 
@@ -231,7 +224,7 @@ def without_results(sweep: str | Path, names: Iterable[str]) -> list[dict]:
 def planned_args(folder: str | Path) -> dict | None:
     """The args of a run that may lack records; None if they are unknown.
 
-    A sweep leaves them in args.json; other runs, and DomainBed's, print them to out.txt.
+    A sweep writes them to args.json; other runs, and DomainBed's, print them to out.txt.
     """
     for name, parse in ((ARGS, parse_json), (OUT, _last_args)):
         try:
@@ -244,7 +237,7 @@ def planned_args(folder: str | Path) -> dict | None:
 
 
 def _last_args(printed: bytes) -> dict:
-    """The arguments that a run printed last."""
+    """The args that a run printed last."""
     lines = printed.decode(errors="replace").rpartition("\nArgs:\n")[2].splitlines()
     args = {}
     for line in lines:
@@ -263,25 +256,25 @@ def is_done(folder: str | Path) -> bool:
 
 
 def has_begun(folder: str | Path) -> bool:
-    """Whether a run has ever begun in a folder."""
+    """Whether a run has ever started in a folder."""
     return any(os.path.exists(f"{folder}/{name}") for name in (OUT, RESULTS))
 
 
 def is_waiting(folder: str | Path) -> bool:
-    """Whether a job's folder is made and nothing has happened in it."""
+    """Whether a job's folder exists and no run has started in it."""
     return (os.path.isdir(folder) and os.access(folder, os.R_OK)
             and set(os.listdir(folder)) <= {ARGS})
 
 
 def remove_waiting(folder: str | Path) -> None:
-    """Removes a job's folder in which nothing has happened."""
+    """Removes a job's folder in which no run has started."""
     Path(folder, ARGS).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # another launcher has just begun here
+    with contextlib.suppress(OSError):  # another launcher has just started a run here
         os.rmdir(folder)
 
 
 def failure(folder: str | Path) -> str | None:
-    """Why a run failed, in a line; None if it has not."""
+    """Why a run failed, in one line; None if it did not."""
     try:
         text = read_bytes(f"{folder}/{FAILED}").decode(errors="replace")
     except FileNotFoundError:
@@ -292,14 +285,14 @@ def failure(folder: str | Path) -> str | None:
 
 
 def note_failure(folder: str | Path, reason: str) -> None:
-    """Leaves the reason in the file `failed`, which stays empty if the disk is full."""
+    """Writes the reason to the file `failed`, which stays empty if the disk is full."""
     with contextlib.suppress(OSError):  # the first error is the one to report
         with open_to_write(f"{folder}/{FAILED}") as file:
             file.write(f"{reason}\n")
 
 
 def last_error(folder: str | Path) -> str:
-    """The last line in err.txt with something in it; empty if there is none."""
+    """The last line of err.txt that is not blank; empty if there is none."""
     try:
         with open_regular(f"{folder}/{ERR}") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - _BLOCK, 0))
@@ -310,10 +303,10 @@ def last_error(folder: str | Path) -> str:
 
 
 def cost(folder: str | Path) -> dict[str, float]:
-    """A run's cost so far, by its memory.json; empty before its first record.
+    """A run's cost so far, from its memory.json; empty before its first record.
 
-    "rss_mb" and "gpu_mb" are the peaks of process and GPU in MiB; older runs lack "seconds" and
-    "steps". A damaged file is ignored.
+    "rss_mb" and "gpu_mb" are the peak memory of process and GPU in MiB; older runs lack "seconds"
+    and "steps". A damaged file is ignored.
     """
     try:
         found = read_json(f"{folder}/{MEMORY}")
@@ -327,7 +320,7 @@ def cost(folder: str | Path) -> dict[str, float]:
 
 
 def divergence(folder: str | Path) -> str | None:
-    """How a run's losses diverged, by its last record; None if they did not."""
+    """How a run's losses have diverged, at its last record; None if they have not."""
     try:
         found = read_json(f"{folder}/{MEMORY}").get("diverged")
     except (OSError, ValueError, AttributeError):
@@ -336,7 +329,7 @@ def divergence(folder: str | Path) -> str | None:
 
 
 def lacks(folder: str | Path, args: dict) -> list[str]:
-    """The flags whose results a finished run lacks, as it was trained without them."""
+    """The flags whose results a finished run lacks because it was trained without them."""
     found = []
     if args.get("save_logits") and not os.path.isdir(f"{folder}/{LOGITS}"):
         found.append("save_logits")

@@ -1,17 +1,17 @@
-"""JSON that anybody may have written, read within bounds that later steps can handle."""
+"""Reads untrusted JSON within bounds that later steps can handle."""
 
 import json
 
-# The depth that is read, and the size of an integer.
+# Bounds on the depth, and on the size of an integer.
 _MOST_NESTED, _MOST_BITS = 50, 63
 
 
 def parse_json(text: bytes | str):
-    """The content of JSON that anybody may have written; NaN and Infinity are numbers.
+    """The content of untrusted JSON; NaN and Infinity are allowed.
 
     Raises:
-        ValueError: in a few words, if it is not JSON, is nested too deeply, or holds an integer
-            of more than 63 bits or text that cannot be written as UTF-8.
+        ValueError: with a short reason, if it is not JSON, is nested too deeply, or holds an
+            integer of more than 63 bits or text that cannot be encoded as UTF-8.
     """
     try:
         found = json.loads(text)

@@ -1,9 +1,9 @@
 """A sweep's manifest: sweep.json in its folder, with an entry for each launch.
 
 An entry has the sweep's flags, as words of a command line with every default and with plug-ins by
-absolute path; facts about the plug-ins' names that listing the runs needs; the working directory;
-the time; and versions. So `sweep status`, `launch`, `plan` and `delete_incomplete` need the folder
-alone, and commands that train nothing run none of its plug-ins.
+absolute path; the properties of plug-ins' algorithms and datasets that listing the runs needs; the
+working directory; the time; and versions. So `sweep status`, `launch`, `plan` and
+`delete_incomplete` need only the folder, and commands that train nothing import no plug-ins.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
 
 
 def launches(sweep: str | Path) -> list[dict]:
-    """The entries of a sweep's launches, oldest first; none if nothing says what the sweep is.
+    """The entries of a sweep's launches, oldest first; empty without a manifest.
 
-    Each has its "flags", words of a command line, and "cwd", the folder in which it was launched.
-    It may have "of_plugins": {"algorithms": {name: {"learns_from_run": bool}}, "datasets": {name:
-    {"n_envs", "N_STEPS", "CHECKPOINT_FREQ": int}}}.
+    Each has its "flags", words of a command line, and "cwd", its working directory. It may have
+    "of_plugins": {"algorithms": {name: {"learns_from_run": bool}}, "datasets": {name: {"n_envs",
+    "N_STEPS", "CHECKPOINT_FREQ": int}}}.
 
     Raises:
         ValueError: if sweep.json is damaged.
@@ -56,7 +56,7 @@ _WITHOUT = "Delete it and give the flags of the sweep's launch."
 
 
 def _are_facts(of_plugins: dict) -> bool:
-    """Whether an entry's "of_plugins" is as `launches` says, in sane numbers."""
+    """Whether an entry's "of_plugins" is as `launches` says, with valid numbers."""
     return (all(set(facts) == {"learns_from_run"} and type(facts["learns_from_run"]) is bool
                 for facts in of_plugins.get("algorithms", {}).values())
             and all(set(facts) == {"n_envs", "N_STEPS", "CHECKPOINT_FREQ"}
@@ -66,9 +66,9 @@ def _are_facts(of_plugins: dict) -> bool:
 
 
 def add_launches(sweep: str | Path, entries: list[dict]) -> None:
-    """Adds entries for launches made here and now; a folder that cannot be written to goes without.
+    """Adds entries, with "flags" and "of_plugins", for launches made now from here; see `launches`.
 
-    Entries have "flags" and "of_plugins"; see `launches`.
+    A folder that cannot be written to gets none.
     """
     now = {"cwd": os.getcwd(), "versions": versions(),
            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
@@ -80,7 +80,7 @@ def add_launches(sweep: str | Path, entries: list[dict]) -> None:
 
 @contextlib.contextmanager
 def _locked(sweep: str | Path) -> Iterator[None]:
-    """Inside, no other launcher writes, as far as the file system has locks."""
+    """Inside, no other launcher writes, if the file system supports locks."""
     number = os.open(sweep, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -91,7 +91,7 @@ def _locked(sweep: str | Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and what its results depend on; imports nothing."""
+    """Versions of Python, this package and the libraries that affect results; imports nothing."""
     found = {"domainbed_kd": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -100,7 +100,7 @@ def versions() -> dict[str, str]:
 
 
 def completing_command(sweep: str | Path) -> str | None:
-    """The command that completes a sweep; None if its folder has no manifest."""
+    """The command that completes a sweep; None without a valid manifest."""
     try:
         if not launches(sweep):
             return None

@@ -1,4 +1,4 @@
-"""Keeps a run's output, and the reason if it fails, in its folder."""
+"""Keeps a run's output, and the reason for a failure, in its folder."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ from domainbed_kd.folder import files
 
 
 class Tee:
-    """A text stream that writes to two, and at once."""
+    """A text stream that also writes to a file, unbuffered."""
 
     def __init__(self, stream, path: Path):
         self.stream, self.file = stream, files.open_to_write(path, "a")
@@ -27,19 +27,19 @@ class Tee:
         """Does nothing: every write is already flushed."""
 
     def isatty(self) -> bool:
-        """Whether the first stream is a terminal."""
+        """Whether the stream is a terminal."""
         return self.stream.isatty()
 
 
 class BlamedOnHparams(ValueError):
-    """An algorithm failed with hparams of the user's choice; the cause is what it raised."""
+    """An algorithm failed with the user's hparams; the cause is the original error."""
 
 
 @contextlib.contextmanager
 def kept_in(folder: Path) -> Iterator[None]:
-    """Copies what is printed to out.txt and err.txt, and notes there why a run failed.
+    """Copies output to out.txt and err.txt, and writes the reason for a failure to err.txt.
 
-    The file `failed` has the reason in a line, until the run is started again.
+    The file `failed` has the reason in one line, until the run is restarted.
     """
     (folder / files.FAILED).unlink(missing_ok=True)
     with contextlib.redirect_stdout(Tee(sys.stdout, folder / files.OUT)), \
@@ -53,7 +53,7 @@ def kept_in(folder: Path) -> Iterator[None]:
             print(one_line(error), file=err.file, flush=True)
             raise
         except SystemExit as error:
-            # A run's own way to end is to return.
+            # A run ends by returning.
             stopped = ValueError(f"sys.exit({error.code!r}) was called during the run, which has "
                                  "not finished. Look for it in the plug-ins.")
             files.note_failure(folder, one_line(stopped))
@@ -67,7 +67,7 @@ def kept_in(folder: Path) -> Iterator[None]:
             raise
 
 
-# Parts of torch's messages about the machine, and what to do.
+# Parts of torch's messages about the machine, and advice.
 _OF_THE_MACHINE = {
     "out of memory|can't allocate memory":
         "memory ran out; lower batch_size or jobs_per_device",
@@ -81,11 +81,11 @@ _OF_THE_MACHINE = {
 
 @contextlib.contextmanager
 def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
-    """Inside, failures with --hparams are reported in a line; without them they are our bugs.
+    """Inside, failures with --hparams are reported in one line; without, they are our bugs.
 
     Raises:
-        BlamedOnHparams: with hparams, instead of what Python or torch raise.
-        OSError: if memory ran out, or the GPU and this PyTorch do not fit each other.
+        BlamedOnHparams: with hparams, instead of the error from Python or torch.
+        OSError: if memory ran out, or this PyTorch does not support the GPU.
     """
     try:
         yield

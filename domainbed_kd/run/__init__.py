@@ -1,1 +1,1 @@
-"""One run: built from its flags, trained step by step, recorded; restartable to the bit."""
+"""One run: built from its flags, trained and recorded; a restart ends in the same bits."""

@@ -1,7 +1,7 @@
 """Fast mode's augmentation: DomainBed's crops, flips, colours and grays as tensor operations.
 
-What is drawn has torchvision's distributions; what is done with it differs from Pillow's by
-rounding, which Pillow does after each operation.
+Random parameters have torchvision's distributions. Results differ from Pillow's by rounding, which
+Pillow does after each operation.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 class Geometry:
-    """The part of an augmentation that resizes, without flips: images as uint8 (3, H, W).
+    """The crops and resizing of an augmentation, without flips: images as uint8 (3, H, W).
 
     Args:
         steps: torchvision's Resize and RandomResizedCrop, bilinear.
@@ -33,7 +33,7 @@ class Geometry:
     def __call__(self, image) -> Tensor:
         """A Pillow image or its pixels, uint8 (h, w, 3), cropped and resized."""
         x = torch.from_numpy(image if isinstance(image, np.ndarray) else np.array(image))
-        x = x[None].permute(0, 3, 1, 2)  # channels last, which is resized in half the time
+        x = x[None].permute(0, 3, 1, 2)  # channels last, which takes half the time to resize
         for step in self.steps:
             if isinstance(step, T.RandomResizedCrop):
                 top, left, height, width = window(*x.shape[2:], step.scale, step.ratio)
@@ -46,8 +46,8 @@ def window(height: int, width: int, scale: tuple[float, float], ratio: tuple[flo
            draws: list | None = None) -> tuple[int, int, int, int]:
     """Top, left, height and width as RandomResizedCrop.get_params draws them, five times as fast.
 
-    `height` and `width` are the image's, in pixels; `draws` is `torch.rand(10, 4)` as a list, if it
-    is drawn already.
+    `height` and `width` are the image's, in pixels; `draws` is `torch.rand(10, 4)` as a list, drawn
+    here if not given.
     """
     low, high = map(math.log, ratio)
     for share, shape, down, right in draws or torch.rand(10, 4).tolist():
@@ -62,11 +62,11 @@ def window(height: int, width: int, scale: tuple[float, float], ratio: tuple[flo
 
 
 def resized(x: Tensor, heights: Tensor, widths: Tensor, side: int) -> Tensor:
-    """Images of several sizes resized to one, bilinear and with antialiasing, as Pillow does it.
+    """Images of several sizes resized to one, bilinear and with antialiasing, as Pillow does.
 
-    Each axis is a product with a matrix of weights, for all images at once. An image fills the
-    first rows and columns of x, uint8 (B, H, W, 3); heights and widths are int64 (B,), in pixels.
-    Returns uint8 (B, 3, side, side), channels last.
+    Each axis is resized by a product with a matrix of weights, for all images at once. An image
+    fills the first rows and columns of x, uint8 (B, H, W, 3); heights and widths are int64 (B,), in
+    pixels. Returns uint8 (B, 3, side, side), channels last.
     """
     n, height, width, _ = x.shape
     kind = torch.float16 if x.is_cuda else torch.float32
@@ -90,7 +90,7 @@ def _weights(sizes: Tensor, most: int, side: int) -> Tensor:
 def speed_up(dataset) -> None:
     """Leaves flips, colours and normalization of a dataset's augmented images to `distorted`.
 
-    These images become uint8; domains that are not augmented, or not as DomainBed does, stay.
+    These images become uint8. Domains without DomainBed's augmentation stay unchanged.
     """
     for domain in dataset:
         transform = getattr(domain, "transform", None)
@@ -103,7 +103,7 @@ def speed_up(dataset) -> None:
 
 
 def distorted(x: Tensor) -> Tensor:
-    """Images as DomainBed distorts and normalizes them: flip, jitter by 0.3, gray for a tenth.
+    """DomainBed's distortions and normalization: flip, jitter by 0.3, gray for a tenth.
 
     Takes uint8 (B, 3, H, W) and returns float32 on the same device; random numbers come from the
     CPU's global stream.
@@ -128,7 +128,7 @@ def distorted(x: Tensor) -> Tensor:
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; a GPU copies it while the CPU goes on."""
+    """A tensor on a device; a GPU copies it while the CPU continues."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
@@ -143,9 +143,9 @@ def _distort(jitter: "Jitter", x: Tensor, out: Tensor, flip: bool, gray: bool, o
 class Jitter:
     """An image and torchvision's colour operations on it, as they are on Pillow images.
 
-    Colours, in [0, 255], are scale * x + offset. To brighten and to contrast changes these two
-    only, and an operation on the channels of a pixel is the same on x as on colours. So one
-    passes over all pixels only to mix their channels, or to clip.
+    Colours, in [0, 255], are scale * x + offset. Brightness and contrast change only scale and
+    offset, and an operation on a pixel's channels is the same on x as on colours. So all pixels
+    are visited only to mix their channels, or to clip.
 
     Args:
         like: uint8 (1, 3, H, W), the form of the images to come, one at a time.
@@ -165,14 +165,14 @@ class Jitter:
         self._three, self._front, self._again = five[:, :3], five[:, :2], five[:, 3:]
         self._next = five[:, 2:], five[:, 1:4]  # of each channel, the next but one, and the next
         self._planes = (*self._three.split(1, dim=1), *room[:, 8:].split(1, dim=1))
-        # What is copied where, if the first channel is to be red, green or blue.
+        # Copies that make the first channel red, green or blue.
         self._turned = (
             [(self._three, self.x)],
             [(five[:, :2], self.x[:, 1:]), (five[:, 2:3], self.x[:, :1])],
             [(five[:, :1], self.x[:, 2:]), (five[:, 1:3], self.x[:, :2])])
 
     def load(self, x: Tensor, flip: bool) -> None:
-        """Takes an image, uint8 (1, 3, H, W), as it is or mirrored."""
+        """Takes an image, uint8 (1, 3, H, W), and mirrors it if `flip`."""
         self.scale, self.offset, self._is_whole = 1.0, 0.0, True
         self.x.copy_(x.flip(-1) if flip else x)
 
@@ -181,7 +181,7 @@ class Jitter:
         return self.x * self.scale + self.offset
 
     def normalize(self, gray: bool, out: Tensor) -> None:
-        """Writes the image or its gray, less ImageNet's mean, over its deviation."""
+        """Writes the image or its gray to `out`, normalized by ImageNet's mean and deviation."""
         if gray:
             self.x.copy_(self._find_gray())
         self.x.mul_(self.scale / self._std)
@@ -192,12 +192,12 @@ class Jitter:
         self._rescale(factor, 0)
 
     def contrast(self, factor: float) -> None:
-        """Mixes with the mean of the image's gray: factor 0 is that, 1 the image."""
+        """Mixes with the mean of the image's gray: factor 0 is that mean, 1 the image."""
         gray = (self.x.mean((2, 3)) * self._luma).sum(1)
         self._rescale(factor, (1 - factor) * (self.scale * gray.item() + self.offset))
 
     def saturate(self, factor: float) -> None:
-        """Mixes each pixel with its gray: factor 0 is that, 1 the image."""
+        """Mixes each pixel with its gray: factor 0 is gray, 1 the image."""
         torch.lerp(self._find_gray(), self.x, factor, out=self.x)
         self._is_whole = False
         self._clip(factor)
@@ -212,19 +212,20 @@ class Jitter:
         self._clip(factor)
 
     def _clip(self, factor: float) -> None:
-        if factor > 1:  # others lead nowhere out of [0, 255]
+        if factor > 1:  # smaller factors stay in [0, 255]
             self.x.clamp_(-self.offset / self.scale, (255 - self.offset) / self.scale)
             self._is_whole = False
 
     def shift_hue(self, factor: float) -> None:
-        """Turns hues by a share of the circle, in [-0.5, 0.5]; value and saturation stay.
+        """Rotates hues by a share of the circle, in [-0.5, 0.5]; value and saturation stay.
 
-        A turn by two sixths permutes the channels. By one, it makes each m + M - x of another
-        channel x, where m and M are the pixel's least and most. What is left of a turn is a part
-        f of a sixth, at most half. That moves the middle channel c by w = f (M - m) and, where
-        it meets M or m, the channel there by the rest. So red becomes 2 red - c + d, clipped to
-        [m, M], where d is blue - green, clipped to [-w, w], and less than 0 if f is; likewise
-        the others. Colours are whole here, as Pillow's are; 64 f is too.
+        Let m and M be a pixel's smallest and largest channel, and c the middle one. A rotation by
+        two sixths permutes the channels. A rotation by one sixth makes each m + M - x, where x is
+        another channel. The remainder is a part f of a sixth, at most half of it. It moves c by
+        w = f (M - m); if c reaches M or m, the channel that was there moves by the rest. So red
+        becomes 2 red - c + d, clipped to [m, M], where d is blue - green, clipped to [-w, w], and
+        of the opposite sign if f < 0; likewise the other channels. Colours are integers here, as
+        in Pillow; so is 64 f.
         """
         whole = round(6 * factor)
         part = round(64 * (6 * factor - whole))

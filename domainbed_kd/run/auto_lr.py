@@ -1,9 +1,9 @@
-"""ERM++'s learning rates, chosen on held-out images: what DomainBed's train_autolr does.
+"""ERM++'s learning rates, chosen on held-out images, as DomainBed's train_autolr does.
 
 A run then has two stages. The first divides the learning rate by 10 whenever two evaluations in a
-row bring no lower validation loss, and ends the third time. The second trains anew on all images,
-those that were held out included, at the rates that the first had at the same steps; its
-accuracies are called fd_env0_in_acc. Both see all images of a domain before one returns.
+row bring no lower validation loss, and ends the third time. The second retrains on all images,
+including those held out, at the rates that the first had at the same steps; its accuracies are
+called fd_env0_in_acc. Both visit all images of a domain before repeating one.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from domainbed_kd.run.build import Run
 
 # The first stage ends at the third division by 10, despite rounding.
 _LEAST_SHARE = 0.005
-# Marks, among the rates, the evaluation at which a stage ends.
+# Stands among the rates for the evaluation at which a stage ends.
 _END = 0.0
 
 
 class Search:
-    """The first stage: finds the rates."""
+    """The first stage, which finds the rates."""
 
     is_last = False
     updates_before = 0
@@ -30,11 +30,11 @@ class Search:
     def __init__(self, run: Run):
         self.run = run
         self.rates: list[float] = []
-        self.n_updates = 0  # when it ends
+        self.n_updates = 0  # so far
         self._plateau = ReduceLROnPlateau(run.algorithm.optimizer, "min", patience=1)
 
     def ends(self, step: int) -> bool:
-        """Whether the stage ends here; to be called after a step, before its evaluation."""
+        """Whether the stage ends here; call it after a step, before its evaluation."""
         self.n_updates = step + 1
         if self.run.algorithm.in_warm_up:
             return False
@@ -50,7 +50,7 @@ class Search:
 
     @torch.no_grad()
     def _validation_loss(self) -> torch.Tensor:
-        # Batches of a domain weigh the same, the last and shortest too, as in DomainBed.
+        # A domain's batches have equal weight, including a shorter last one, as in DomainBed.
         run, domains = self.run, []
         run.algorithm.eval()
         for loader in run.loaders.validation:
@@ -66,13 +66,13 @@ class Search:
         return {"rates": self.rates, "plateau": self._plateau.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state` was taken."""
+        """Continues from `state`."""
         self.rates = state["rates"]
         self._plateau.load_state_dict(state["plateau"])
 
 
 class Replay:
-    """The second stage: trains by the rates of the first, one for each evaluation after warm-up."""
+    """The second stage, which uses the first's rates, one for each evaluation after warm-up."""
 
     is_last = True
 
@@ -80,9 +80,9 @@ class Replay:
         self.run, self.rates, self.updates_before = run, rates, updates_before
 
     def ends(self, step: int) -> bool:
-        """Whether the stage ends here; to be called after a step, before its evaluation."""
+        """Whether the stage ends here; call it after a step, before its evaluation."""
         groups = self.run.algorithm.optimizer.param_groups
-        self.recorded_lr = float(groups[0]["lr"])  # what the last updates took, as in DomainBed
+        self.recorded_lr = float(groups[0]["lr"])  # of the last updates, as in DomainBed
         if not self.run.algorithm.in_warm_up:
             lr = self.rates.pop(0)
             for group in groups:
@@ -90,16 +90,16 @@ class Replay:
         return self.rates[:1] == [_END]
 
     def state_dict(self) -> dict:
-        """The rates to come, and how many updates the first stage has made."""
+        """The remaining rates, and the number of updates in the first stage."""
         return {"rates": self.rates, "updates_before": self.updates_before}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state` was taken."""
+        """Continues from `state`."""
         self.rates = state["rates"]
 
 
 def staged(run: Run, state: dict | None) -> Run:
-    """A run in the stage of which `state` is the `state_dict`; in the first without one."""
+    """The run in the stage whose `state_dict` is `state`; in the first stage for None."""
     if state and "updates_before" in state:
         return _second_stage(run, state["rates"], state["updates_before"])
     run.stage = Search(run)
@@ -114,7 +114,7 @@ def next_stage(run: Run) -> Run | None:
 
 
 def _second_stage(run: Run, rates: list[float], updates_before: int) -> Run:
-    # Nothing is seeded here: random streams go on from the first stage, as in DomainBed.
+    # Nothing is seeded here: random streams continue from the first stage, as in DomainBed.
     parts = splits.hold_nothing_out(
         run.dataset, run.args["test_envs"], run.args["trial_seed"],
         run.args["uda_holdout_fraction"])

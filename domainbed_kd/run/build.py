@@ -1,4 +1,4 @@
-"""A run's parts, made in DomainBed's order, as each draws random numbers."""
+"""Builds a run's parts in DomainBed's order, as each draws random numbers."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ from domainbed_kd.run import (
 from domainbed_kd.run.readers import Readers, pinned
 from domainbed_kd.seeds import seed_hash
 
-# How much of a GPU's memory images may take, in GB; PACS takes 1.6.
+# GPU memory that images may take, in GB; PACS takes 1.6.
 GPU_IMAGE_GB = 8.0
 
 
@@ -49,7 +49,7 @@ class Loaders(NamedTuple):
 
 @dataclass
 class Run:
-    """One run: what was asked for, and its parts."""
+    """One run: its args and its parts."""
 
     args: dict
     hparams: dict
@@ -60,7 +60,7 @@ class Run:
     loaders: Loaders
     finish: resident.Finish
     algorithm: nn.Module
-    #: With --auto_lr, the stage it is in: an `auto_lr.Search` or `auto_lr.Replay`.
+    #: With --auto_lr, the current stage: an `auto_lr.Search` or `auto_lr.Replay`.
     stage: object = None
 
     @property
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def args_on_record(self) -> dict:
-        """The flags that its records keep."""
+        """The args in its records."""
         return self.args if self.holds_out else self.args | {"holdout_fraction": 0.0}
 
     @property
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def updates_before(self) -> int:
-        """How many updates an earlier stage has made."""
+        """The number of updates in an earlier stage."""
         return self.stage.updates_before if self.stage else 0
 
     @property
@@ -100,20 +100,20 @@ class Run:
 
     @property
     def n_steps(self) -> int:
-        """How many updates it takes."""
+        """The number of updates."""
         return self.args["steps"] or self.dataset.N_STEPS
 
     @property
     def checkpoint_freq(self) -> int:
-        """How many updates are between two evaluations."""
+        """The number of updates between two evaluations."""
         return self.args["checkpoint_freq"] or self.dataset.CHECKPOINT_FREQ
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Inside, the precision is the run's."""
+        """Inside, layers compute in the run's precision."""
         return precision.autocast(self.device, self.is_fast)
 
     def to_device(self, batch) -> list:
-        """An (x, y) pair on the device, its images finished there."""
+        """An (x, y) pair on the device, its transform finished there."""
         x, y = batch
         y = y.to(self.device, non_blocking=True)
         return [self.finish(x) if self.finish.takes(x)
@@ -130,7 +130,7 @@ class Run:
 
 def build(args: dict, loader_processes: int | None = None, cache_folder: str | None = None,
           gpu_image_gb: float = GPU_IMAGE_GB) -> Run:
-    """Makes a run's parts, and prints what it is; arguments are as of `training.train`."""
+    """Makes a run's parts, and prints its settings; takes the arguments of `training.train`."""
     keep_freed_memory()
     hparams = choose_hparams(args)
     records.print_settings("Environment", records.environment())
@@ -174,7 +174,7 @@ def choose_hparams(args: dict) -> dict:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next update, as fresh pages cost time."""
+    """Makes glibc keep freed memory for the next update, as new pages cost time."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets pages of its own
@@ -182,7 +182,7 @@ def keep_freed_memory() -> None:
 
 
 def threads() -> int:
-    """How many threads the run may use."""
+    """The number of threads that the run may use."""
     return (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ
             else machine.available())
 
@@ -197,7 +197,7 @@ def seed_everything(seed: int) -> None:
 
 
 def make_dataset(args: dict, hparams: dict, cache_folder: str | None = None):
-    """The dataset, read through a cache of decoded images if a folder for it is given."""
+    """The dataset, with a cache of decoded images if `cache_folder` is given."""
     cls = datasets.get_dataset_class(args["dataset"])
     check_view(cls, hparams, args.get("fast", False))
     dataset = cls(args["data_dir"], args["test_envs"], hparams)
@@ -207,7 +207,7 @@ def make_dataset(args: dict, hparams: dict, cache_folder: str | None = None):
 
 
 def check_view(dataset: type, hparams: dict, is_fast: bool) -> None:
-    """Refuses hparams of a view that a dataset's images, or fast mode, do not have."""
+    """Refuses view_ hparams that the dataset or fast mode does not support."""
     asked = [name for name in hparams if name.startswith("view_")]
     if asked and dataset.NORMALIZATION is None:
         raise ValueError(f"{dataset.__name__}: {asked[0]} has no meaning, as its images are not "
@@ -242,7 +242,7 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
         in_weights, uda_weights = [], []
         for split, out_split, uda_split in zip(*parts):
             in_weights.append(splits.class_weights(split))
-            splits.class_weights(out_split)  # not used, but it may draw random numbers
+            splits.class_weights(out_split)  # not used, but may draw random numbers
             if uda_split is not None:
                 uda_weights.append(splits.class_weights(uda_split))
 
@@ -257,7 +257,7 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
             replacement=not args.get("auto_lr"), groups=groups))
 
     def one_pass(split):
-        if dataset.TASK.per_pixel:  # whole images: DomainBed measures training domains on crops
+        if dataset.TASK.per_pixel:  # whole images, not the crops of training
             split = datasets.plain(split)
         is_resident = args.get("fast") and isinstance(split.underlying_dataset, resident.Domain)
         return loaders.FastDataLoader(
@@ -279,10 +279,10 @@ def make_loaders(dataset, parts: splits.Splits, args: dict, hparams: dict,
 
 
 def make_algorithm(args: dict, hparams: dict, dataset, device: torch.device) -> nn.Module:
-    """The algorithm; facts about the data reach it through its hparams, and are not on record.
+    """The algorithm; it learns about the data from its hparams, without recording that.
 
-    They are the names of classes and training domains (never the test domain's), the number of
-    steps and the normalization.
+    These are the names of classes and training domains (never the test domain's), the number of
+    steps, the normalization and the like.
     """
     training = training_envs(dataset, args)
     context = {
@@ -305,7 +305,7 @@ def make_algorithm(args: dict, hparams: dict, dataset, device: torch.device) -> 
 
 
 def _check_fits_pixels(args: dict, hparams: dict) -> None:
-    """Refuses what does not work with a label per pixel."""
+    """Refuses algorithms, hparams and flags that do not work with a label per pixel."""
     cls = algorithms.get_algorithm_class(args["algorithm"])
     why = {cls.display_name or cls.__name__: cls.needs_image_labels} | {
         name: reason for name, reason in (

@@ -1,11 +1,10 @@
 """A frozen teacher's outputs for each training image without augmentation, computed once.
 
-With the hparam `canonical_view` a teacher sees the images without the augmentation that its student
-sees, so its outputs can be kept: for the run or, in a folder, for every run, trial and student of
-the same data and teacher. Beyer et al., "Knowledge
-distillation: A good teacher is patient and consistent", CVPR 2022,
-https://arxiv.org/abs/2106.05237, call this a fixed teacher, and find it worse than one that sees
-what the student sees: it buys time.
+With the hparam `canonical_view` a teacher sees images without its student's augmentation, so that
+its outputs can be kept: for the run or, in a folder, for every run, trial and student with the same
+data and teacher. Beyer et al., "Knowledge distillation: A good teacher is patient and consistent",
+CVPR 2022, https://arxiv.org/abs/2106.05237, call this a fixed teacher. It saves time, but they find
+it worse than a teacher that sees what the student sees.
 """
 
 import contextlib
@@ -33,23 +32,22 @@ class CanonicalViews:
     """The outputs of an algorithm's teachers for all images of the training domains.
 
     Args:
-        algorithm: one with `teacher`, or several in `teachers`; others need no view.
+        algorithm: has a `teacher`, or several `teachers`; without any, nothing is computed.
         splits: the in-splits of the training domains.
-        batches: a function of a dataset that yields its (x, y) in order, not augmented, on the
-            algorithm's device.
-        folder: where outputs are kept, memory-mapped; None computes them for this run.
+        batches: yields a dataset's (x, y) in order, not augmented, on the algorithm's device.
+        folder: where outputs are kept, memory-mapped; None computes them for this run only.
         key: anything else that they depend on, such as the precision.
-        which: whether each of the teachers, in order, has this view; True: all.
+        which: whether each teacher, in order, has this view; True for all.
 
     Raises:
-        ValueError: if a teacher has yet to be trained or may move, if outputs cannot be kept, or
-            if `which` does not tell of each teacher.
+        ValueError: if a teacher is not trained yet or not frozen, if changes to the images cannot
+            be detected, or if `which` does not have an entry for each teacher.
     """
 
     def __init__(self, algorithm: nn.Module, splits: list, batches: Callable,
                  folder: Path | None = None, key: str = "", which: bool | list[bool] = True):
         self.splits = splits
-        self.outputs = {}  # by teacher, an array (N, D) for each split
+        self.outputs = {}  # {teacher: [array (N, D) for each split]}
         if algorithm.teacher_logits is not None and not algorithm.teacher_is_ready():
             raise ValueError(f"{type(algorithm).__name__}: canonical_view needs a teacher that is "
                              "trained already. Name one: --teacher FOLDER.")
@@ -72,7 +70,7 @@ class CanonicalViews:
 
     @contextlib.contextmanager
     def recalled(self, loaders: Iterable) -> Iterator[None]:
-        """Inside, teachers return kept outputs for the last batches of the splits' loaders."""
+        """Inside, teachers return the kept outputs for the loaders' last batches."""
         rows = [[split.keys[i] for i in loader.indices]
                 for split, loader in zip(self.splits, loaders)]
         for teacher, outputs in self.outputs.items():
@@ -86,7 +84,7 @@ class CanonicalViews:
 
 
 def of_run(run, in_order: Callable, folder: str | None) -> CanonicalViews | None:
-    """A run's views, if its hparams ask for them; arguments as of `CanonicalViews`."""
+    """A run's views, if its hparams ask for them; see `CanonicalViews` for the arguments."""
     if not run.hparams.get("canonical_view"):
         return None
     with run.autocast():
@@ -108,7 +106,7 @@ def _digests(tensors: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _source(dataset) -> Iterator[str]:
-    """A fingerprint of a domain's images: files by size and mtime, tensors by content."""
+    """Identifies a domain's images: files by size and modification time, tensors by content."""
     plain = datasets.plain(dataset)
     if hasattr(plain, "samples"):
         yield repr(plain.transform)

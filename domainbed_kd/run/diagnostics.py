@@ -1,10 +1,10 @@
 """Measures of a run beyond accuracy, at each checkpoint: `train --diagnostics`.
 
-Cumulative weight distance and mutual information are the two measures that KDDG is analysed by
-(Wang et al., ACM MM 2021, https://arxiv.org/abs/2107.02629; the definitions are ours, see
-docs/analysis.md). Calibration error is Guo et al.'s, "On Calibration of Modern Neural Networks",
-ICML 2017, https://arxiv.org/abs/1706.04599. No random stream moves: a run trains to the same bits
-with and without.
+KDDG's paper analyses it by cumulative weight distance and mutual information (Wang et al., ACM MM
+2021, https://arxiv.org/abs/2107.02629; the definitions are ours, see docs/analysis.md).
+Calibration error follows Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
+https://arxiv.org/abs/1706.04599. No random stream advances: a run ends in the same bits with and
+without diagnostics.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from domainbed_kd import checkpoints
 from domainbed_kd.algorithms.kddg import mutual_information
 from domainbed_kd.losses import calibration_error
 
-#: The most batches of 64 that are read of a domain's out-split, which is shuffled.
+#: How many batches of 64 are read from a domain's out-split, which is shuffled.
 MOST_BATCHES = 16
-# Of the probe. Tightest on digits, where 1e-4 lets a probe of a few hundred images overfit: 1.6
-# nats about the class instead of 1.2, of 2.3.
+# The probe's ridge. On digits a probe of a few hundred images overfits with 1e-4: it finds 1.6
+# nats about the class instead of 1.2, out of 2.3.
 RIDGE = 1e-2
 
 
 class WeightDistance:
-    """The distance that the student's weights have travelled: the sum of its steps' lengths.
+    """The cumulative distance of the student's weights: the sum of the steps' lengths.
 
-    The student is `algorithm.network` or, where there is none, all that the algorithm trains;
-    neither averages nor teachers are part of it. Sums are in double precision.
+    The student is `algorithm.network` or, without one, all that the algorithm trains; averages and
+    teachers do not count. Sums are in double precision.
     """
 
     def __init__(self, algorithm: nn.Module):
@@ -43,12 +43,12 @@ class WeightDistance:
                                 for w in self.before.values()) ** 0.5
 
     def restart(self) -> None:
-        """Begins the next step from the weights as they are now."""
+        """Starts the next step from the current weights."""
         self.before = {name: w.detach().clone() for name, w in self._weights()}
 
     @torch.no_grad()
     def add_step(self) -> None:
-        """Adds the distance between the weights of the last call and now."""
+        """Adds the distance from the weights of the last call to the current ones."""
         squares: dict[str, float] = defaultdict(float)
         for name, new in self._weights():
             squares[name.rpartition(".")[0]] += (
@@ -65,8 +65,9 @@ class WeightDistance:
 class Diagnostics:
     """All measures of one run, for its records.
 
-    `out_splits` are of all environments, `training` the numbers of the training environments, and
-    `read` yields a split's (x, y) in a fixed order, not augmented, on the algorithm's device.
+    `out_splits` has one split for each environment, `training` the numbers of the training
+    environments, and `read` yields a split's (x, y) in a fixed order, not augmented, on the
+    algorithm's device.
     """
 
     def __init__(self, algorithm: nn.Module, out_splits: list, training: list[int],
@@ -85,14 +86,14 @@ class Diagnostics:
                 "initial_norm": self.distance.initial_norm}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from `state`; the algorithm must have been restored already."""
+        """Continues from `state`; the algorithm must have been restored already."""
         self.distance.total = state["total"]
         self.distance.by_layer = defaultdict(float, state["by_layer"])
         self.distance.initial_norm = state["initial_norm"]
         self.distance.restart()
 
     def measure(self) -> dict:
-        """The measures as of now, by the names that docs/analysis.md explains."""
+        """The current measures, by the names that docs/analysis.md explains."""
         streams = checkpoints.random_state()
         self.algorithm.eval()
         with torch.no_grad():
@@ -138,7 +139,7 @@ class Diagnostics:
 
 @torch.enable_grad()
 def _information(features: list[Tensor], labels: list[Tensor]) -> float:
-    """In nats: a probe on every other image of each domain, measured on those between."""
+    """In nats, by a probe trained on every other image of each domain, tested on the rest."""
     def half(parts, start):
         return torch.cat([part[start::2] for part in parts])
 
@@ -148,7 +149,7 @@ def _information(features: list[Tensor], labels: list[Tensor]) -> float:
 
 @contextlib.contextmanager
 def _features(algorithm: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, what featurizers (modules with `n_outputs`) return gathers in the yielded list."""
+    """Inside, outputs of featurizers (modules with `n_outputs`) are added to the yielded list."""
     returned: list[Tensor] = []
     handles = [module.register_forward_hook(lambda _, inputs, output: returned.append(output))
                for module in algorithm.modules() if hasattr(module, "n_outputs")]
@@ -160,7 +161,7 @@ def _features(algorithm: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _of_classes(logits: Tensor) -> Tensor:
-    """Logits (B, C); a single one (B, 1), of two classes, as (B, 2)."""
+    """Logits (B, C); those of two classes, (B, 1), as (B, 2)."""
     return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
 

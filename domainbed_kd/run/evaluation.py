@@ -17,18 +17,18 @@ from domainbed_kd.run.build import Run
 from domainbed_kd.run.readers import read
 from domainbed_kd.seeds import seed_hash
 
-# float16, after each image's largest logit is subtracted: steps are finest near the largest, and
+# float16, after subtracting each image's largest logit: precision is highest near the largest, and
 # softmax changes by less than 3e-8.
 LOGITS_DTYPE = np.float16
 
 
 class Evaluator:
-    """Measures a run's algorithm; no random stream moves but those of the evaluation loaders."""
+    """Evaluates a run's algorithm; of random streams, only the evaluation loaders' advance."""
 
     def __init__(self, run: Run):
         self.run = run
         in_, out = run.splits.in_, run.splits.out
-        #: {name of a split that model selection reads: its items' numbers in their domain}.
+        # {split that model selection reads: its items' numbers in their domain}
         selected = {f"env{i}_out": split.keys for i, split in enumerate(out) if run.holds_out}
         selected |= {f"{'' if run.holds_out else 'fd_'}env{i}_in": in_[i].keys
                      for i in run.args["test_envs"]}
@@ -42,12 +42,12 @@ class Evaluator:
         self._by_class: dict = {}
 
     def in_order(self, split) -> Iterator[tuple[Tensor, Tensor]]:
-        """A split's (x, y), 64 images at a time, not augmented; no random stream moves."""
+        """A split's (x, y), 64 images at a time, not augmented; uses no random stream."""
         whole = DataLoader(datasets.plain(split), batch_size=64, generator=torch.Generator())
         return map(self.run.to_device, whole)
 
     def audit_teacher(self) -> None:
-        """Prints the teacher's audit on the training domains; the first record has it too."""
+        """Prints the teacher's audit on the training domains; the first record includes it."""
         run = self.run
         run.algorithm.eval()
         batches = (batch for i in run.training for batch in self.in_order(run.splits.out[i]))
@@ -63,7 +63,7 @@ class Evaluator:
             self.diagnostics.after_step()
 
     def accuracies(self, step: int) -> dict[str, float]:
-        """{env0_in_acc, ...: what the task measures, in [0, 1]}; keeps logits if asked to."""
+        """{env0_in_acc, ...: the task's metric, in [0, 1]}; saves logits with --save_logits."""
         run, logits = self.run, {name: [] for name in self.kept}
         with run.autocast():
             counters = {name: measure(run, loader, logits.get(name))
@@ -77,12 +77,12 @@ class Evaluator:
         return {f"{name}_acc": counter.score() for name, counter in counters.items()}
 
     def remarks(self) -> dict:
-        """A record's other entries: its rule of selection, the teacher, diagnostics."""
+        """A record's other entries: selection rule, metric, teacher, diagnostics."""
         found = {"selection": "last"} if self.run.algorithm.selects_last else {}
         if metric := self.run.dataset.TASK.on_record:
             found |= {"metric": metric, **self._by_class}
         if self._teacher:
-            found["teacher"], self._teacher = self._teacher, None  # once a run
+            found["teacher"], self._teacher = self._teacher, None  # in the first record only
         if self.diagnostics:
             found["diagnostics"] = self.diagnostics.measure()
         return found
@@ -104,7 +104,7 @@ class Evaluator:
         return sum(losses) / len(losses)
 
     def extra_minibatches(self, n: int) -> Iterator[list]:
-        """`n` lists of minibatches like those of training, from random streams of their own."""
+        """`n` lists of minibatches like those of training, from separate random streams."""
         run, batch_size, seed = self.run, self.run.hparams["batch_size"], self.run.args["seed"]
 
         def indices(i):
@@ -123,9 +123,9 @@ class Evaluator:
 
 
 def measure(run: Run, loader, kept: list | None = None):
-    """Counts, by the run's task, the guesses of `predict` on the loader's images.
+    """The metric's counter after `predict` has seen the loader's images.
 
-    A list that is given gathers each batch's (indices, labels, logits), on the CPU.
+    Each batch's (indices, labels, logits), on the CPU, are appended to `kept`.
     """
     counter = run.dataset.TASK.counter()
     run.algorithm.eval()
@@ -145,7 +145,7 @@ def save_logits(path: Path, kept: dict[str, list[tuple]], keys: dict[str, list[i
 
     Args:
         path: of the file.
-        kept: {split: [(indices within the split, labels (B,), logits (B, C)), ...]}, as tensors.
+        kept: {split: [(indices within the split, labels (B,), logits (B, C)), ...]}.
         keys: {split: its items' numbers in their domain}.
     """
     arrays = {}

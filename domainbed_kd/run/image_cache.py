@@ -1,7 +1,7 @@
-"""A dataset's images, decoded once per machine and mapped into the memory of every run.
+"""A dataset's images, decoded once per machine and memory-mapped by every run.
 
-A file holds the pixels of all images at their own size, one image after the other, then a JSON
-index, then the index's length. It is written beside and renamed, so that readers need no lock.
+A file holds the pixels of all images at their original sizes, one image after the other, then a
+JSON index, then the index's length. It is replaced atomically, so that readers need no lock.
 """
 
 import fcntl
@@ -22,12 +22,12 @@ from domainbed_kd import datasets
 from domainbed_kd.folder import files
 from domainbed_kd.folder.foreign import parse_json
 
-# Images that are decoded before they are written: a bound on memory.
+# How many decoded images are held in memory at a time.
 _AT_ONCE = 256
 
 
 class _Entry(NamedTuple):
-    """A source's size in bytes and modification time in ns, and where its pixels are."""
+    """A source file's size in bytes and modification time in ns, and its pixels' place."""
 
     size: int
     mtime: int
@@ -37,19 +37,19 @@ class _Entry(NamedTuple):
 
 
 class ImageCache:
-    """The images of an existing file, by the paths of their sources.
+    """The images of an existing cache file, by the paths of their source files.
 
     Args:
         path: the file.
         root: the folder that the index's paths are relative to.
 
     Raises:
-        ValueError: if it is not such a file, or if another version of Pillow decoded it.
+        ValueError: if it is not a cache file, or if another version of Pillow decoded it.
     """
 
     def __init__(self, path: Path, root: Path):
         self._path, self._root = path, root
-        # "c", so that torch takes it; an array, as slices of a memmap take longer.
+        # "c" makes it writable for torch; slices of a plain array are faster than of a memmap.
         with files.open_regular(path) as file:
             self._pixels = np.asarray(np.memmap(file, np.uint8, "c"))
         end = len(self._pixels) - 8
@@ -64,7 +64,7 @@ class ImageCache:
         return ImageCache, (self._path, self._root)
 
     def array(self, path: str) -> np.ndarray:
-        """An image's pixels: uint8 (H, W, 3); what is written to them does not reach the file."""
+        """An image's pixels, uint8 (H, W, 3); writing to them does not change the file."""
         if path not in self._found:
             self._found[path] = self._entries[os.path.relpath(path, self._root)]
         _, _, offset, height, width = self._found[path]
@@ -75,12 +75,12 @@ class ImageCache:
         return Image.fromarray(self.array(path))
 
     def holds(self, name: str, stamp: tuple[int, int]) -> bool:
-        """Whether it has the source of that name, with that (size, modification time)."""
+        """Whether it has the source file of that name, with that (size, modification time)."""
         return name in self._entries and self._entries[name][:2] == stamp
 
 
 def attach(dataset, folder: Path) -> None:
-    """Lets datasets of image files read from a cache, which is built if need be."""
+    """Makes a dataset of image files read from a cache, which is built if necessary."""
     domains = [d for d in dataset if getattr(d, "loader", None) is datasets.load_image]
     if not domains:
         return
@@ -105,7 +105,7 @@ def _opened(dataset_name: str, paths: list[str], folder: Path) -> ImageCache:
         return cache
     folder.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be at it: wait for what it builds
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it
         cache, valid = _look_up(path, root, stamps)
         if not valid:
             print(f"Decoding the images of {dataset_name} into {path}.", file=sys.stderr)
@@ -121,7 +121,7 @@ def _opened(dataset_name: str, paths: list[str], folder: Path) -> ImageCache:
 
 
 def _look_up(path: Path, root: Path, stamps: dict) -> tuple[ImageCache | None, bool]:
-    """The cache, if the file is one, and whether it holds all sources as they are now."""
+    """The cache, if the file is one, and whether it holds all source files unchanged."""
     try:
         cache = ImageCache(path, root)
     except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError):
@@ -131,7 +131,7 @@ def _look_up(path: Path, root: Path, stamps: dict) -> tuple[ImageCache | None, b
 
 def _decoded(root: Path, stamps: dict, old: ImageCache | None, cut: list[str]
              ) -> Iterator[np.ndarray]:
-    """The sources' pixels, unchanged ones from the old file; truncated ones go into `cut`."""
+    """The images' pixels, from the old cache where unchanged; truncated ones are added to `cut`."""
     def pixels(name):
         if old and old.holds(name, stamps[name]):
             return old.array(str(root / name))
@@ -145,7 +145,7 @@ def _decoded(root: Path, stamps: dict, old: ImageCache | None, cut: list[str]
         for i in range(0, len(names), _AT_ONCE):
             some = names[i:i + _AT_ONCE]
             for name, image in zip(some, list(pool.map(pixels, some))):
-                if image is None:  # it is cut short or, if this fails too, no image
+                if image is None:  # truncated or, if this fails too, not an image
                     image = np.asarray(datasets.load_image(str(root / name)))
                     cut.append(str(root / name))
                 yield image

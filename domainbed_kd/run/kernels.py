@@ -1,7 +1,7 @@
-"""Fast mode's colour jitter on a GPU: all images of a step in two kernels, written in Triton.
+"""Fast mode's colour jitter on a GPU: all images of a step in two Triton kernels.
 
-The first finds the mean gray that contrast mixes with; the second does everything else.
-Colours are in [0, 255] and clipped after each operation, as torchvision's are on float images.
+The first computes the mean gray for contrast; the second does everything else.
+Colours are in [0, 255] and clipped after each operation, as torchvision clips float images.
 """
 
 import torch
@@ -13,12 +13,12 @@ _BLOCK = 1024
 
 
 def distort(x: Tensor, settings: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """Images flipped, jittered, made gray and normalized as their settings say.
+    """Flips, jitters, makes gray and normalizes images by their settings.
 
     Args:
         x: uint8 (B, 3, H, W), on a GPU.
-        settings: float32 (B, 10), there too: the order of brighten 0, contrast 1, saturate 2 and
-            hue 3, then the four's factors, then whether to flip, and whether to make gray.
+        settings: float32 (B, 10), on the GPU: the order of brighten 0, contrast 1, saturate 2 and
+            hue 3, then their four factors, then whether to flip, and whether to make gray.
         mean: of each channel of images in [0, 1].
         std: of each channel.
 
@@ -51,7 +51,7 @@ def _gray(red, green, blue):
 
 @triton.jit
 def _channel(n, sixths, most, spread):
-    """A channel of the colour whose hue is `sixths` of the circle: n is 5, 3 or 1."""
+    """A channel of the colour whose hue is `sixths` of a sixth circle: n is 5, 3 or 1."""
     k = n + sixths
     k = k - 6.0 * tl.floor(k / 6.0)
     return most - spread * tl.minimum(tl.maximum(tl.minimum(k, 4.0 - k), 0.0), 1.0)
@@ -59,7 +59,7 @@ def _channel(n, sixths, most, spread):
 
 @triton.jit
 def _jitter(operation, factor, mean, red, green, blue):
-    """One of the four operations; the contrast's other colour is `mean`."""
+    """Applies one of the four operations; contrast mixes with `mean`."""
     if operation == 0.0:
         red, green, blue = _clip(factor * red), _clip(factor * green), _clip(factor * blue)
     elif operation == 1.0:
@@ -98,7 +98,7 @@ def _load(x, image, pixel, is_there, flip, width, image_step, channel_step, row_
 @triton.jit
 def _sum_grays(x, settings, sums, n_parts, height, width, image_step, channel_step, row_step, step,
                BLOCK: tl.constexpr):
-    """A part's sum of the grays that an image has when its contrast's turn comes."""
+    """Sums a part of an image's grays, as they are before contrast."""
     image, part = tl.program_id(0), tl.program_id(1)
     settings += image * 10
     pixel = part * BLOCK + tl.arange(0, BLOCK)
@@ -121,7 +121,7 @@ def _sum_grays(x, settings, sums, n_parts, height, width, image_step, channel_st
 def _distort(x, settings, sums, out, height, width, image_step, channel_step, row_step, step,
              scale_0, scale_1, scale_2, offset_0, offset_1, offset_2,
              BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """A part of an image: everything."""
+    """Applies all operations to a part of an image."""
     image, part = tl.program_id(0), tl.program_id(1)
     settings += image * 10
     pixel = part * BLOCK + tl.arange(0, BLOCK)

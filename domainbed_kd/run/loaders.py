@@ -1,10 +1,9 @@
 """Loaders that draw DomainBed's random numbers, in its order.
 
-DomainBed reads images with eight worker processes per loader. Which numbers it draws depends on
-them twice: their prefetching draws indices ahead of need, and each worker augments its images with
-random streams of its own. Both are simulated here, so that batches, and what is left in the global
-streams, are DomainBed's whatever the number of real processes, and a loader's position can be
-saved and put back.
+DomainBed reads images with eight worker processes per loader. They affect its random numbers in
+two ways: prefetching draws indices early, and each worker augments images with its own random
+streams. Both are simulated here. Batches and global streams therefore match DomainBed's for any
+number of real processes, and a loader's position can be saved and restored.
 """
 
 import math
@@ -21,37 +20,77 @@ from domainbed_kd.run.splits import Groups, is_tensors, labels
 
 
 class _Loader:
-    """The state that both loaders share."""
+    """The batches of a sampler, as a DataLoader with `num_workers` processes returns them.
 
-    _batches: "_Batches"
+    Such a loader draws a seed for its workers when it is made, asks the sampler for two batches
+    per worker, and then for one more with every batch that it returns.
+    """
 
-    @property
-    def indices(self) -> list[int]:
-        """The items of the batch that was returned last."""
-        return self._batches.indices
+    def __init__(self, dataset, sampler, num_workers: int, readers: Readers | None):
+        if num_workers < 0:
+            raise ValueError(f"A loader cannot have {num_workers} workers.")
+        self._sampler = sampler
+        self._workers = _Workers(dataset, num_workers, _draw_seed())
+        self._n_returned = 0
+        self._ahead = deque(next(sampler) for _ in range(2 * num_workers))
+        self._readers = readers if readers and readers.n and self._workers.draw else None
+        self._number = self._readers.add(dataset) if self._readers else None
+        self._asked = deque()  # pending reads of the first batches in _ahead
+
+    def _take(self, n: float = math.inf):
+        """The next batch, of `n` that are still to be taken."""
+        self._ahead.append(next(self._sampler))
+        if self._readers:
+            batch = self._read_elsewhere(n)
+        else:
+            batch = self._workers.read_here(self._n_returned, self._ahead[0])
+        self.indices = self._ahead.popleft()  # the items of the last batch
+        self._n_returned += 1
+        return batch
+
+    def _read_elsewhere(self, n: float):
+        # At most one batch per worker: the next needs the worker's streams as this one left them.
+        while len(self._asked) < min(n, 2 * self._readers.n, self._workers.n):
+            i = len(self._asked)
+            self._asked.append(self._readers.read(
+                self._number, self._workers.turn(self._n_returned + i), self._ahead[i]))
+        with loss_said():
+            batch, streams = self._asked.popleft().result()
+        self._workers.put_back(self._n_returned, streams)
+        return batch
 
     def state_dict(self) -> dict:
         """The position, and every random stream that later batches depend on."""
-        return self._batches.state_dict()
+        return {
+            "n_returned": self._n_returned,
+            "ahead": list(self._ahead),
+            "sampler": self._sampler.state_dict(),
+            "worker_seed": self._workers.seed,
+            "workers": {k: to_plain(streams) for k, streams in self._workers.streams.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state` was taken, on the same data with the same batch size."""
-        self._batches.load_state_dict(state)
+        """Continues from `state`, on the same data with the same batch size."""
+        self._asked.clear()
+        self._n_returned = state["n_returned"]
+        self._ahead = deque(state["ahead"])
+        self._sampler.load_state_dict(state["sampler"])
+        self._workers.seed = state["worker_seed"]
+        self._workers.streams = {k: from_plain(plain) for k, plain in state["workers"].items()}
 
 
 class InfiniteDataLoader(_Loader):
-    """Endless full batches, drawn with replacement: its own iterator.
+    """Endless full batches, drawn with replacement; its own iterator.
 
     Args:
         dataset: a split, or any map-style dataset.
         weights: None, or how often to draw each item: (N,), need not sum to 1.
         batch_size: items per batch.
         num_workers: the number of DomainBed's workers to simulate.
-        readers: real processes that read images ahead; None reads them here. Results do not
-            depend on it.
-        replacement: False, for --auto_lr, visits all items before one returns; with weights, no
-            item stands twice in a batch.
-        groups: of which classes each batch is, instead of weights; None: of any.
+        readers: real processes that read images ahead; with None, this process reads them.
+            Results do not depend on it.
+        replacement: False, for --auto_lr, visits all items before repeating one; with weights,
+            no batch contains an item twice.
+        groups: restricts each batch to a few classes, instead of weights; None does not.
 
     Raises:
         ValueError: if there are fewer items than a batch needs.
@@ -71,20 +110,20 @@ class InfiniteDataLoader(_Loader):
                 f"--hparams '{{\"batch_size\": {max(len(dataset) // 2, 1)}}}'.")
         else:
             sampler = _Passes(len(dataset), batch_size, replacement, drop_last=True)
-        self._batches = _Batches(dataset, sampler, num_workers, readers)
+        super().__init__(dataset, sampler, num_workers, readers)
 
     def __iter__(self) -> Iterator:
         return self
 
     def __next__(self):
-        return self._batches.take()
+        return self._take()
 
     def __len__(self):
         raise ValueError("An InfiniteDataLoader has no length.")
 
 
 class FastDataLoader(_Loader):
-    """Batches of all items once, in a new random order in each pass; the last may be short.
+    """One pass over all items, in a new random order each time; the last batch may be short.
 
     Arguments are those of InfiniteDataLoader.
 
@@ -98,21 +137,21 @@ class FastDataLoader(_Loader):
             raise ValueError(f"{getattr(dataset, 'name', '') or 'The dataset'} is empty.")
         self._length = -(-len(dataset) // batch_size)
         sampler = _Passes(len(dataset), batch_size, replacement=False, drop_last=False)
-        self._batches = _Batches(dataset, sampler, num_workers, readers)
+        super().__init__(dataset, sampler, num_workers, readers)
 
     def __iter__(self) -> Iterator:
         for i in range(self._length):
-            yield self._batches.take(self._length - i)
+            yield self._take(self._length - i)
 
     def __len__(self):
         return self._length
 
 
-# Which items: endless iterators of lists of indices.
+# Samplers: endless iterators of lists of indices.
 
 
 def _draw_seed() -> int:
-    """The draw of a torch sampler or loader from the global stream when it starts."""
+    """The seed that a torch sampler or loader draws from the global stream when it starts."""
     return torch.empty((), dtype=torch.int64).random_().item()
 
 
@@ -164,10 +203,11 @@ class _WeightedBatches:
 
 
 class _GroupedBatches:
-    """Batches of a few classes, of which each has an equal share of the items, to within one.
+    """Batches of a few classes with equal shares of the items, to within one.
 
-    Loaders with the same groups draw the same classes for the same batch, from a stream of their
-    own. A class's items are drawn from the global stream, and none returns before all have been.
+    Loaders with the same groups draw the same classes for the same batch, from a separate stream.
+    A class's items are drawn from the global stream; within a batch, none repeats before all have
+    been drawn.
     """
 
     def __init__(self, labels: list[int], groups: Groups, batch_size: int):
@@ -196,70 +236,10 @@ def _some(items: Tensor, n: int) -> Tensor:
     return torch.cat([items[torch.randperm(len(items))] for _ in range(rounds)])[:n]
 
 
-# The batches.
-
-
-class _Batches:
-    """The batches of a sampler, as a DataLoader with `num_workers` processes returns them.
-
-    Such a loader draws a seed for its workers when it is made, asks the sampler for two batches
-    per worker, and then for one more with every batch that it returns.
-    """
-
-    def __init__(self, dataset, sampler, num_workers: int, readers: Readers | None):
-        if num_workers < 0:
-            raise ValueError(f"A loader cannot have {num_workers} workers.")
-        self._sampler = sampler
-        self._workers = _Workers(dataset, num_workers, _draw_seed())
-        self._n_returned = 0
-        self._ahead = deque(next(sampler) for _ in range(2 * num_workers))
-        self._readers = readers if readers and readers.n and self._workers.draw else None
-        self._number = self._readers.add(dataset) if self._readers else None
-        self._asked = deque()  # what readers are at: the first batches of those ahead
-
-    def take(self, n: float = math.inf):
-        """The next batch; `n`, it included, are known to be wanted."""
-        self._ahead.append(next(self._sampler))
-        if self._readers:
-            batch = self._read_elsewhere(n)
-        else:
-            batch = self._workers.read_here(self._n_returned, self._ahead[0])
-        self.indices = self._ahead.popleft()
-        self._n_returned += 1
-        return batch
-
-    def _read_elsewhere(self, n: float):
-        # At most one batch per worker: the next needs the worker's streams as this one left them.
-        while len(self._asked) < min(n, 2 * self._readers.n, self._workers.n):
-            i = len(self._asked)
-            self._asked.append(self._readers.read(
-                self._number, self._workers.turn(self._n_returned + i), self._ahead[i]))
-        with loss_said():
-            batch, streams = self._asked.popleft().result()
-        self._workers.put_back(self._n_returned, streams)
-        return batch
-
-    def state_dict(self) -> dict:
-        return {
-            "n_returned": self._n_returned,
-            "ahead": list(self._ahead),
-            "sampler": self._sampler.state_dict(),
-            "worker_seed": self._workers.seed,
-            "workers": {k: to_plain(streams) for k, streams in self._workers.streams.items()}}
-
-    def load_state_dict(self, state: dict) -> None:
-        self._asked.clear()
-        self._n_returned = state["n_returned"]
-        self._ahead = deque(state["ahead"])
-        self._sampler.load_state_dict(state["sampler"])
-        self._workers.seed = state["worker_seed"]
-        self._workers.streams = {k: from_plain(plain) for k, plain in state["workers"].items()}
-
-
 class _Workers:
-    """DomainBed's worker processes as what distinguishes them: each one's random streams.
+    """The random streams of DomainBed's simulated worker processes.
 
-    Batch k is read by worker k mod n, which goes on from where its streams were.
+    Worker k mod n reads batch k, continuing its own streams.
     """
 
     def __init__(self, dataset, n: int, seed: int):
@@ -271,15 +251,15 @@ class _Workers:
         self.draw = n > 0 and not is_tensors(underlying)  # slices of tensors draw nothing
 
     def turn(self, k: int) -> Turn:
-        """Batch k's turn, once its worker's batch before has been put back."""
+        """Batch k's turn, once the streams after its worker's previous batch are put back."""
         return Turn(self.seed, k % self.n, self.streams.get(k % self.n))
 
     def put_back(self, k: int, streams: tuple) -> None:
-        """Takes the streams of batch k's worker as the batch left them."""
+        """Stores the streams of batch k's worker as they were after the batch."""
         self.streams[k % self.n] = streams
 
     def read_here(self, k: int, indices: list[int]):
-        """Batch k; outside, the streams never notice, unless there are no workers."""
+        """Batch k; the global streams stay unchanged unless there are no workers."""
         if not self.draw:
             return read(self.dataset, indices)
         outside = get_streams()

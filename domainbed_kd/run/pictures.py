@@ -9,14 +9,14 @@ from domainbed_kd import datasets, tasks
 from domainbed_kd.folder import files
 from domainbed_kd.run.build import Run
 
-#: Images of each test domain, and the most pixels of a side.
+#: Images of each test domain, and their largest side in pixels.
 N_IMAGES, MOST_PIXELS = 3, 256
 
 
 def save(run: Run) -> None:
-    """Leaves pictures.npz: the first images of each test domain's in-split, labels, predictions.
+    """Writes pictures.npz: the first images of each test domain's in-split, labels, predictions.
 
-    Arrays are, for test domain i: `env{i}_image` uint8 (n, H, W, 3), `env{i}_label` and
+    Arrays for test domain i are `env{i}_image` uint8 (n, H, W, 3), `env{i}_label` and
     `env{i}_guess` uint8 (n, H, W), where 255 is ignored.
     """
     found = {}

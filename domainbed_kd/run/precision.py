@@ -12,11 +12,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 @contextlib.contextmanager
 def autocast(device: torch.device, enabled: bool) -> Iterator[None]:
-    """Inside, if enabled, layers compute in bfloat16, and what stays float32 may use TF32.
+    """Inside, if enabled, layers compute in bfloat16, and float32 products may use TF32.
 
     Weights and optimiser states stay float32 (Micikevicius et al., "Mixed Precision Training",
     ICLR 2018, https://arxiv.org/abs/1710.03740, section 3.1). bfloat16 has float32's range, so
-    losses need no scaling. Optimisers use their fused step where they have one.
+    losses need no scaling. Optimisers use their fused step if they have one.
     """
     if not enabled:
         yield
@@ -25,7 +25,7 @@ def autocast(device: torch.device, enabled: bool) -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        # A cached cast of a weight would be stale after the first of an update's steps.
+        # A weight's cached cast would be stale after the first optimiser step of an update.
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             yield
     finally:
@@ -34,7 +34,7 @@ def autocast(device: torch.device, enabled: bool) -> Iterator[None]:
 
 
 def laid_out(algorithm: nn.Module, enabled: bool) -> nn.Module:
-    """The algorithm; if enabled, with convolutions' weights, (O, I, H, W), channels last."""
+    """The algorithm; if enabled, with convolution weights (O, I, H, W) stored channels last."""
     return algorithm.to(memory_format=torch.channels_last) if enabled else algorithm
 
 
@@ -45,7 +45,7 @@ def _fuse(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
 
 
 def compile_featurizer(algorithm: nn.Module) -> None:
-    """Has torch.compile translate the student's featurizer at its first call."""
+    """Makes torch.compile compile the student's featurizer at its first call."""
     if algorithm.part("featurizer") is None:
         raise ValueError(f"--compile: {type(algorithm).__name__} has no featurizer to compile. "
                          "Leave the flag out.")

@@ -1,4 +1,4 @@
-"""Reading a run's images: with the random streams of DomainBed's workers, and ahead of need."""
+"""Reads a run's images with the random streams of DomainBed's workers, and ahead of time."""
 
 import contextlib
 import multiprocessing
@@ -32,17 +32,17 @@ def read(dataset, indices: list[int]):
 
 
 class Turn(NamedTuple):
-    """A worker's number, what all are seeded from, and its streams; None before its first batch."""
+    """A worker's number, the base of all seeds, and its streams; None before its first batch."""
 
     seed: int
     worker: int
     streams: tuple | None
 
     def read(self, dataset, indices: list[int]) -> tuple:
-        """The items, collated, and the streams afterwards, which are this process's now."""
+        """The items, collated, and the streams afterwards, now this process's own."""
         if self.streams is None:
             random.seed(self.seed + self.worker)
-            torch.default_generator.manual_seed(self.seed + self.worker)  # the CPU's alone
+            torch.default_generator.manual_seed(self.seed + self.worker)  # the CPU's only
             np.random.seed(_generate_state(self.seed, self.worker))
         else:
             set_streams(self.streams)
@@ -50,14 +50,14 @@ class Turn(NamedTuple):
 
 
 class Readers:
-    """Processes that read batches for all loaders of a run, no more than there are cores.
+    """Processes that read batches for all loaders of a run, at most one per core.
 
     They start together when a loader first asks for a batch, and end on leaving `with`.
 
     Args:
-        n: how many are wanted; with 0, loaders read in their own process.
-        finish: what a thread of this process does with each batch ahead of need, such as
-            `pinned` for a GPU.
+        n: the number of processes; with 0, loaders read in their own process.
+        finish: applied to each batch ahead of time by a thread of this process, such as `pinned`
+            for a GPU.
     """
 
     def __init__(self, n: int, finish: Callable[[list], list] | None = None):
@@ -74,7 +74,7 @@ class Readers:
     def __exit__(self, kind, error, traceback) -> None:
         if self._pool:
             if isinstance(error, ChildProcessError):
-                # It may have held a lock that the others wait for.
+                # The lost process may have held a lock that the others wait for.
                 self._end.send("a process is lost")
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -83,14 +83,14 @@ class Readers:
             self._thread = None
 
     def add(self, dataset) -> int:
-        """Makes a dataset known, before the first batch is asked for; returns its number."""
+        """Registers a dataset, before the first batch is requested; returns its number."""
         self._datasets.append(dataset)
         return len(self._datasets) - 1
 
     def read(self, number: int, turn: Turn, indices: list[int]) -> Future:
-        """Reads a dataset by `turn`, as soon as a process is free."""
+        """Reads items of a dataset in `turn`, as soon as a process is free."""
         if self._pool is None:
-            # In a sweep's warm worker the default would be a new server, which imports torch again.
+            # In a sweep's worker the default would start a new server, which imports torch again.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
             ended, self._end = context.Pipe(duplex=False)
             self._pool = ProcessPoolExecutor(
@@ -99,7 +99,7 @@ class Readers:
             future = self._pool.submit(_read_for_another, number, turn, indices)
         if self._finish is None:
             return future
-        if self._thread is None:  # only now, as a process with threads should not be forked
+        if self._thread is None:  # only now: a process with threads should not be forked
             self._thread = ThreadPoolExecutor(1)
         return self._thread.submit(self._finished, future)
 
@@ -109,13 +109,13 @@ class Readers:
 
 
 def pinned(batch: list) -> list:
-    """A batch in memory that a GPU copies from while the CPU goes on."""
+    """The batch in pinned memory, which a GPU copies while the CPU continues."""
     return [part.pin_memory() for part in batch]
 
 
 @contextlib.contextmanager
 def loss_said() -> Iterator[None]:
-    """Inside, a reading process that ends early raises ChildProcessError, with advice."""
+    """Inside, a reading process that ends early raises a ChildProcessError with advice."""
     try:
         yield
     except BrokenProcessPool as error:
@@ -124,19 +124,19 @@ def loss_said() -> Iterator[None]:
             "memory ran out, pass a smaller --loader_processes or batch_size.") from error
 
 
-_datasets: list = []  # in a reading process: what can be asked for
+_datasets: list = []  # in a reading process: the datasets by number
 
 
 def _begin_to_read(datasets: list, ended: multiprocessing.connection.Connection) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # the run saves its state first, and needs batches
+        signal.signal(number, signal.SIG_IGN)  # the run still needs batches to save its state
     threading.Thread(target=_end_with_others, args=[ended], daemon=True).start()
     _datasets[:] = datasets
 
 
 def _end_with_others(ended: multiprocessing.connection.Connection) -> None:
-    """Ends this process when its run has ended, or another process that reads has."""
+    """Ends this process when its run or another reading process has ended."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel, ended])
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""A run's output: values of its steps, records, models, its cost."""
+"""A run's output: records and their values, models, cost."""
 
 import math
 import platform
@@ -19,7 +19,7 @@ from domainbed_kd.folder import files
 
 
 def environment() -> dict:
-    """Versions that results may depend on, as DomainBed prints them."""
+    """Versions that results may depend on, named as DomainBed prints them."""
     return {"Python": platform.python_version(), "PyTorch": torch.__version__,
             "Torchvision": torchvision.__version__, "CUDA": torch.version.cuda,
             "CUDNN": torch.backends.cudnn.version(), "NumPy": np.__version__,
@@ -27,14 +27,14 @@ def environment() -> dict:
 
 
 def print_settings(title: str, settings: dict) -> None:
-    """A heading and one indented line per setting."""
+    """Prints a heading and one indented line per setting."""
     print(f"{title}:")
     for name, value in settings.items():
         print(f"\t{name}: {value}")
 
 
 def print_record(record: dict, header: list[str] | None) -> list[str]:
-    """A row of 12-column cells, under their names where these changed; returns the names."""
+    """Prints a row of 12-character cells, and a header if the names changed; returns the names."""
     def row(cells):
         texts = (f"{c:.10f}" if isinstance(c, float) else str(c) for c in cells)
         print("  ".join(text.ljust(12)[:12] for text in texts), "")
@@ -63,12 +63,12 @@ class Pending:
     """The values that updates returned since the last record.
 
     Tensors stay on their device until `settle`, so that no step waits for a GPU. A loss that is
-    NaN or infinite is then reported, once a run; the run goes on, as DomainBed's does.
+    NaN or infinite is then reported, once per run; the run continues, as in DomainBed.
     """
 
     def __init__(self, algorithm: str):
         self.algorithm = algorithm
-        #: {name: its values since the last record}, as far as `settle` has seen them.
+        #: {name: its values since the last record}, up to the last `settle`.
         self.values: dict[str, list[float]] = defaultdict(list)
         #: The first loss that is NaN or infinite, with its value and step.
         self.diverged: str | None = None
@@ -76,12 +76,12 @@ class Pending:
         self._fresh: list[tuple[int, dict]] = []
 
     def add(self, values: dict[str, float | Tensor], step: int) -> None:
-        """Takes in what an update returned."""
+        """Adds what an update returned."""
         self._fresh.append((step, {name: value.detach() if isinstance(value, Tensor) else value
                                    for name, value in values.items()}))
 
     def settle(self) -> None:
-        """Turns tensors into floats and looks for losses that are NaN or infinite."""
+        """Turns tensors into floats, and notes the first loss that is NaN or infinite."""
         numbers = iter(as_floats(v for _, values in self._fresh for v in values.values()))
         for step, values in self._fresh:
             for name in values:
@@ -92,7 +92,7 @@ class Pending:
         self._fresh.clear()
 
     def means(self) -> dict[str, float]:
-        """The mean of each value since the last record; the next record starts anew."""
+        """The mean of each value since the last record; starts the next record."""
         self.settle()
         means = {name: float(np.mean(values)) for name, values in self.values.items()}
         self.values.clear()
@@ -108,7 +108,7 @@ class Pending:
 
 
 def as_floats(values: Iterable[float | Tensor]) -> list[float]:
-    """Numbers and one-element tensors as Python numbers, in order; waits for a GPU once."""
+    """Numbers and one-element tensors as Python numbers, in order; waits for a GPU only once."""
     values = list(values)
     groups = defaultdict(list)
     for i, value in enumerate(values):
@@ -122,17 +122,17 @@ def as_floats(values: Iterable[float | Tensor]) -> list[float]:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The GPU memory that the run has held at most so far, in GiB; 0 on a CPU."""
+    """The run's peak GPU memory so far, in GiB; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() / 1024**3 if device.type == "cuda" else 0.0
 
 
 def save_cost(folder: Path, device: torch.device, seconds: float, steps: int,
               diverged: str | None = None) -> None:
-    """Leaves the run's cost so far in memory.json, for `sweep status` and `sweep plan`.
+    """Writes the run's cost so far to memory.json, for `sweep status` and `sweep plan`.
 
-    That is peak memory in MiB and the seconds of `steps` updates and their evaluations, all
-    attempts together; also what the last bits of results depend on (CPU threads, GPU, TF32,
-    cuDNN's algorithms), and how the run `diverged`, if it did.
+    That is peak memory in MiB, and the seconds of `steps` updates with their evaluations over all
+    attempts; also what the last bits of results depend on (CPU threads, GPU, TF32, cuDNN's
+    algorithms), and how the run `diverged`, if it did.
     """
     cost = {"rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
             "gpu_mb": 1024 * peak_memory_gb(device), "seconds": seconds, "steps": steps,
@@ -146,13 +146,13 @@ def save_cost(folder: Path, device: torch.device, seconds: float, steps: int,
 
 
 def seconds_before(folder: Path, first_step: int) -> float:
-    """The seconds that a run took until that step, as far as its memory.json tells."""
+    """The seconds that a run took up to `first_step`, estimated from its memory.json."""
     cost = files.cost(folder)
     return cost.get("seconds", 0.0) * first_step / cost["steps"] if cost.get("steps") else 0.0
 
 
 def save_model(path: Path, args: dict, hparams: dict, dataset, algorithm) -> None:
-    """The predictor in DomainBed's layout, and what its classes are called."""
+    """Saves the predictor in DomainBed's layout, and the names of its classes."""
     content = {
         "args": args,
         "model_input_shape": tuple(dataset.input_shape),

@@ -1,9 +1,9 @@
-"""Images that stay in the memory of a run's device, and how a batch is finished there.
+"""Images kept in the memory of a run's device, and the last steps of their transforms there.
 
-In fast mode they are a dataset's images at their own sizes, to be cropped, resized and distorted
-on the device. In exact mode they are the images whose transform draws nothing, as Pillow resized
-them; all others come from the loaders as bytes. An item of a resident domain is an image's number
-and whether to augment it.
+In fast mode all images of a dataset are kept at their original sizes, and are cropped, resized and
+distorted on the device. In exact mode only images with a deterministic transform are kept, as
+Pillow resized them; the others come from the loaders as bytes. An item of a resident domain is an
+image's number and whether to augment it.
 """
 
 import itertools
@@ -29,9 +29,9 @@ _SENT = 256
 
 
 class Domain(TensorDataset):
-    """A domain whose images lie on the device: (number, whether to augment) (2,), label.
+    """Replaces `domain`, whose images are on the device: items are (number, augment?) (2,), label.
 
-    It stands for `domain`; `first` is the number of its first image.
+    `first` is the number of its first image.
     """
 
     def __init__(self, domain, first: int, augment: bool):
@@ -50,7 +50,7 @@ class Domain(TensorDataset):
 class Finish:
     """Turns a batch into images, on the device.
 
-    uint8 images are distorted if the run `is_fast`; else they are looked up in `table`.
+    uint8 images are distorted if the run `is_fast`; otherwise they are looked up in `table`.
     """
 
     def __init__(self, device: torch.device, is_fast: bool):
@@ -68,38 +68,38 @@ class Finish:
         return augmentation.distorted(x) if self.is_fast else looked_up(x, self.table)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether there is anything to do."""
+        """Whether the batch needs this."""
         return x.dtype == torch.uint8 or (x.dtype == torch.int64 and self.store is not None)
 
 
 def looked_up(x: Tensor, table: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) as a transform's last steps make it, from its table (3, 256)."""
+    """Applies a transform's last steps to uint8 (B, 3, H, W), by their table (3, 256)."""
     place = x.to(torch.int32) + 256 * torch.arange(3, dtype=torch.int32, device=x.device).view(
         3, 1, 1)
     return table.view(-1).index_select(0, place.flatten()).view(x.shape)
 
 
 class Finished:
-    """Images, uint8 (N, 3, H, W), and the table of a transform's last steps, see `looked_up`."""
+    """Resized images, uint8 (N, 3, H, W), and the table of a transform's last steps."""
 
     def __init__(self, pixels: Tensor, table: Tensor):
         self.pixels, self.table = pixels, table
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Images, float32 (B, 3, H, W), by number, the first column of rows (B, 2)."""
+        """Images, float32 (B, 3, H, W), whose numbers are the first column of rows (B, 2)."""
         numbers = augmentation.sent(rows[:, 0], self.pixels.device)
         return looked_up(self.pixels[numbers], self.table)
 
 
 class Originals:
-    """Images at their own sizes, in one row of pixels.
+    """Images at their original sizes, in one row of pixels.
 
     Args:
         pixels: uint8 (P, 3), image after image.
-        sizes: int64 (N, 2), their heights and widths.
-        side: of the images to be made, in pixels.
-        crop: how the augmented ones are cropped.
-        table: what a transform's last steps make of each value, float32 (3, 256).
+        sizes: heights and widths, int64 (N, 2).
+        side: of the returned images, in pixels.
+        crop: the augmentation's crop.
+        table: the output of a transform's last steps for each value, float32 (3, 256).
     """
 
     def __init__(self, pixels: Tensor, sizes: Tensor, side: int, crop: T.RandomResizedCrop | None,
@@ -136,20 +136,17 @@ class Originals:
         return augmentation.resized(cut, heights, widths, self.side)
 
 
-# Which domains can lie on the device.
-
-
 def pays_on(device: torch.device) -> bool:
     """Whether keeping images in the device's memory saves time."""
     return device.type == "cuda"
 
 
 def settle(dataset, finish: Finish, room: int) -> None:
-    """Prepares a dataset of image files for a run on a GPU, and tells `finish` how to end.
+    """Prepares a dataset of image files for a run on a GPU, and sets up `finish` accordingly.
 
     Domains that fit into `room` bytes of the device's memory are replaced by `Domain`s; in exact
-    mode the others' images end as bytes. Datasets stay as they are unless `images.make_transform`
-    made their transforms.
+    mode the other domains return bytes. Datasets whose transforms are not from
+    `images.make_transform` stay unchanged.
     """
     domains = [domain for domain in dataset if hasattr(domain, "samples")
                and all(hasattr(getattr(domain, name, None), "geometry")
@@ -161,7 +158,7 @@ def settle(dataset, finish: Finish, room: int) -> None:
         _settle_originals(dataset, domains, finish, room)
         return
     _settle_finished(dataset, domains, finish, room)
-    # One transform may be two domains', and be the plain one too, which splits look at.
+    # Domains may share a transform, and it may be the plain one too; splits compare the two.
     for transform in {id(t): t for domain in domains
                       for t in (domain.transform, domain.plain_transform)}.values():
         transform.transforms[-2:] = [T.PILToTensor()]
@@ -184,11 +181,7 @@ def _settle_originals(dataset, domains: list, finish: Finish, room: int) -> None
     if 3 * sizes.prod(dim=1).sum() > room:
         return
     pixels = torch.empty(int(sizes.prod(dim=1).sum()), 3, dtype=torch.uint8, device=finish.device)
-    start = 0
-    for images in _read(domains, lambda domain, path: np.asarray(domain.loader(path))):
-        part = torch.from_numpy(np.concatenate([image.reshape(-1, 3) for image in images]))
-        pixels[start:start + len(part)] = part.to(finish.device)
-        start += len(part)
+    _fill(pixels, domains, lambda image: np.asarray(image).reshape(-1, 3))
     crop = next((steps[0] for steps in crops.values()), None)
     finish.store = Originals(pixels, sizes, plain[0].size[0], crop, finish.table)
     _replace(dataset, domains)
@@ -203,17 +196,13 @@ def _settle_finished(dataset, domains: list, finish: Finish, room: int) -> None:
     if np.prod(shape, dtype=np.int64) > room:
         return
     pixels = torch.empty(shape, dtype=torch.uint8, device=finish.device)
-    start = 0
-    for images in _read(domains, lambda domain, path: np.asarray(resize(domain.loader(path)))):
-        part = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        pixels[start:start + len(part)] = part.to(finish.device)
-        start += len(part)
+    _fill(pixels, domains, lambda image: np.asarray(resize(image)).transpose(2, 0, 1)[None])
     finish.store = Finished(pixels, finish.table)
     _replace(dataset, domains)
 
 
 def _sizes(domain) -> Iterator[tuple[int, int]]:
-    """Heights and widths of a domain's images, from the cache or the files' heads."""
+    """Heights and widths of a domain's images, from the cache or the files' headers."""
     for path, _ in domain.samples:
         if isinstance(domain.loader, ImageCache):
             yield domain.loader.array(path).shape[:2]
@@ -222,12 +211,15 @@ def _sizes(domain) -> Iterator[tuple[int, int]]:
                 yield image.height, image.width
 
 
-def _read(domains: list, read: Callable) -> Iterator[list]:
-    """The results of `read` on each domain's paths, some at a time, in order."""
-    paths = ((domain, path) for domain in domains for path, _ in domain.samples)
+def _fill(pixels: Tensor, domains: list, rows: Callable[..., np.ndarray]) -> None:
+    """Fills `pixels` with `rows` of each image of the domains, in order."""
+    paths = ((domain.loader, path) for domain in domains for path, _ in domain.samples)
+    start = 0
     with ThreadPoolExecutor(machine.available()) as pool:
         while some := list(itertools.islice(paths, _SENT)):
-            yield list(pool.map(lambda pair: read(*pair), some))
+            part = np.concatenate(list(pool.map(lambda pair: rows(pair[0](pair[1])), some)))
+            pixels[start:start + len(part)] = torch.from_numpy(part).to(pixels.device)
+            start += len(part)
 
 
 def _replace(dataset, domains: list) -> None:

@@ -1,4 +1,4 @@
-"""Splits into images to train on and to validate on: DomainBed's, to the item."""
+"""Splits domains into training and validation images, identically to DomainBed."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -17,17 +17,17 @@ def is_tensors(dataset) -> bool:
 
 
 class Groups(NamedTuple):
-    """Of how many classes each batch is, and among which: of all training domains alike."""
+    """How many classes each batch has, and from which; the same for all training domains."""
 
     n: int
-    #: The classes that every training domain's in-split shows.
+    #: The classes in every training domain's in-split.
     classes: list[int]
-    #: Of the draws of classes.
+    #: For drawing classes.
     seed: int
 
 
 class SplitDataset:
-    """The items of a dataset at `keys`, read when they are asked for.
+    """The items of a dataset at `keys`, read on access.
 
     A split of a split refers to the dataset itself: `underlying_dataset` is never a split.
     """
@@ -56,7 +56,7 @@ class Splits(NamedTuple):
 
 
 def split_dataset(dataset, n: int, seed: int = 0, names: tuple[str, str] = ("", "")) -> tuple:
-    """Two views of a dataset, shuffled by `seed`: `n` items and the others; messages name them."""
+    """Two splits of a dataset, shuffled by `seed`: `n` items and the rest; `names` for messages."""
     if not 0 <= n <= len(dataset):
         raise ValueError(f"Cannot split {n} items off a dataset of {len(dataset)}. "
                          "Fractions must be between 0 and 1.")
@@ -70,8 +70,8 @@ def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction
     """The splits of every environment, as DomainBed makes them.
 
     The out-split is `holdout_fraction` of an environment, unless its `n_train` says how many of
-    its items are for training; see `_as_published`. Of a test environment's in-split,
-    `uda_holdout_fraction` is set apart as unlabeled images; even a fraction of 0 reorders it.
+    its items are for training; see `_as_published`. `uda_holdout_fraction` of a test environment's
+    in-split becomes its unlabeled images; even a fraction of 0 reorders the in-split.
     """
     splits = Splits([], [], [])
     for i, env in enumerate(dataset):
@@ -99,9 +99,9 @@ def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction
 
 def hold_nothing_out(dataset, test_envs: list[int], trial_seed: int,
                      uda_holdout_fraction: float = 0) -> Splits:
-    """The splits of the last stage of --auto_lr: all images in the in-splits, in their order.
+    """The splits of --auto_lr's last stage: in-splits have all images, in their order.
 
-    Of a test environment, `uda_holdout_fraction` is set apart; even a fraction of 0 reorders it.
+    `uda_holdout_fraction` of a test environment is unlabeled; even a fraction of 0 reorders it.
     """
     splits = Splits([], [], [])
     for i, env in enumerate(dataset):
@@ -116,10 +116,10 @@ def hold_nothing_out(dataset, test_envs: list[int], trial_seed: int,
 
 
 def _as_published(env, is_test: bool, names: tuple[str, str]) -> tuple:
-    """The out-split and the in-split of a domain that parts training from validation images.
+    """The out-split and the in-split of a domain that comes with validation images.
 
-    A training domain trains on the former and is validated on the latter. A test domain's in-split,
-    for the tables, is the latter; its out-split is a fifth of the former.
+    They are a training domain's out-split, and its training images the in-split. They are a test
+    domain's in-split, which tables report; its out-split is a fifth of its training images.
     """
     train, val = list(range(env.n_train)), list(range(env.n_train, len(env)))
     if not is_test:
@@ -129,7 +129,7 @@ def _as_published(env, is_test: bool, names: tuple[str, str]) -> tuple:
 
 
 def class_groups(parts: list, n: int, batch_size: int) -> Groups:
-    """Batches of `n` classes each, for the training domains' in-splits."""
+    """Groups of `n` classes for batches of the training domains' in-splits."""
     shared = sorted(set.intersection(*(set(labels(split)) for split in parts)))
     most = min(batch_size, len(shared))
     if type(n) is not int or not 1 <= n <= most:
@@ -140,10 +140,10 @@ def class_groups(parts: list, n: int, batch_size: int) -> Groups:
 
 
 def class_weights(split) -> Tensor:
-    """A weight per item, float32 (N,), sum 1: classes weigh the same, and so do a class's items.
+    """A weight per item, float32 (N,), sum 1: classes have equal weight, as do a class's items.
 
-    Like DomainBed, this reads every image where reading one draws random numbers (augmented
-    images), so that the same numbers are drawn; elsewhere labels are looked up.
+    Like DomainBed, this reads every augmented image, which draws random numbers; otherwise labels
+    are looked up.
     """
     dataset = split.underlying_dataset
     augmented = getattr(dataset, "transform", None) is not getattr(dataset, "plain_transform", None)
@@ -153,7 +153,7 @@ def class_weights(split) -> Tensor:
 
 
 def labels(split) -> list[int]:
-    """The labels of a split's items, of which none is read where its dataset knows them."""
+    """The labels of a split's items; these are read only if the dataset has no list of labels."""
     dataset = split.underlying_dataset
     if is_tensors(dataset):
         return dataset.tensors[1][split.keys].tolist()

@@ -1,4 +1,4 @@
-"""A run's state, which survives a restart."""
+"""Saves and restores a run's state."""
 
 import contextlib
 import os
@@ -60,11 +60,10 @@ def of_stage(folder: Path) -> dict | None:
 
 
 def restore(run: Run, pending: Pending, diagnostics: Diagnostics | None) -> int:
-    """Puts back what `save` left, and returns the step to go on with.
+    """Restores what `save` saved, and returns the next step.
 
-    Records written after the state was saved are cut off, to be written again. Without a state,
-    the records of an unfinished run are renamed to results.jsonl.old, or dropped if there is but
-    one.
+    Records written after the state was saved are removed, as they will be written again. Without a
+    state, an unfinished run's records are renamed to results.jsonl.old; a single one is deleted.
     """
     folder, results, state_path = run.folder, run.folder / files.RESULTS, run.folder / files.STATE
     files.remove_half_written(folder)
@@ -113,7 +112,7 @@ def _put_back(state: dict, run: Run, pending: Pending, diagnostics: Diagnostics 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and SIGUSR1, SIGUSR2 make the yielded function return True; none kills."""
+    """Inside, SIGTERM, SIGUSR1 and SIGUSR2 only make the yielded function return True."""
     received = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -1,7 +1,7 @@
-"""One run, from its arguments to its last record: DomainBed's training loop, restartable.
+"""One run, from its args to its last record: DomainBed's training loop, restartable.
 
-The order in which random numbers are drawn is DomainBed's (seeds, dataset, splits, loaders,
-algorithm, steps), so that a run trains to the same losses from the same seeds.
+Random numbers are drawn in DomainBed's order (seeds, dataset, splits, loaders, algorithm, steps),
+so that a run has the same losses for the same seeds.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
           log_test_domains: bool = False, wandb: bool = False,
           cache_folder: str | None = None, teacher_cache: str | None = None,
           gpu_image_gb: float = GPU_IMAGE_GB) -> int:
-    """Trains one algorithm and leaves results.jsonl, model.pkl, TensorBoard events and `done`.
+    """Trains one algorithm; writes results.jsonl, model.pkl, TensorBoard events and `done`.
 
-    `args` are the flags of scripts/train.py that go on record, by name. The others are flags too,
-    `cache_folder` is --image_cache: see folder/args.py. With `resume` "never" the run starts
-    afresh and appends to what is there, as DomainBed's does.
+    `args` are the recorded flags of scripts/train.py, by name. The other arguments are flags too
+    (`cache_folder` is --image_cache): see folder/args.py. With `resume` "never" the run starts
+    from scratch and appends to existing records, as in DomainBed.
 
     Returns:
         0 if the run is finished, `claims.STOPPED` if a signal stopped it (its state is saved).
@@ -50,9 +50,9 @@ def train(args: dict, resume: str = "auto", loader_processes: int | None = None,
 
 def train_stage(run: Run, began: float, restores: bool, saves: bool, log_test_domains: bool,
                 wandb: bool, teacher_cache: str | None) -> bool:
-    """Trains and evaluates, to the run's end or, with --auto_lr, that of the stage it is in.
+    """Trains and evaluates to the end of the run or, with --auto_lr, of its current stage.
 
-    `began` is a time by time.monotonic; `restores` and `saves` say whether to load and to save
+    `began` is a time of time.monotonic; `restores` and `saves` are whether to load and to save
     states. The other arguments are those of `train`.
 
     Returns:
@@ -79,7 +79,7 @@ def train_stage(run: Run, began: float, restores: bool, saves: bool, log_test_do
 
 def loop(recorder: "Recorder", views: canonical_view.CanonicalViews | None,
          logger: loggers.Logger, first_step: int, saves: bool, stopped: Callable[[], bool]) -> bool:
-    """DomainBed's loop: updates, evaluations and, if it `saves`, states; False if `stopped`."""
+    """DomainBed's loop: updates, evaluations and, with `saves`, saved states; False if stopped."""
     run, evaluator, pending = recorder.run, recorder.evaluator, recorder.pending
     for step in console.bar(
             range(first_step, run.n_steps), initial=first_step, total=run.n_steps, unit="step"):
@@ -94,7 +94,7 @@ def loop(recorder: "Recorder", views: canonical_view.CanonicalViews | None,
                 break
             logger.log(recorder.record(step), run.updates_before)
         if last:
-            continue  # the bar counts it too
+            continue  # not break, so that the bar counts the step
         if saves and (at_checkpoint or stopped()):
             state.save(run, pending, evaluator.diagnostics, step + 1)
         if stopped():
@@ -119,7 +119,7 @@ def update(run: Run, views: canonical_view.CanonicalViews | None) -> dict:
 class Recorder:
     """Evaluates a run and writes its records, cost and models.
 
-    `began` is a time by time.monotonic, less what earlier attempts took.
+    `began` is a time of time.monotonic, less the seconds of earlier attempts.
     """
 
     def __init__(self, run: Run, evaluator: Evaluator, pending: records.Pending, began: float):
@@ -153,7 +153,7 @@ class Recorder:
         return record
 
     def finish(self) -> None:
-        """Saves the model, pictures of a segmentation run, and the mark of a finished run."""
+        """Saves the model, a segmentation run's pictures, and `done`."""
         if self.run.dataset.TASK.per_pixel:
             pictures.save(self.run)
         if not self.run.args["skip_model_save"]:
