@@ -1,4 +1,4 @@
-"""The commands' talk to users: parsers, one-line errors, exit status, progress."""
+"""What the commands share: parsers, one-line errors, exit status, progress bars."""
 
 import argparse
 import difflib
@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
-# What a user can fix: a missing folder, an unknown name, a value out of range.
+# Errors that a user can fix: a missing folder, an unknown name, a value out of range.
 USER_ERRORS = (ValueError, OSError, NotImplementedError)
-# What to do about errors of the system.
+# Advice on errors of the system.
 HINTS = {
     errno.ENOSPC: ". Free some space there; the same command goes on from what is whole.",
     errno.EDQUOT: ". Free some space there; the same command goes on from what is whole.",
@@ -21,12 +21,12 @@ HINTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage, which --help shows."""
+    """Reports errors in one line, without the usage, which --help shows."""
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse's, and names the known flag that is nearest to one that is not.
+        """As argparse's, but first suggests the known flag nearest to an unknown one.
 
-        That comes first: argparse itself would rather miss the flag that was meant.
+        argparse itself would report the intended flag as missing.
         """
         known = self._option_string_actions
         for word in sys.argv[1:] if args is None else args:
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
             if flag.startswith("--") and not any(each.startswith(flag) for each in known):
                 self._refuse([word])
         parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:  # no flags, or in an @FILE
+        if unknown:  # not flags, or in an @FILE
             self._refuse(unknown)
         return parsed
 
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(error: Exception) -> str:
-    """An error as the line that a user sees."""
+    """An error as one line for the user."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
@@ -65,7 +65,7 @@ def one_line(error: Exception) -> str:
 
 
 def may_not(path: str | os.PathLike | None) -> str:
-    """What to do about a path without the needed permissions."""
+    """Advice on a path without the necessary permissions."""
     if not path:
         return ""
     found = os.path.abspath(path)
@@ -79,7 +79,7 @@ def may_not(path: str | os.PathLike | None) -> str:
 def run_main(main: Callable[[], int]) -> None:
     """Runs a command and exits with its status: 0 done, 1 some jobs failed, 2 misuse.
 
-    A user's error is said in one line; DOMAINBED_KD_TRACEBACK=1 shows where it was raised.
+    A user's error is printed in one line; DOMAINBED_KD_TRACEBACK=1 shows where it was raised.
     """
     try:
         status = main()
@@ -99,7 +99,7 @@ def run_main(main: Callable[[], int]) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """" Did you mean X?" with the nearest known name, whatever its case; empty if none is near."""
+    """" Did you mean X?" with the nearest known name, ignoring case; empty if none is near."""
     known = {each.casefold(): each for each in known}
     near = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.5)
     return f" Did you mean {known[near[0]]}?" if near else ""
@@ -136,7 +136,7 @@ def parse_object(flag: str, text: str, example: str) -> dict:
 
 
 def renamed(hparams: dict) -> dict:
-    """Hparams by their present names; an earlier version may have recorded them.
+    """Hparams by their present names, as an earlier version may have recorded them.
 
     `upstream_exact` was the opposite of `mended`; true is now the default.
     """
@@ -146,18 +146,15 @@ def renamed(hparams: dict) -> dict:
     return kept if hparams["upstream_exact"] else kept | {"mended": True}
 
 
-# Progress on long work: bars on stderr if that is a terminal, nothing in logs and in CI.
-
-
 def bar(*args, **options):
-    """Tqdm's bar on the terminal itself: what copies stderr to a file does not see it."""
+    """A tqdm bar, if stderr is a terminal; files that stderr is copied to do not get it."""
     from tqdm import tqdm
 
     return tqdm(*args, file=sys.__stderr__, disable=not sys.stderr.isatty(), **options)
 
 
 def lifted() -> AbstractContextManager:
-    """Inside, bars make room for lines that are printed."""
+    """Inside, bars make room for printed lines."""
     from tqdm import tqdm
 
     return tqdm.external_write_mode(file=sys.__stderr__)

@@ -1,10 +1,10 @@
-"""Algorithms, datasets and launchers that live outside the package.
+"""Algorithms, datasets and launchers from outside the package.
 
 A module given by name or as a .py file adds every Algorithm and MultipleDomainDataset class that
 it defines, and the functions in its dict `LAUNCHERS`, if it has one. An installed package adds
 its own through the entry point groups `domainbed_kd.algorithms`, `domainbed_kd.datasets` and
-`domainbed_kd.launchers`; what nobody names is not imported. A folder that holds a package
-`domainbed` is a DomainBed fork, and adds the fork's algorithms.
+`domainbed_kd.launchers`; these are imported only if named. A folder with a package `domainbed` is
+a DomainBed fork, and adds the fork's algorithms.
 """
 
 import importlib
@@ -21,17 +21,18 @@ KINDS = ("algorithms", "datasets", "launchers")
 
 
 def names(kind: str) -> list[str]:
-    """The names that installed packages offer of a kind in KINDS; imports nothing."""
+    """The names of a kind in KINDS that installed packages offer; imports nothing."""
     return sorted(importlib.metadata.entry_points(group=f"domainbed_kd.{kind}").names)
 
 
 def load(modules: Iterable[str] = (), wanted: Iterable[str] = ()) -> None:
-    """Registers what the modules define, and those of the wanted names that entry points offer.
+    """Registers what the modules define, and the wanted names that entry points offer.
 
     Args:
-        modules: dotted names, looked for in the working directory too, or paths of .py files or
-            of forks.
-        wanted: names of algorithms, datasets or launchers; others than entry points' are left.
+        modules: dotted names, searched in the working directory too, or paths of .py files or of
+            forks.
+        wanted: names of algorithms, datasets or launchers; those without an entry point are
+            ignored.
 
     Raises:
         ValueError: if a module cannot be imported, defines nothing of use, or takes a name that
@@ -113,13 +114,13 @@ def _import(name: str):
                          "dotted name, the other a folder that holds a package domainbed.")
     try:
         if not name.endswith(".py"):
-            if os.getcwd() not in sys.path:  # as for `python -m`; a console script lacks it
+            if os.getcwd() not in sys.path:  # as with `python -m`; console scripts lack it
                 sys.path.append(os.getcwd())
             return importlib.import_module(name)
         path = Path(name).resolve()
         if not path.is_file():
             raise ValueError(f"--plugin {name}: there is no such file.")
-        # Named by its path, so that a plug-in called random.py hides nothing.
+        # Named by its path, so that a plug-in called random.py does not hide a module.
         key = f"plugin {path}"
         if key not in sys.modules:
             spec = importlib.util.spec_from_file_location(key, path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from domainbed_kd import datasets
+from domainbed_kd.datasets.image_folders import subfolders
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -34,16 +35,16 @@ def verify(name: str, data_dir: Path) -> bool:
         raise ValueError(f"{name} has no published numbers of images by domain to compare with. "
                          f"There are some for {', '.join(published())}.")
     folder, classes = cls.folder(data_dir), cls.CLASSES
-    found = {_bare(path.name): path for path in _subfolders(folder)}
+    found = {_bare(name): name for name in subfolders(folder)}
     rows = []
     for domain, numbers in cls.PUBLISHED.items():
-        path = found.pop(_bare(domain), folder / domain)
-        counts = {c.name: _images_in(c) for c in _subfolders(path)}
+        name = found.pop(_bare(domain), domain)
+        counts = {c: _images_in(folder / name / c) for c in subfolders(folder / name)}
         by_class = dict(zip(classes, numbers)) if isinstance(numbers, tuple) else {}
         total = sum(by_class.values()) or numbers
-        rows.append((path.name, sum(counts.values()), total,
+        rows.append((name, sum(counts.values()), total,
                      _difference(counts, total, classes, by_class)))
-    rows += [(path.name, "", "", "does not belong here") for path in found.values()]
+    rows += [(name, "", "", "does not belong here") for name in found.values()]
 
     print(f"{name} in {folder}")
     print(f"  {'domain':16}{'found':>9}{'published':>11}  ")
@@ -66,12 +67,6 @@ def _difference(counts: dict, total: int, classes: tuple, by_class: dict) -> str
     parts += [f"unknown class {c}" for c in counts if c not in classes]
     short = total - sum(counts.values())
     return "; ".join(([amount(short)] if short else []) + parts)
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _bare(name: str) -> str:

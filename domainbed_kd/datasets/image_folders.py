@@ -15,8 +15,9 @@ from domainbed_kd.datasets.images import (
 
 
 def subfolders(path: Path) -> list[str]:
-    """The names of a folder's subfolders, sorted, without hidden ones."""
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """The names of a folder's subfolders, sorted, without hidden ones; empty if there is none."""
+    found = path.iterdir() if path.is_dir() else ()
+    return sorted(p.name for p in found if p.is_dir() and not p.name.startswith("."))
 
 
 class ImageFolders(MultipleDomainDataset):
@@ -68,7 +69,7 @@ class ImageFolders(MultipleDomainDataset):
     def domain_folders(cls, data_dir) -> list[str]:
         """The names of the domains' folders, in order; hidden ones are left out."""
         folder = cls.folder(data_dir)
-        names = subfolders(folder) if folder.is_dir() else []
+        names = subfolders(folder)
         if not names:
             problem = "holds no domains" if folder.is_dir() else "is not there"
             raise FileNotFoundError(

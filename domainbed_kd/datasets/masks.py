@@ -310,7 +310,7 @@ class FolderSeg(MaskFolders):
     def domain_folders(cls, data_dir) -> list[str]:
         """The names of the domains' folders, in order; hidden ones are left out."""
         folder = cls.folder(data_dir)
-        names = subfolders(folder) if folder.is_dir() else []
+        names = subfolders(folder)
         if not names:
             raise FileNotFoundError(f"{cls.__name__}: {folder} holds no domains. Images belong in "
                                     f"{folder}/<domain>/images/, masks in <domain>/labels/.")

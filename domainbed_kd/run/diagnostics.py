@@ -76,10 +76,6 @@ class Diagnostics:
         self.training, self.read = training, read
         self.distance = WeightDistance(algorithm)
 
-    def after_step(self) -> None:
-        """To be called once after each update."""
-        self.distance.add_step()
-
     def state_dict(self) -> dict:
         """The sums so far, as plain numbers."""
         return {"total": self.distance.total, "by_layer": dict(self.distance.by_layer),

@@ -58,9 +58,9 @@ class Evaluator:
             records.print_settings("Teacher", self._teacher)
 
     def after_step(self) -> None:
-        """To be called once after each update."""
+        """Call this once after each update."""
         if self.diagnostics:
-            self.diagnostics.after_step()
+            self.diagnostics.distance.add_step()
 
     def accuracies(self, step: int) -> dict[str, float]:
         """{env0_in_acc, ...: the task's metric, in [0, 1]}; saves logits with --save_logits."""

@@ -29,35 +29,49 @@ class _Loader:
     def __init__(self, dataset, sampler, num_workers: int, readers: Readers | None):
         if num_workers < 0:
             raise ValueError(f"A loader cannot have {num_workers} workers.")
-        self._sampler = sampler
-        self._workers = _Workers(dataset, num_workers, _draw_seed())
+        self._dataset, self._sampler, self._n_workers = dataset, sampler, num_workers
+        self._seed = _draw_seed()
+        self._streams = {}  # by worker: its random streams after its last batch
+        underlying = getattr(dataset, "underlying_dataset", dataset)
+        self._draws = num_workers > 0 and not is_tensors(underlying)  # slices of tensors do not
         self._n_returned = 0
         self._ahead = deque(next(sampler) for _ in range(2 * num_workers))
-        self._readers = readers if readers and readers.n and self._workers.draw else None
+        self._readers = readers if readers and readers.n and self._draws else None
         self._number = self._readers.add(dataset) if self._readers else None
         self._asked = deque()  # pending reads of the first batches in _ahead
 
     def _take(self, n: float = math.inf):
         """The next batch, of `n` that are still to be taken."""
         self._ahead.append(next(self._sampler))
-        if self._readers:
-            batch = self._read_elsewhere(n)
+        if not self._draws:
+            batch = read(self._dataset, self._ahead[0])
         else:
-            batch = self._workers.read_here(self._n_returned, self._ahead[0])
+            batch, streams = self._read_elsewhere(n) if self._readers else self._read_here()
+            self._streams[self._n_returned % self._n_workers] = streams
         self.indices = self._ahead.popleft()  # the items of the last batch
         self._n_returned += 1
         return batch
 
-    def _read_elsewhere(self, n: float):
+    def _turn(self, k: int) -> Turn:
+        """Batch k's turn: worker k mod n reads it, continuing its own streams."""
+        worker = k % self._n_workers
+        return Turn(self._seed, worker, self._streams.get(worker))
+
+    def _read_here(self) -> tuple:
+        outside = get_streams()
+        try:
+            return self._turn(self._n_returned).read(self._dataset, self._ahead[0])
+        finally:
+            set_streams(outside)
+
+    def _read_elsewhere(self, n: float) -> tuple:
         # At most one batch per worker: the next needs the worker's streams as this one left them.
-        while len(self._asked) < min(n, 2 * self._readers.n, self._workers.n):
+        while len(self._asked) < min(n, 2 * self._readers.n, self._n_workers):
             i = len(self._asked)
             self._asked.append(self._readers.read(
-                self._number, self._workers.turn(self._n_returned + i), self._ahead[i]))
+                self._number, self._turn(self._n_returned + i), self._ahead[i]))
         with loss_said():
-            batch, streams = self._asked.popleft().result()
-        self._workers.put_back(self._n_returned, streams)
-        return batch
+            return self._asked.popleft().result()
 
     def state_dict(self) -> dict:
         """The position, and every random stream that later batches depend on."""
@@ -65,8 +79,8 @@ class _Loader:
             "n_returned": self._n_returned,
             "ahead": list(self._ahead),
             "sampler": self._sampler.state_dict(),
-            "worker_seed": self._workers.seed,
-            "workers": {k: to_plain(streams) for k, streams in self._workers.streams.items()}}
+            "worker_seed": self._seed,
+            "workers": {k: to_plain(streams) for k, streams in self._streams.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         """Continues from `state`, on the same data with the same batch size."""
@@ -74,8 +88,8 @@ class _Loader:
         self._n_returned = state["n_returned"]
         self._ahead = deque(state["ahead"])
         self._sampler.load_state_dict(state["sampler"])
-        self._workers.seed = state["worker_seed"]
-        self._workers.streams = {k: from_plain(plain) for k, plain in state["workers"].items()}
+        self._seed = state["worker_seed"]
+        self._streams = {k: from_plain(plain) for k, plain in state["workers"].items()}
 
 
 class InfiniteDataLoader(_Loader):
@@ -234,38 +248,3 @@ class _GroupedBatches:
 def _some(items: Tensor, n: int) -> Tensor:
     rounds = -(-n // len(items))
     return torch.cat([items[torch.randperm(len(items))] for _ in range(rounds)])[:n]
-
-
-class _Workers:
-    """The random streams of DomainBed's simulated worker processes.
-
-    Worker k mod n reads batch k, continuing its own streams.
-    """
-
-    def __init__(self, dataset, n: int, seed: int):
-        self.dataset = dataset
-        self.n = n
-        self.seed = seed
-        self.streams = {}  # of those that have read a batch
-        underlying = getattr(dataset, "underlying_dataset", dataset)
-        self.draw = n > 0 and not is_tensors(underlying)  # slices of tensors draw nothing
-
-    def turn(self, k: int) -> Turn:
-        """Batch k's turn, once the streams after its worker's previous batch are put back."""
-        return Turn(self.seed, k % self.n, self.streams.get(k % self.n))
-
-    def put_back(self, k: int, streams: tuple) -> None:
-        """Stores the streams of batch k's worker as they were after the batch."""
-        self.streams[k % self.n] = streams
-
-    def read_here(self, k: int, indices: list[int]):
-        """Batch k; the global streams stay unchanged unless there are no workers."""
-        if not self.draw:
-            return read(self.dataset, indices)
-        outside = get_streams()
-        try:
-            batch, streams = self.turn(k).read(self.dataset, indices)
-        finally:
-            set_streams(outside)
-        self.put_back(k, streams)
-        return batch
