@@ -35,11 +35,12 @@ def _keys(tree: ast.AST) -> set[str]:
             if isinstance(key, ast.Constant) and isinstance(key.value, str)}
 
 
-def _discover() -> tuple[dict[str, str], set[str], set[str], dict[str, str]]:
-    """Of this folder: {public class: module}, who is Taught, who reads a CLIP, {class: shown}."""
+def _discover() -> tuple[dict[str, str], set[str], set[str], set[str], dict[str, str]]:
+    """{public class: module}; who is Taught, reads a CLIP, predicts by one; {class: shown}."""
     bases: dict[str, set[str]] = {}
     files: dict[str, str] = {}
     readers: set[str] = set()
+    clips: set[str] = set()
     shown: dict[str, str] = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -48,9 +49,12 @@ def _discover() -> tuple[dict[str, str], set[str], set[str], dict[str, str]]:
                 files[node.name] = path.stem
                 if "clip_backbone" in _keys(node):
                     readers.add(node.name)
-                shown |= ((node.name, ast.literal_eval(line.value)) for line in node.body
-                          if isinstance(line, ast.Assign)
-                          and ast.unparse(line.targets[0]) == "display_name")
+                declared = {ast.unparse(line.targets[0]): line.value for line in node.body
+                            if isinstance(line, ast.Assign)}
+                if "display_name" in declared:
+                    shown[node.name] = ast.literal_eval(declared["display_name"])
+                if "network_is_clips" in declared:
+                    clips.add(node.name)
 
     def descendants(*roots: str) -> set[str]:
         found = set(roots)
@@ -64,10 +68,10 @@ def _discover() -> tuple[dict[str, str], set[str], set[str], dict[str, str]]:
         (name for name in known if not name.startswith("_") and files[name] not in _ABSTRACT),
         key=lambda name: (order.get(name, len(order)), name))
     modules = {name: f"{__name__}.{files[name]}" for name in methods}
-    return modules, descendants("Taught"), descendants(*readers), shown
+    return modules, descendants("Taught"), descendants(*readers), clips, shown
 
 
-_MODULES, _TAUGHT, _CLIP_READERS, _DISPLAY_NAMES = _discover()
+_MODULES, _TAUGHT, _CLIP_READERS, _CLIPS, _DISPLAY_NAMES = _discover()
 # Names that a class cannot have, as users type them: "4Ds" is FourDs.
 _ALIASES = {shown: name for name, shown in _DISPLAY_NAMES.items()}
 _REGISTERED: "dict[str, type[Algorithm]]" = {}
@@ -116,6 +120,11 @@ def learns_from_run(name: str) -> bool:
 def ignores_clip(name: str) -> bool:
     """Whether an algorithm that ships does not read the hparam `clip_backbone`."""
     return name in _MODULES and name not in _CLIP_READERS
+
+
+def network_is_clips(name: str) -> bool:
+    """Whether an algorithm that ships predicts by the image network of its `clip_backbone`."""
+    return name in _CLIPS
 
 
 def check_name(name: str) -> None:

@@ -119,6 +119,8 @@ class Algorithm(networks.CountsOnCPU):
     needs_same_view: str | None = None
     #: Why teachers cannot be put on top of it, as the end of a message; None if they can.
     no_teachers: str | None = None
+    #: True if it predicts by the image network of its CLIP, not by one of its own.
+    network_is_clips = False
     #: True if its loss is on other images than the minibatches', or in another order.
     rearranges_images = False
     #: Why it cannot learn from a label per pixel; None if it can.

@@ -32,6 +32,7 @@ class CLIP(Algorithm):
     """Zero-shot CLIP, as a row of the table."""
 
     no_teachers = "it does not learn"
+    network_is_clips = True
 
     @staticmethod
     def search_space(dataset):

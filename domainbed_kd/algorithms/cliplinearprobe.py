@@ -18,6 +18,7 @@ class CLIPLinearProbe(Algorithm):
     """Cross-entropy on a linear head; CLIP, which `predict` needs as well, never moves."""
 
     no_teachers = "its features never move"
+    network_is_clips = True
 
     @staticmethod
     def search_space(dataset):

@@ -41,7 +41,7 @@ class CLIPood(Algorithm):
     """
 
     no_teachers = "its student is CLIP's own image network"
-
+    network_is_clips = True
     averages_weights = True
     takes = Algorithm.takes | {
         "batch_size": at_least(1), "clipood_lambda": at_least(0),

@@ -108,6 +108,7 @@ class VL2VSD(VL2VADiP):
     """The same without a projector, for a student that starts as CLIP's own image network."""
 
     display_name = "VL2V-SD"
+    network_is_clips = True
     takes = Algorithm.takes | {"vl2v_lambda": between(0, 1)}
 
     @staticmethod

@@ -4,13 +4,15 @@ import os
 from typing import NamedTuple
 
 from domainbed_kd import datasets
-from domainbed_kd.algorithms import display_name, ignores_clip
+from domainbed_kd.algorithms import display_name, ignores_clip, network_is_clips
 from domainbed_kd.console import count
 from domainbed_kd.folder import composition
 from domainbed_kd.folder.args import teachers
 from domainbed_kd.results.records import Grid
 
 _UNKNOWN = "not recorded"
+#: The initial weights of a network that is a CLIP's, here and in published.csv.
+CLIP_WEIGHTS = "CLIP"
 
 
 class Protocol(NamedTuple):
@@ -76,8 +78,12 @@ def of_runs(grid: Grid) -> dict[tuple[str, str], set[Protocol]]:
             teacher = "CLIP " + " + ".join(map(str, mix if isinstance(mix, list) else [mix]))
         if curve.teacher_problem:
             teacher = f"{teacher or 'not recorded'}, {curve.teacher_problem}"
+        network = (
+            (str(hparams["clip_backbone"]), CLIP_WEIGHTS)
+            if network_is_clips(args["algorithm"]) and "clip_backbone" in hparams
+            else student(run.dataset, hparams))
         found.setdefault((run.dataset, run.algorithm), set()).add(Protocol(
-            *student(run.dataset, hparams), args.get("steps") or (
+            *network, args.get("steps") or (
                 datasets.facts(run.dataset).N_STEPS if run.dataset in datasets.DATASETS
                 else grid.n_steps[run.dataset]),
             teacher, bool(args.get("fast"))))

@@ -111,8 +111,12 @@ def merge(table: Table, known: dict[tuple[str, str], set[Protocol]], searched: s
 
 def differences(row: Row, selection: str, known: dict[tuple[str, str], set[Protocol]],
                 searched: str) -> list[str]:
-    """The parts of a line's protocol that are not stated, or differ from a run on its dataset."""
-    ours = {p for (dataset, _), found in known.items() if dataset == row.dataset for p in found}
+    """The parts of a line's protocol that are not stated, or differ from a run on its dataset.
+
+    Runs whose network is a CLIP's are compared with such lines, and others with the rest.
+    """
+    ours = {p for (dataset, _), found in known.items() if dataset == row.dataset for p in found
+            if (p.weights == protocols.CLIP_WEIGHTS) == (row.weights == protocols.CLIP_WEIGHTS)}
     stated = {
         "network": (row.backbone, {p.backbone for p in ours}),
         "initial weights": (row.weights, {p.weights for p in ours}),

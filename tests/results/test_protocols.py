@@ -95,6 +95,19 @@ def test_a_clip_that_an_algorithm_does_not_read_is_no_teacher():
     assert line(({}, clip), ({"algorithm": "SCMD"}, clip)).endswith("teacher CLIP b (SCMD).")
 
 
+def test_the_network_of_what_predicts_by_a_clip_is_the_clips():
+    clip = {"clip_backbone": "ViT-B-16"}
+    said = line(({}, clip), ({"algorithm": "CLIPood"}, clip), ({"algorithm": "VL2VADiP"}, clip))
+    assert "network ResNet-50 (ERM, VL2V-ADiP), ViT-B-16 (CLIPood);" in said
+    assert "initial weights AugMix (ERM, VL2V-ADiP), CLIP (CLIPood);" in said
+
+
+@pytest.mark.parametrize("name", algorithms.SHIPPED)
+def test_what_is_said_to_predict_by_a_clip_declares_it(name):
+    declared = algorithms.get_algorithm_class(name).network_is_clips
+    assert algorithms.network_is_clips(name) == declared
+
+
 @pytest.mark.parametrize("name", algorithms.SHIPPED)
 def test_the_algorithms_said_to_ignore_a_clip_have_no_such_hparam(name):
     hparams = hparams_registry.default_hparams(name, "PACS")

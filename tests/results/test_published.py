@@ -100,6 +100,16 @@ def test_rows_of_another_protocol_are_marked_and_do_not_compete(change, what):
         [what, "selection"], key=PARTS.index)
 
 
+def test_a_row_of_clip_in_a_sweep_leaves_the_other_published_rows_comparable():
+    both = {("PACS", "ERM"): {UPSTREAM},
+            ("PACS", "CLIP"): {UPSTREAM._replace(backbone="ViT-B-16", weights="CLIP")}}
+    erm, clip = (next(row for row in published.load() if row.method == name)
+                 for name in ("ERM", "CLIP ViT-B/32 zero-shot"))
+    assert published.differences(erm, IID.name, both, SEARCHED) == []
+    assert "network" in published.differences(clip, IID.name, both, SEARCHED)
+    assert "initial weights" not in published.differences(clip, IID.name, both, SEARCHED)
+
+
 def test_a_sweep_of_several_protocols_is_comparable_with_none():
     made = table()
     both = {("PACS", "ERM"): {UPSTREAM}, ("PACS", "CORAL"): {UPSTREAM._replace(steps=300)}}
