@@ -3,6 +3,7 @@
 Its first screen answers which method is best, by how much, and whether that is sure.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -275,11 +276,20 @@ def _with_plots(input_dir: str, frame, found: list[Curve], made: list[tables.Tab
                            lambda name, data: plots.diagnostics(name, data, looks)))
 
 
+def _whole_flags(text: str) -> str:
+    """The text as HTML, escaped, whose flags no line end divides at their hyphens."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"--\w+", r"<span class=flag>\g<0></span>",
+                                    str(markupsafe.escape(text))))
+
+
 def render(title: str, **content) -> str:
     """The page's HTML; `content` is what else the template names."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True,
                                      undefined=jinja2.StrictUndefined)
+    environment.filters["whole_flags"] = _whole_flags
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title, display_name=display_name, version=__version__, **content)

@@ -230,6 +230,7 @@ def costs(dataset: str, seconds: dict[str, float], table: tables.Table, looks: L
     for name in known:
         axis.plot(seconds[name] / per, table.rows[name][-1].mean,
                   **looks.line(name) | {"linestyle": "none", "markersize": 7})
+    axis.margins(y=0.1)
     shortest = min(seconds[name] for name in known)
     if longest > 10 * shortest > 0:
         _log_axis(axis, shortest / per, longest / per)

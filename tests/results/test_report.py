@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import GOLDENS
 
-from domainbed_kd.results import plots, tables
+from domainbed_kd.results import pages, plots, tables
 from domainbed_kd.scripts import collect_results, report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -137,6 +137,12 @@ def test_the_page_compares_with_erm_or_with_what_is_asked_for(page, tmp_path):
     report.main(["--input_dir", str(page.parent / "sweep"), "--output", str(tmp_path / "a.html"),
                  "--compare", "MosaicKD"])
     assert compared(tmp_path / "a.html") == [["ERM", "8", "-5.0"], ["KDDG", "8", "-4.0"]]
+
+
+def test_flags_stay_whole_at_the_ends_of_lines_and_text_is_escaped(page):
+    assert pages._whole_flags("<b> without --single_test_envs & so on") == (
+        "&lt;b&gt; without <span class=flag>--single_test_envs</span> &amp; so on")
+    assert "domainbed-kd report <span class=flag>--input_dir</span>" in page.read_text()
 
 
 def test_a_single_trial_has_no_standard_error(tmp_path):
