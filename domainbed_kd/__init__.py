@@ -1,6 +1,6 @@
 """Knowledge distillation for domain generalization, in DomainBed's Algorithm interface.
 
-`import domainbed_kd as dk` costs nothing: what `__all__` names is imported when it is first used.
+`import domainbed_kd as dk` is quick: the names in `__all__` are imported when first used.
 """
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def train(output_dir: "str | os.PathLike[str]", **flags: object) -> "pandas.DataFrame":
     """Trains one run, as `domainbed-kd train` does, and returns its records.
 
-    A run that was interrupted goes on where it was; a finished one is only read.
+    An interrupted run continues where it stopped; a finished one is only read.
 
     Args:
         output_dir: the run's folder.
@@ -37,8 +37,8 @@ def train(output_dir: "str | os.PathLike[str]", **flags: object) -> "pandas.Data
             hparams={"lr": 0.001}, diagnostics=True.
 
     Raises:
-        SystemExit: if a flag is unknown, or a value is not one that it takes.
-        ValueError, OSError, NotImplementedError: as the run's own errors say.
+        SystemExit: if a flag is unknown, or does not take a value.
+        ValueError, OSError, NotImplementedError: the run's own errors.
     """
     import json
     import os

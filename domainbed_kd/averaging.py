@@ -9,8 +9,8 @@ Beta: Shu et al., "CLIPood: Generalizing CLIP to Out-of-Distributions", ICML 202
 https://arxiv.org/abs/2302.00864; positions and density from the authors' code
 (github.com/thuml/CLIPood), which keeps the mean in half precision. Here it is float32.
 
-Only `algorithm.network` is averaged, never optimisers or teachers, and no gradient changes: the
-live network trains to the same bits as without. `averaged` puts any on top of any algorithm.
+Only `algorithm.network` is averaged, never optimisers or teachers. No gradient changes, so the live
+network trains to the same bits as without an average. `averaged` puts one on top of any algorithm.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from domainbed_kd.loss_valley import LossValley, Segment, add_to_mean
 class MovingAverage(networks.CountsOnCPU):
     """The uniform mean of a network's weights after updates `start`, `start` + 1, ...
 
-    Updates count from 1; until `start` it is the live network; with 0 the mean begins with the
-    network as it is now (Arpit et al., equation 1). Every floating-point entry of the state dict is
-    averaged, BatchNorm's statistics too. Count and mean are in the state dict, so a resumed run
-    ends in the same average.
+    Updates count from 1. Before `start` it is a copy of the live network; with `start` 0 the mean
+    includes the network's weights as they are now (Arpit et al., equation 1). All floating-point
+    entries of the state dict are averaged, BatchNorm's statistics too. Count and mean are in the
+    state dict, so a resumed run ends in the same average.
     """
 
     def __init__(self, network: nn.Module, start: int = 1):
@@ -42,13 +42,13 @@ class MovingAverage(networks.CountsOnCPU):
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Takes in the network's weights; call it once after each optimisation step."""
+        """Adds the network's weights to the mean; call it once after each optimisation step."""
         self.n_updates += 1
         add_to_mean(self.network.state_dict(), network.state_dict(),
                     self.parts(self.n_updates.item()))
 
     def parts(self, n: int) -> float:
-        """The inverse, at least 1, of the n-th update's share in the mean so far."""
+        """The inverse, at least 1, of the n-th update's weight in the mean so far."""
         return max(1, n - self.start + 1)
 
     def restart(self) -> None:
@@ -61,12 +61,12 @@ class MovingAverage(networks.CountsOnCPU):
 
     @contextlib.contextmanager
     def in_place_of(self, network: nn.Module) -> Iterator[None]:
-        """Inside, `network` has the average's weights; outside it is as it was, to the bit.
+        """Inside, `network` has the average's weights; afterwards its own again, to the bit.
 
-        So whatever `predict` does around its network, it does around the averaged one.
+        So `predict` runs with the average, whatever else it does besides calling its network.
         """
-        # Whole tensors change places, not their data: a graph that is made inside remembers them,
-        # so that its gradients are the average's even if they are asked for outside.
+        # Swaps whole tensors, not their data: a graph built inside keeps them, so its gradients are
+        # the average's even if they are computed after the swap back.
         def swap():
             for live, mean in zip(network.modules(), self.network.modules()):
                 live._parameters, mean._parameters = mean._parameters, live._parameters
@@ -80,11 +80,11 @@ class MovingAverage(networks.CountsOnCPU):
 
 
 class BetaAverage(MovingAverage):
-    """The mean of a network's weights from its first to its last, weighed by a Beta density.
+    """The mean of a network's weights over training, weighted by a Beta density.
 
-    Of the weights after updates `start` to `n_steps`, in equal steps over (0, 1), each weighs as
-    the density of Beta(`beta`, `beta`) there: with 0.5 the first and the last count most, with 1
-    all the same. A `start` of 0 takes in what the network is now.
+    The weights after updates `start` to `n_steps` are placed at equal steps over (0, 1), and each
+    has the density of Beta(`beta`, `beta`) there as its weight: with 0.5 the first and the last
+    count most, with 1 all count the same. A `start` of 0 includes the network as it is now.
     """
 
     def __init__(self, network: nn.Module, n_steps: int, beta: float, start: int = 0):
@@ -96,15 +96,15 @@ class BetaAverage(MovingAverage):
         self._parts = (density.cumsum(dim=0) / density).tolist()
 
     def parts(self, n: int) -> float:
-        """The inverse, at least 1, of the n-th update's share in the mean so far."""
+        """The inverse, at least 1, of the n-th update's weight in the mean so far."""
         return self._parts[min(max(0, n - self.start), len(self._parts) - 1)]
 
 
 class WithMovingAverage:
-    """An Algorithm that predicts, whenever it is evaluated, with its weights' moving average."""
+    """An Algorithm that predicts in eval mode with the moving average of its weights."""
 
     averages_weights = True
-    #: What it adds to the algorithm's hparams: names and defaults.
+    #: {name: default} of the hparams that the average adds to the algorithm's.
     of_average: dict = {"sma_start": 100}
 
     @classmethod
@@ -117,15 +117,15 @@ class WithMovingAverage:
         self.average = self.new_average()
 
     def new_average(self) -> MovingAverage:
-        """The mean from update `sma_start` on, of those that `averages_after` lets in.
+        """The mean from update `sma_start` on, counted after the first `averages_after`.
 
-        As in the authors' code, the weights before that update are its first part.
+        As in the authors' code, it includes the weights before that update.
         """
         return MovingAverage(
             self.network, self.averages_after + max(0, self.hparams.get("sma_start", 100) - 1))
 
     def update(self, minibatches, unlabeled=None):
-        """The algorithm's step; then the average takes it in."""
+        """The algorithm's step; then updates the average."""
         values = super().update(minibatches, unlabeled)
         self.average.update(self.network)
         return values
@@ -139,9 +139,9 @@ class WithMovingAverage:
 
 
 class WithBetaAverage(WithMovingAverage):
-    """The same with the mean of all its weights, the initial ones included, by a Beta density.
+    """The same with the mean of all weights, also the initial ones, weighted by a Beta density.
 
-    `beta_average` is the density's parameter. Before the run's end it is the mean so far.
+    `beta_average` is the density's parameter. Before the run's end, the mean is that so far.
 
     Raises:
         ValueError: if the number of steps is not known, or `beta_average` is not above 0.
@@ -150,7 +150,7 @@ class WithBetaAverage(WithMovingAverage):
     of_average = {"beta_average": 0.5, "beta_start": 0}
 
     def new_average(self):
-        """The mean from update `beta_start` on, of those that `averages_after` lets in."""
+        """The mean from update `beta_start` on, counted after the first `averages_after`."""
         if "total_steps" not in self.hparams:
             raise ValueError("hparams['averaging'] is 'beta', which needs the run's number of "
                              "steps: pass it as hparams['total_steps'].")
@@ -164,9 +164,9 @@ class WithBetaAverage(WithMovingAverage):
 class WithLossValley:
     """An Algorithm whose result is the mean of its weights over the loss valley.
 
-    While it trains it predicts with the live network; with the run's last step it becomes the SWAD
-    model, so only a run's last record counts in model selection. `swad_interval` is the length of
-    a segment in steps: a validation of the live network ends it.
+    During training it predicts with the live network. At the run's last step it becomes the SWAD
+    model, so model selection takes a run's last record. `swad_interval` is the length of a segment
+    in steps; a validation of the live network ends each.
     """
 
     averages_weights = True
@@ -187,7 +187,7 @@ class WithLossValley:
         if self.interval < 1:
             raise ValueError(f"SWAD: swad_interval is {self.interval}; give a number of steps, "
                              "at least 1.")
-        # The running segment's mean; with the run's last step, the SWAD model.
+        # The current segment's mean; after the run's last step, the SWAD model.
         self.average = MovingAverage(self.network)
         self.valley = LossValley(
             hparams.get("swad_n_converge", 3), hparams.get("swad_n_tolerance", 6),
@@ -195,7 +195,7 @@ class WithLossValley:
         self.register_buffer("finished", torch.tensor(False))
 
     def update(self, minibatches, unlabeled=None):
-        """The algorithm's step; then the running segment takes it in."""
+        """The algorithm's step; then updates the current segment's mean."""
         values = super().update(minibatches, unlabeled)
         if not self.valley.dead:
             self.average.update(self.network)
@@ -209,7 +209,7 @@ class WithLossValley:
             return
         if (last or step % self.interval == 0) and not self.valley.dead:
             n = self.average.n_updates.item()
-            with torch.random.fork_rng():  # as MTL draws when it predicts
+            with torch.random.fork_rng():  # MTL draws when it predicts
                 loss = validate(super().predict)
             self.valley.add(Segment(
                 {name: tensor.to("cpu", copy=True)
@@ -222,7 +222,7 @@ class WithLossValley:
             self.finished.fill_(True)
 
     def predict(self, x):
-        """Logits (B, C): the live network's, and after the run's last step the SWAD model's."""
+        """Logits (B, C) of the live network; after the run's last step, of the SWAD model."""
         if self.training or not self.finished:
             return super().predict(x)
         with self.average.in_place_of(self.network):
@@ -246,7 +246,7 @@ KINDS = {"sma": WithMovingAverage, "swad": WithLossValley, "beta": WithBetaAvera
 
 
 def averaged(algorithm_class: type, kind: str | None) -> type:
-    """The algorithm with its weights averaged: `kind` is one of KINDS, or None for as it is.
+    """The algorithm with averaged weights; `kind` is one of KINDS, or None for no average.
 
     Raises:
         ValueError: if the kind is unknown, or the algorithm already averages its weights.
@@ -263,5 +263,5 @@ def averaged(algorithm_class: type, kind: str | None) -> type:
 
 
 def _fixed(**values) -> dict:
-    """Search-space entries that every draw leaves at these values."""
+    """Search-space entries of which every draw is this value."""
     return {name: (value, lambda r, value=value: value) for name, value in values.items()}

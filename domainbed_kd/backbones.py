@@ -47,9 +47,9 @@ class Staged(nn.Module):
 class ResNet(Staged):
     """An ImageNet network without its classifier: torchvision's ResNets, or a timm model.
 
-    Inputs of other than three channels go to a new first convolution, whose channel i starts as
-    the pretrained channel i mod 3. With `freeze_bn`, BatchNorm keeps its statistics in train
-    mode; its scale and shift still learn.
+    For inputs with other than three channels, a new first convolution is built whose channel i
+    starts as the pretrained channel i mod 3. With `freeze_bn`, BatchNorm keeps its statistics in
+    train mode; its scale and shift still learn.
     """
 
     network: Any
@@ -74,9 +74,9 @@ class ResNet(Staged):
         return self
 
     def stages(self) -> list[Callable[[Tensor], Tensor]]:
-        """A ResNet's four; an EfficientNet's groups of blocks; of other models all in one.
+        """A ResNet's four; an EfficientNet's groups of blocks; one stage for other models.
 
-        What a transformer's one stage returns are tokens (B, n, c), not an image.
+        A transformer's one stage returns tokens (B, n, c), not maps.
         """
         net = self.network
         if hasattr(net, "layer4") and hasattr(net, "maxpool"):
@@ -97,7 +97,7 @@ class ResNet(Staged):
 
 
 class DINOv2(nn.Module):
-    """DINOv2's ViT-B/14: the last four class tokens and the last mean patch token, (B, 3840).
+    """DINOv2's ViT-B/14: its last four class tokens and its last mean patch token, (B, 3840).
 
     Oquab et al., "DINOv2", TMLR 2024, https://arxiv.org/abs/2304.07193. With `vit_attn_tune`
     only the attention layers learn.
@@ -135,7 +135,7 @@ class DINOv2(nn.Module):
 
 
 def refuse_contradictions(side: int, hparams: Mapping[str, Any]) -> None:
-    """Raises ValueError if the hparams name two networks, or an option of one not named."""
+    """Raises ValueError if the hparams name two networks, or an option of one they do not name."""
     backbone, vit = hparams.get("backbone"), hparams["vit"]
     for contradiction, advice in (
         (backbone not in (None, SMALL_VIT) and side < 32,
@@ -164,7 +164,7 @@ def _imagenet_network(side: int, hparams: Mapping[str, Any]) -> tuple[nn.Module,
         name = "resnet18" if hparams["resnet18"] else "resnet50"
         if not hparams["resnet50_augmix"]:
             return _torchvision_network(name, weights)
-        # DomainBed builds that one too, and then discards it; the random stream remembers.
+        # DomainBed builds this one too and discards it, which advances the random stream.
         _torchvision_network(name, "none")
         backbone = "resnet50.ram_in1k"
         if hparams["resnet18"]:
@@ -240,7 +240,7 @@ def _replace_first_conv(network: nn.Module, name: str, channels: int) -> None:
 
 @contextlib.contextmanager
 def _downloading(what: str) -> Iterator[None]:
-    """Inside, errors without a connection say in one line what to do."""
+    """Turns errors of a failed download into one line that says what to do."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -251,14 +251,14 @@ def _downloading(what: str) -> Iterator[None]:
 
 
 def _is_file(weights: str | None) -> TypeGuard[str]:
-    """Whether weights look like a file: with a suffix or a folder."""
+    """Whether weights look like a file's name: with a suffix or a folder."""
     return isinstance(weights, str) and ("." in weights or "/" in weights)
 
 
 def _load_file(network: nn.Module, path: str, classifier: str | tuple[str, ...] = ()) -> None:
-    """Loads all of a network from a file, in which a classifier may follow.
+    """Loads a whole network from a file, which may also hold a classifier.
 
-    Where all names differ, equal shapes in equal order will do, with a warning.
+    If all names differ, tensors of the same shapes in the same order are loaded with a warning.
     """
     wanted, found = network.state_dict(), _read_tensors(path)
     by_name = {name: tensor for name, tensor in found.items()
@@ -272,14 +272,14 @@ def _load_file(network: nn.Module, path: str, classifier: str | tuple[str, ...] 
     if not unknown and not lacking:
         network.load_state_dict(wanted | by_name)
     elif (in_order == len(wanted) and wanted.keys().isdisjoint(found)
-          and len(found) - len(wanted) <= 2):  # a classifier's two
-        _warn_once(f"{path} names its tensors otherwise; all {len(wanted)} have the shapes of "
-                   f"{type(network).__name__}'s in the same order and were loaded so.")
+          and len(found) - len(wanted) <= 2):  # the classifier's two tensors
+        _warn_once(f"{path} names its tensors differently; all {len(wanted)} have the shapes of "
+                   f"{type(network).__name__}'s in the same order, in which they were loaded.")
         network.load_state_dict(by_order)
     else:
         raise ValueError(
             f"{path} does not fit {type(network).__name__}: of its {len(found)} tensors "
-            f"{len(by_name)} match by name and shape, {in_order} by order and shape, where "
+            f"{len(by_name)} match by name and shape and {in_order} by order and shape, but "
             f"{len(wanted)} are expected.")
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: model.pkl, and the state that a restart needs.
 
-Everything is written beside and then renamed, so a file is whole or absent, and is read back
-with `weights_only=True`: no pickled code is ever run.
+Files are written under another name and then renamed, so a file is whole or absent. They are read
+with `weights_only=True`, so no pickled code ever runs.
 """
 
 import io
@@ -17,22 +17,22 @@ import torch
 
 from domainbed_kd.folder import files
 
-# Which global a refused pickle asks for, in torch's message.
+# The global that a refused pickle asks for, in torch's message.
 REFUSED = re.compile(r"GLOBAL \S+|[Uu]nsupported operand \d+|[Ii]nvalid load key[^.]*")
 
 
 def save(path: Path, content: dict) -> None:
-    """torch.save, atomically; the bytes depend on the content alone, not on the file's name."""
+    """torch.save, atomically; the bytes depend only on the content, not on the file's name."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     files.write_atomically(path, lambda beside: beside.write_bytes(buffer.getbuffer()))
 
 
 def save_safetensors(path: Path, content: dict) -> None:
-    """A model's tensors by name; what else there is of it, as JSON, in the file's metadata.
+    """Saves a model's tensors by name, and the rest as JSON in the file's metadata.
 
-    What is not a tensor in model_dict (an average's bookkeeping, which `predict` does not need)
-    is left out.
+    Entries of model_dict that are not tensors are left out: an average's bookkeeping, which
+    `predict` does not need.
     """
     from safetensors.torch import save as as_bytes
 
@@ -43,7 +43,7 @@ def save_safetensors(path: Path, content: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """Reads what `save` wrote, on the CPU.
+    """Reads what `save` wrote, to the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -70,7 +70,7 @@ def load(path: Path) -> dict:
 
 
 def optimizers(algorithm) -> dict:
-    """{attribute path: optimiser or scheduler} of all that an algorithm holds as attributes."""
+    """{attribute path: optimiser or scheduler} of all in an algorithm's attributes."""
     kinds = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
     def within(name, value):
@@ -97,7 +97,7 @@ def algorithm_state(algorithm) -> dict:
 
 
 def load_algorithm_state(algorithm, state: dict) -> None:
-    """Puts `algorithm_state` back into an algorithm built with the same arguments."""
+    """Restores `algorithm_state` in an algorithm built with the same arguments."""
     algorithm.load_state_dict(state["module"])
     for name, optimizer in optimizers(algorithm).items():
         optimizer.load_state_dict(state["optimizers"][name])
@@ -110,22 +110,22 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Puts `random_state` back."""
+    """Restores `random_state`."""
     set_streams(from_plain(state))
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# Streams of the CPU: (random's, NumPy's, torch's as an array, which crosses processes as bytes).
+# Streams of the CPU: (random's, NumPy's, torch's as an array, which other processes can take).
 
 
 def get_streams() -> tuple:
-    """This process's streams."""
+    """The streams of this process."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()
 
 
 def set_streams(streams: tuple) -> None:
-    """Puts `get_streams` back."""
+    """Restores `get_streams`."""
     python, numpy, torchs = streams
     random.setstate(python)
     np.random.set_state(numpy)
@@ -133,7 +133,7 @@ def set_streams(streams: tuple) -> None:
 
 
 def to_plain(streams: tuple) -> dict:
-    """Streams as torch.load(weights_only=True) can read them."""
+    """Streams in a form that torch.load(weights_only=True) can read."""
     (version, words, gauss), (kind, keys, *rest), torchs = streams
     return {"python": [version, torch.tensor(words), gauss],
             "numpy": [kind, torch.tensor(keys.astype(np.int64)), *rest],

@@ -1,4 +1,4 @@
-"""CLIP as a teacher, with its own preprocessing and its text encoded once."""
+"""CLIP as a teacher, with its own preprocessing; text is encoded once."""
 
 import copy
 import difflib
@@ -20,7 +20,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def check_class_names(method: str, hparams: dict[str, Any], num_classes: int) -> None:
-    """Refuses hparams["class_names"] that are missing, or not one for each class."""
+    """Raises ValueError unless hparams["class_names"] has a name for each class."""
     names = hparams.get("class_names")
     if not names:
         raise ValueError(f"{method}: the classes have no names. Pass them in label order: "
@@ -32,18 +32,18 @@ def check_class_names(method: str, hparams: dict[str, Any], num_classes: int) ->
 
 
 class CLIP(networks.Frozen):
-    """A frozen CLIP that takes the student's images, and encodes text once.
+    """A frozen CLIP that takes the student's images.
 
     Args:
-        model: encode_image, encode_text and logit_scale (a tensor, the scale's logarithm), as
-            open_clip's models have them.
+        model: has encode_image, encode_text and logit_scale (a tensor, the scale's logarithm), as
+            open_clip's models do.
         tokenizer: list of texts -> tokens.
         size: side of its images, in pixels.
         mean, std: of its images, per channel.
         student_mean, student_std: of the student's images, per channel; undone first.
         renormalize: False gives CLIP the student's normalization, as SCMD's and RISE's published
             code does.
-        weights_loaded: the share of its weights that came from a file, if that is known.
+        weights_loaded: the share of its weights that came from a file, if known.
     """
 
     module: Any
@@ -77,7 +77,7 @@ class CLIP(networks.Frozen):
         return embedded.float().unflatten(0, (len(names), len(templates)))
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """The student's images (B, c, h, w) as CLIP's own (B, 3, size, size)."""
+        """Turns the student's images (B, c, h, w) into CLIP's (B, 3, size, size)."""
         def per_channel(values: Sequence[float]) -> Tensor:
             return torch.as_tensor(values, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
 
@@ -116,8 +116,8 @@ class ImageTower(nn.Module):
         visual = getattr(clip.module, "visual", None)
         if not isinstance(visual, nn.Module):
             raise ValueError(f"The image network of a {type(clip.module).__name__} cannot be "
-                             "trained: it takes a CLIP whose image network is its attribute "
-                             "'visual', as open_clip's have it.")
+                             "trained: it must be a module named 'visual', as in open_clip's "
+                             "models.")
         self.clip = clip  # for its preprocessing
         self.visual = copy.deepcopy(visual).requires_grad_(True)
 
@@ -128,10 +128,10 @@ class ImageTower(nn.Module):
 
 def normalization(hparams: dict[str, Any], input_shape: Sequence[int]
                   ) -> tuple[Sequence[float], Sequence[float]]:
-    """(mean, std) of the student's images, a number per channel each.
+    """(mean, std) of the student's images, each with a number per channel.
 
-    They are hparams["normalization"], where None stands for images in [0, 1]. Where a fork does
-    not tell, colour images from 64 pixels on have ImageNet's.
+    They are hparams["normalization"], where None stands for images in [0, 1]. In a fork, which does
+    not pass it, colour images from 64 pixels on have ImageNet's.
     """
     channels, side = input_shape[0], input_shape[-1]
     imagenet = datasets.IMAGENET_MEAN, datasets.IMAGENET_STD
@@ -144,14 +144,12 @@ def clip(hparams: dict[str, Any], input_shape: Sequence[int]) -> CLIP:
 
     Names are "tiny" (ships with the package), "ViT-B-16" (OpenAI's weights), any
     "model/pretrained" of open_clip, or "model/path/to/checkpoint.pt". An object is a module with
-    encode_image, encode_text, logit_scale and tokenizer, and optionally image_size (the
-    student's), image_mean and image_std (its images are in [0, 1]).
-
-    The student's images are normalized as `normalization` says.
+    encode_image, encode_text, logit_scale and tokenizer, and optionally image_size (by default the
+    student's), image_mean and image_std (by default 0 and 1: its images are in [0, 1]).
 
     Raises:
         ValueError: if open_clip knows no such model or weights, or the object lacks a part.
-        OSError: if the weights cannot be fetched.
+        OSError: if the weights cannot be loaded.
     """
     student_mean, student_std = normalization(hparams, input_shape)
     options = {"student_mean": student_mean, "student_std": student_std,
@@ -189,8 +187,8 @@ def _open_clip(name: str) -> tuple[Any, ...]:
     if pretrained not in tags and not Path(pretrained).is_file():
         raise ValueError(f"clip_backbone: {architecture} has no weights {pretrained!r}, and no "
                          f"such file exists. Known: {', '.join(tags) or 'none'}.")
-    # OpenAI's networks use another GELU than open_clip's own; the weights' tag says which, and of
-    # a file that OpenAI alone publishes TorchScript.
+    # OpenAI's networks use another GELU than open_clip's own. The weights' tag says which they use;
+    # of files, those in TorchScript are OpenAI's.
     config = open_clip.get_pretrained_cfg(architecture, pretrained) or {}
     torchscript = _is_torchscript(pretrained)
     if (pretrained not in tags and "openai" in tags and not torchscript
@@ -222,7 +220,7 @@ def _is_torchscript(path: str) -> bool:
 
 
 class TinyTokenizer:
-    """open_clip's tokens by the tiny CLIP's own ids; what is not in its vocabulary is one token.
+    """Turns open_clip's tokens into the tiny CLIP's ids; unknown tokens share one id.
 
     Args:
         config: the content of assets/tiny_clip.json.
@@ -240,7 +238,7 @@ class TinyTokenizer:
             2, len(vocabulary))
 
     def __call__(self, texts: str | list[str]) -> Tensor:
-        """Ids (N, context length), int64; a text that is too long loses its end."""
+        """Ids (N, context length), int64; texts that are too long are cut."""
         return self.ids[self.bpe(texts)]
 
 

@@ -1,8 +1,8 @@
 """Launchers: functions that run the command lines of a sweep's jobs.
 
-A launcher is `fn(commands)`, as DomainBed's are; it may return the list of the commands' exit
-statuses, from which a sweep learns what failed. `local` and `multi_gpu` are in workers.py, `slurm`
-and `ray` in clusters.py.
+A launcher is `fn(commands)`, as in DomainBed. It may return the commands' exit statuses, from which
+a sweep learns what failed. `local` and `multi_gpu` are in workers.py, `slurm` and `ray` in
+clusters.py.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Hyper-parameters: what all algorithms share, plus each algorithm's own search space.
 
-Every random value has its own stream, seeded by (seed, name), as in DomainBed: adding, removing
-or reordering entries moves no other draw. Values are plain Python, so they survive JSON.
+As in DomainBed, every random value has its own stream, seeded by (seed, name), so that adding,
+removing or reordering entries changes no other draw. Values are plain Python, so they survive JSON.
 """
 
 import json
@@ -17,7 +17,7 @@ from domainbed_kd.console import did_you_mean, parse_hparams
 from domainbed_kd.folder import composition
 from domainbed_kd.seeds import seed_hash
 
-# Hparams that change behaviour when given with --hparams and are in no draw: {name: meaning}.
+# Hparams that only --hparams sets, as they are never drawn: {name: meaning (default)}.
 OPTIONAL = {
     "image_size": "side in pixels of an image folder's images (224)",
     "weights": "initial weights: a file, 'none', or a torchvision name such as IMAGENET1K_V2",
@@ -26,31 +26,31 @@ OPTIONAL = {
     "wrn_widen": "width factor of the network for 32-pixel images (2)",
     "teachers": "list of teachers on top of an algorithm, such as 'run:SWAD' (docs/composition.md)",
     "distill": "with teachers: 'logit', 'feature', 'relation', 'text', or a list of them ('logit')",
-    "distill_weight": "likewise: what the teachers' terms weigh (1)",
-    "distill_temperature": "likewise: what softens predictions that are copied (4)",
-    "teacher_mix": "likewise: a term for each ('sum'), or one of their 'mean' or by 'accuracy'",
+    "distill_weight": "likewise: weight of the teachers' terms (1)",
+    "distill_temperature": "likewise: temperature that softens the copied predictions (4)",
+    "teacher_mix": "likewise: a term for each ('sum'), or one for their 'mean' or by 'accuracy'",
     "teacher_template": "likewise: the sentence that a CLIP reads ('a photo of a {}')",
-    "base_weight": "likewise: what the algorithm's own loss weighs (1)",
-    "teacher": "whom a method learns from that takes a run, such as 'run:SWAD' ('run:ERM')",
-    "optimizer": "'adam', 'sgd' with momentum 0.9, or 'adamw', of any method ('adam')",
+    "base_weight": "likewise: weight of the algorithm's own loss (1)",
+    "teacher": "the teacher of a method that learns from a run, such as 'run:SWAD' ('run:ERM')",
+    "optimizer": "of any method: 'adam', 'sgd' with momentum 0.9, or 'adamw' ('adam')",
     "schedule": "of every optimiser's lr: 'none', 'step' or 'cosine' ('none')",
     "schedule_drops": "with schedule 'step': shares of the run after which lr is a tenth ([0.8])",
-    "view_crop": "of training images: the least share of an image that is cropped (0.7)",
-    "view_jitter": "likewise: by how much colours are changed, 0 to 0.5 (0.3)",
-    "view_gray": "likewise: the share that is turned gray (0.1)",
+    "view_crop": "of training images: the least share of an image that a crop keeps (0.7)",
+    "view_jitter": "likewise: how much colours change, 0 to 0.5 (0.3)",
+    "view_gray": "likewise: the share that becomes gray (0.1)",
     "view_statistics": "mean and deviation of all images: 'imagenet', 'clip' or 'half' (0.5 each)",
     "label_smoothing": "of ERM, SMA and SWAD: the share of a label that all classes get (0)",
     "averaging": "'sma', 'swad' or 'beta': average the weights of any algorithm",
-    "sma_start": "with averaging by 'sma': the update from which (100)",
+    "sma_start": "with averaging by 'sma': the first update that is averaged (100)",
     "swad_interval": "with averaging by 'swad': steps between validations (100)",
     "swad_n_converge": "likewise: validations, the first the best, that begin the valley (3)",
     "swad_n_tolerance": "likewise: validations, all above the threshold, that end it (6)",
     "swad_tolerance_ratio": "likewise: share by which the threshold exceeds its first losses (0.3)",
     "beta_average": "with averaging by 'beta': its parameter; below 1 both ends count most (0.5)",
-    "beta_start": "likewise: the update from which; 0 is for students that start trained (0)",
-    "class_groups": "training batches are of so many classes, the same in every domain (all)",
+    "beta_start": "likewise: the first update averaged; 0 is for students that start trained (0)",
+    "class_groups": "number of classes in a training batch, the same in every domain (all)",
     "mended": "true: fix the known defect in DomainBed's numbers of a method (docs/protocol.md)",
-    "canonical_view": "true, or a list by teacher: frozen ones look at plain images",
+    "canonical_view": "true, or a list by teacher: frozen teachers see images not augmented",
     "class_names": "the classes as words, in label order, for methods that read text",
 }
 
@@ -102,13 +102,13 @@ def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
 
 
 def _hparams(algorithm: str, dataset: str, seed: int | None) -> dict[str, Any]:
-    # A fork's algorithm brings its fork's hparams.
+    # A fork's algorithm has its fork's hparams.
     brought = algorithms.get_algorithm_class(algorithm).all_hparams
     return brought(dataset, seed) if brought else _drawn(search_space(algorithm, dataset), seed)
 
 
 def of_teachers(text: str | None, seed: int | None) -> dict[str, Any]:
-    """The hparams that teachers in --hparams add: drawn, or defaults without a seed."""
+    """The hparams that teachers in --hparams add: drawn, or without a seed their defaults."""
     return _drawn(composition.search_space(parse_hparams(text)) if text else {}, seed)
 
 
@@ -127,9 +127,9 @@ def override(hparams: dict[str, Any], text: str | None, takes: Mapping[str, Take
              ) -> dict[str, Any]:
     """`hparams` with those of a JSON object, such as '{"lr": 0.001}', on top.
 
-    A value must be of its default's kind. Some of DomainBed's defaults are whole numbers where it
-    draws fractions: what a method's `takes` fits is of the right kind too. Names that neither the
-    algorithm nor `OPTIONAL` knows are taken, with a warning.
+    A value must be of its default's kind. As some of DomainBed's defaults are whole numbers where
+    it draws fractions, a float that fits a method's `takes` will do too. Names that neither the
+    algorithm nor `OPTIONAL` knows are accepted with a warning.
 
     Raises:
         ValueError: if the text is not a JSON object, or a value is not of its default's kind.
@@ -156,7 +156,7 @@ def _kind(value: object) -> str:
 
 
 def _replaces(value: object, default: object) -> bool:
-    """Whether a value is of its default's kind; an int does for a float."""
+    """Whether a value is of its default's kind; an int may replace a float."""
     if isinstance(default, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is type(default)

@@ -1,4 +1,4 @@
-"""SWAD's loss valley: which stretches of training are averaged.
+"""SWAD's loss valley: which segments of training are averaged.
 
 Cha et al., "SWAD: Domain Generalization by Seeking Flat Minima", NeurIPS 2021,
 https://arxiv.org/abs/2102.08604. Constants and the order of events from the authors' code
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 
 def add_to_mean(mean: dict[str, Tensor], new: dict[str, Tensor], n: float) -> None:
-    """Turns, in place, the mean of n - 1 state dicts into that of n; integers become the new's."""
+    """Turns the mean of n - 1 state dicts into that of n, in place; integers are the new ones."""
     moved = [name for name, tensor in new.items() if n > 1 and tensor.is_floating_point()]
-    if moved:  # on a GPU, in a few kernels
+    if moved:  # a few kernels on a GPU
         torch._foreach_lerp_([mean[name] for name in moved],
                              [new[name].to(mean[name].dtype) for name in moved], 1 / n)
     for name in new.keys() - set(moved):
         mean[name].copy_(new[name])
 
 
-# The version of the rules by which segments count: no run may follow two.
+# The version of the rules by which segments are averaged; no run may mix two.
 _RULES = 2
 
 
@@ -40,15 +40,15 @@ class Segment:
 class LossValley(nn.Module):
     """Finds the segments that SWAD averages, by their validation losses, during training.
 
-    Training has converged at the end of a segment whose loss none of the next `n_converge` - 1
-    undercuts. The valley lasts until the lowest of `n_tolerance` losses in a row is above
-    1 + `tolerance_ratio` times the mean loss at convergence. Segments weigh the same, however long
-    they are. As in the authors' code, those around convergence can be counted more than once, and
-    the first segment at convergence is the result only if none is ever added: `averaged` lists the
-    (start, end) steps of all that were, in order.
+    Training has converged at the end of a segment if none of the next `n_converge` - 1 has a lower
+    loss. The valley lasts until the lowest of `n_tolerance` successive losses is above
+    1 + `tolerance_ratio` times the mean loss at convergence. All segments have the same weight,
+    whatever their length. As in the authors' code, segments around convergence can count more than
+    once, and the segment that converged is the result only if none is added after it. `averaged`
+    lists the (start, end) steps of all that were added, in order.
 
-    It holds at most `n_tolerance` segments and their average, on the CPU. All of its state is in
-    its state dict, as plain numbers and tensors.
+    It holds at most `n_tolerance` segments and their average, on the CPU. Its whole state is in the
+    state dict, as plain numbers and tensors.
 
     Raises:
         ValueError: if not 1 <= n_converge <= n_tolerance, or if tolerance_ratio is negative.
@@ -71,7 +71,7 @@ class LossValley(nn.Module):
         self.averaged: list[tuple[int, int]] = []
 
     def add(self, segment: Segment) -> None:
-        """Looks at the next segment; a dead valley ignores it."""
+        """Takes the next segment; a valley that has ended ignores it."""
         if self.dead:
             return
         self.segments.append(segment)
@@ -84,7 +84,7 @@ class LossValley(nn.Module):
                 self._average(self.segments[0])
 
     def finish(self) -> dict[str, Tensor]:
-        """The averaged weights at the end of training; they and the segments are then forgotten.
+        """Returns the averaged weights at the end of training, and releases all segments.
 
         Without convergence they are the last segment's, with a warning.
         """
@@ -120,13 +120,13 @@ class LossValley(nn.Module):
 
     def _average(self, segment: Segment) -> None:
         self.averaged.append((segment.start, segment.end))
-        if len(self.averaged) == 1:  # what stood there from convergence on does not count
+        if len(self.averaged) == 1:  # replaces the segment that converged
             self.mean = {name: tensor.clone() for name, tensor in segment.weights.items()}
         else:
             add_to_mean(self.mean, segment.weights, len(self.averaged))
 
     def get_extra_state(self) -> dict:
-        """The state that torch stores: everything that a resumed run needs."""
+        """Everything that a resumed run needs, for torch to save."""
         return {
             "rules": _RULES,
             "segments": [dict(vars(segment)) for segment in self.segments],
@@ -142,7 +142,7 @@ class LossValley(nn.Module):
         finished = state["averaged"] and not state["segments"]
         if state.get("rules") != _RULES and not finished:
             raise ValueError("SWAD: this run was begun by a version that averaged other segments, "
-                             "so it cannot go on. Start it again: --resume never.")
+                             "so it cannot continue. Start it again: --resume never.")
         self.segments = deque(
             (Segment(**segment) for segment in state["segments"]), maxlen=self.n_tolerance)
         self.converged_at = state["converged_at"]

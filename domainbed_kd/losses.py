@@ -28,7 +28,7 @@ def kd_per_sample(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float, y: Tensor | None = None
             ) -> Tensor:
-    """Mean of `kd_per_sample` over the batch and, of maps, over the pixels that y does not ignore.
+    """Mean of `kd_per_sample` over the batch or, for maps, over the pixels that y does not ignore.
 
     Without labels y (B, ...) all pixels count.
     """
@@ -39,7 +39,7 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float, y: Tensor | No
 def mean_of_labelled(values: Tensor, y: Tensor) -> Tensor:
     """Mean of values (B,), or of maps (B, H, W) or (B, C, H, W) where labels y are not ignored.
 
-    0 if all are.
+    It is 0 if all labels are ignored.
     """
     if y.dim() == 1:
         return values.mean()
@@ -80,9 +80,9 @@ def squared_mmd(a: Tensor, b: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS
 
 
 def invariance_penalty(logits: Tensor, y: Tensor) -> Tensor:
-    """The squared gradient of the loss by a scale of the logits, estimated without bias (IRM).
+    """An unbiased estimate of the loss's squared gradient by a scale of the logits (IRM).
 
-    The product of the gradients on even and odd rows of logits (B, C); it may be negative.
+    It is the product of the gradients on even and on odd rows of logits (B, C); it may be negative.
     """
     scale = torch.ones((), device=logits.device, requires_grad=True)
     gradients = [
@@ -95,8 +95,8 @@ def invariance_penalty(logits: Tensor, y: Tensor) -> Tensor:
 def calibration_error(logits: Tensor, y: Tensor) -> float:
     """Expected calibration error in [0, 1], of logits (N, C) and labels (N,).
 
-    The mean, over 15 bins of equal width and weighted by their samples, of how far the share of
-    right guesses is from the mean probability of the guessed class (Guo et al., equation 3).
+    The mean, over 15 bins of equal width and weighted by their number of samples, of the difference
+    between accuracy and the mean probability of the predicted class (Guo et al., equation 3).
     """
     confidence, guess = logits.double().softmax(dim=1).max(dim=1)
     bins = (confidence * N_BINS).ceil().long().clamp(1, N_BINS)

@@ -1,4 +1,4 @@
-"""How many cores this process may use, and how many GPUs its jobs."""
+"""How many cores this process and how many GPUs its jobs may use."""
 
 import functools
 import os
@@ -7,7 +7,7 @@ import sys
 
 
 def available() -> int:
-    """The cores that this process is bound to, if the system tells; else all."""
+    """The number of cores that this process is bound to; all where the system does not say."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -17,8 +17,8 @@ def available() -> int:
 def n_gpus() -> int:
     """How many GPUs torch can use here.
 
-    A process of its own asks, for a few seconds, as no child of a process that has asked CUDA
-    anything can use a GPU.
+    Asks in a separate process, which takes a few seconds: once a process has used CUDA, none of its
+    forked children can use a GPU.
     """
     asked = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],

@@ -23,25 +23,25 @@ __all__ = ["MLP", "MNIST_CNN", "Classifier", "ContextNet", "CosineClassifier", "
 def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Module:
     """The network that turns inputs (B, *input_shape) into features (B, n_outputs).
 
-    Vectors get an MLP; square images a small CNN from 16 pixels, a wide ResNet from 32, and from
-    64 what the hparams name: a ResNet, DINOv2, or any timm model (`backbone`, from 32 pixels;
-    our own "small_vit" from 16). Those for images have `stages()` and `pool`, DINOv2 excepted. All
-    apply their attribute `activation`, the identity, last; a method may replace it.
+    Vectors get an MLP. Square images get a small CNN from 16 pixels, a wide ResNet from 32, and
+    from 64 the network that the hparams name: a ResNet, DINOv2, or any timm model (`backbone`, from
+    32 pixels; our own "small_vit" from 16). Networks for images except DINOv2 have `stages()` and
+    `pool`. All apply their attribute `activation`, the identity, last; a method may replace it.
 
-    Where hparams["task"] is "segmentation", features are maps (B, n_outputs, h, w): a U-Net's for
-    images of up to 64 pixels, else DeepLabV3's on the ResNet that the hparams name.
+    If hparams["task"] is "segmentation", features are maps (B, n_outputs, h, w): a U-Net's for
+    images of up to 64 pixels, otherwise DeepLabV3's on the ResNet that the hparams name.
 
     Raises:
         NotImplementedError: if no network takes this shape.
         ValueError: if hparams contradict each other, or weights do not fit.
-        OSError: if pretrained weights cannot be downloaded, or a file of weights is not there.
+        OSError: if pretrained weights cannot be downloaded, or a file of weights does not exist.
     """
     if len(input_shape) == 1:
         hparams = {"mlp_width": 256, "mlp_depth": 3, "mlp_dropout": 0.0, **hparams}
         return MLP(input_shape[0], hparams["mlp_width"], hparams)
     if len(input_shape) != 3 or input_shape[1] != input_shape[2] or input_shape[1] < 16:
         raise NotImplementedError(
-            f"No featurizer takes inputs of shape {tuple(input_shape)}: give vectors (n,) or "
+            f"No featurizer takes inputs of shape {tuple(input_shape)}: use vectors (n,) or "
             "square images (channels, side, side) of 16 pixels or more.")
 
     side = input_shape[1]
@@ -60,7 +60,7 @@ def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Mod
 
 
 def Classifier(in_features: int, out_features: int, is_nonlinear: bool = False) -> nn.Module:
-    """From features (B, in_features) to logits (B, out_features): linear, or two hidden layers."""
+    """From features (B, in_features) to logits (B, out_features): linear, or an MLP."""
     if not is_nonlinear:
         return nn.Linear(in_features, out_features)
     return nn.Sequential(
@@ -73,7 +73,7 @@ def Classifier(in_features: int, out_features: int, is_nonlinear: bool = False) 
 
 def featurizer_and_classifier(input_shape: Sequence[int], num_classes: int,
                               hparams: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
-    """The two halves of a student: from images to features, and from these to logits.
+    """The two parts of a student: from images to features, and from these to logits.
 
     Logits are (B, num_classes), or maps (B, num_classes, H, W) for "segmentation".
     """
@@ -87,7 +87,7 @@ def featurizer_and_classifier(input_shape: Sequence[int], num_classes: int,
 class CosineClassifier(nn.Module):
     """Logits (B, C) of features (B, D): their cosines with text (C, D), times `scale`.
 
-    Neither learns. Text is kept at unit length.
+    Neither learns. Text is normalized to unit length.
     """
 
     text: Tensor
@@ -104,24 +104,24 @@ class CosineClassifier(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A teacher: `module`, in eval mode, that nothing trains, saves or copies along.
+    """A teacher: `module` in eval mode, never trained, nor saved or copied with its owner.
 
-    It is kept out of PyTorch's registry, so it has no parameters() and no state_dict() entries,
-    train() does not reach it, and a deepcopy of its owner shares it; it follows its owner's
-    .to(). Calls run without gradients; to differentiate through the input, call `.module`.
+    It is kept out of PyTorch's registry: it has no parameters() and no state_dict() entries,
+    train() does not reach it, and a deepcopy of its owner shares it. It follows its owner's .to().
+    Calls run without gradients; to differentiate through the input, call `.module`.
     """
 
     #: The share of its weights that came from a file; None for an object that was passed in.
     weights_loaded: float | None = None
     #: How the student's images are changed first, in words.
     preprocessing = "the student's"
-    #: Its kept outputs for the images at hand, which calls return then; see canonical_view.
+    #: Its stored outputs for the current images, which calls then return; see canonical_view.
     recalled: Tensor | None = None
     #: Of a run: the domains that it held out, and its images' `view_statistics`.
     held_out: Sequence[int] = ()
     statistics: str | None = None
 
-    #: What it is.
+    #: The network.
     module: nn.Module
 
     def __init__(self, module: nn.Module):
@@ -138,7 +138,7 @@ class Frozen(nn.Module):
         return self.module(x)
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps these rows of what is recalled, as of the batch's images."""
+        """Selects rows of `recalled`, as a method does of the batch's images."""
         if self.recalled is not None:
             self.recalled = self.recalled[rows.to(self.recalled.device)]
 
@@ -153,7 +153,7 @@ class Frozen(nn.Module):
 class CountsOnCPU(nn.Module):
     """A module whose counters stay on the CPU, so that reading one never waits for a GPU.
 
-    Counters are its own buffers of one integer or truth value, such as the number of updates.
+    Counters are its own buffers of one integer or boolean, such as the number of updates.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -237,7 +237,7 @@ class MNIST_CNN(Staged):
 
 
 class _WideBlock(nn.Module):
-    """Two pre-activated 3x3 convolutions beside a shortcut; the second may stride."""
+    """Two pre-activated 3x3 convolutions beside a shortcut; the second may have a stride."""
 
     def __init__(self, n_in: int, n_out: int, stride: int):
         super().__init__()

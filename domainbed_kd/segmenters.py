@@ -1,4 +1,4 @@
-"""Networks for segmentation: from images to maps of features, and from these to logits."""
+"""Networks for segmentation: from images to feature maps, and from these to logits."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from domainbed_kd.backbones import ResNet, refuse_contradictions
 
 
 class UNet(nn.Module):
-    """Maps (B, 32, H / 2, W / 2) of small images whose sides 8 divides.
+    """Maps (B, 32, H / 2, W / 2) of small images whose sides are multiples of 8.
 
     Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI
-    2015, https://arxiv.org/abs/1505.04597; at a sixtieth of its width and without its top level,
-    whose work a pixel shuffle does. With ten classes and a background it has 293,564 parameters.
+    2015, https://arxiv.org/abs/1505.04597, much narrower, and with a pixel shuffle in place of its
+    top level. With ten classes and a background it has 293,564 parameters.
     """
 
     n_outputs = 32
@@ -37,7 +37,7 @@ class UNet(nn.Module):
         self.activation = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 32, H / 2, W / 2) of images (B, C, H, W)."""
+        """Maps (B, 32, H / 2, W / 2) of images (B, C, H, W)."""
         first = self.down[0](self.stem(x))
         second = self.down[1](F.max_pool2d(first, 2))
         x = self.down[2](F.max_pool2d(second, 2))
@@ -54,8 +54,8 @@ class DeepLab(nn.Module):
     """DeepLabV3's maps (B, 256, H / 16, W / 16): torchvision's head on a ResNet.
 
     Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017,
-    https://arxiv.org/abs/1706.05587. The network's last stage is dilated, not strided. A batch of
-    one image cannot train it: its pooled branch has a BatchNorm on single values.
+    https://arxiv.org/abs/1706.05587. The ResNet's last stage is dilated, not strided. A batch of
+    one image cannot train it, as the BatchNorm of its pooled branch would see a single value.
     """
 
     n_outputs = 256
@@ -80,7 +80,7 @@ class DeepLab(nn.Module):
         self.activation = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 256, H / 16, W / 16), rounded up, of images (B, C, H, W)."""
+        """Maps (B, 256, H / 16, W / 16), rounded up, of images (B, C, H, W)."""
         for stage in self.backbone.stages():
             x = stage(x)
         return self.activation(self.head(x))

@@ -39,7 +39,7 @@ def given(hparams: dict[str, Any], num_classes: int,
 
 def _of_same_view(folder: str | Path, hparams: dict[str, Any], num_classes: int,
                   input_shape: Sequence[int] | None) -> networks.Frozen:
-    """As `from_run`, for a student with these hparams, and images normalized alike."""
+    """As `from_run`, for a student with these hparams; both must normalize images alike."""
     teacher = from_run(Path(folder), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
                        input_shape)
     own = hparams.get("view_statistics", "imagenet")
@@ -114,7 +114,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     """The predictor that a finished run saved, ours or DomainBed's, as a teacher.
 
     Inputs are (B, *input_shape), normalized as the run's dataset is; outputs are (B, C) logits.
-    What is None, because a fork does not tell, is not compared.
+    Arguments that are None, as a fork does not know them, are not compared.
 
     Raises:
         FileNotFoundError: if the run has not finished or saved no model.
@@ -129,7 +129,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
         raise FileNotFoundError(
             f"{folder} holds no model.pkl. Train the teacher again without --skip_model_save.")
     model = checkpoints.load(folder / files.MODEL)
-    if problem := _what_is_not_a_models(model):
+    if problem := _flaw(model):
         raise ValueError(f"{folder / files.MODEL} is not the model of a run: {problem}. Name the "
                          "folder of a run of train.")
     args = model["args"]
@@ -153,10 +153,10 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     if dataset is not None:
         context["normalization"] = datasets.get_dataset_class(dataset).NORMALIZATION and (
             images.statistics(model["model_hparams"]))
-    # The run's weights are all loaded below: none need be fetched first.
+    # All weights are loaded below, so none need to be downloaded first.
     hparams = context | console.renamed(model["model_hparams"]) | {"weights": "none"}
     if "teacher" in args:
-        hparams["teacher"] = nn.Identity()  # it is not in the state dict, nor needed to predict
+        hparams["teacher"] = nn.Identity()  # not in the state dict, and not needed to predict
     cls = averaging.averaged(
         algorithms.get_algorithm_class(args["algorithm"]), hparams.get("averaging"))
     algorithm = cls(model["model_input_shape"], model["model_num_classes"],
@@ -175,8 +175,8 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     return teacher
 
 
-def _what_is_not_a_models(model: object) -> str | None:
-    """Why a checkpoint is not the model of a run, in words; None if it is."""
+def _flaw(model: object) -> str | None:
+    """Why a checkpoint is not the model of a run; None if it is."""
     if not isinstance(model, dict):
         return f"it holds a {type(model).__name__}"
     kinds: dict[str, Any] = {"args": dict, "model_dict": dict, "model_hparams": dict,
@@ -188,7 +188,7 @@ def _what_is_not_a_models(model: object) -> str | None:
         if not isinstance(model[name], kind):
             return f"its {name} is a {type(model[name]).__name__}"
     if not are_args(model["args"]):
-        return "its args do not tell what the run trained"
+        return "its args do not say what the run trained"
     return None
 
 
@@ -237,11 +237,11 @@ def audit(algorithm: "Algorithm", batches: Iterable[tuple[Tensor, Tensor]],
 def audit_confusion(confusion: Tensor) -> str | None:
     """The problem of a teacher, by its counts (C labels, C guesses); None without one.
 
-    Classes count as being in another order if each label's most frequent guess is another's own,
-    and reading the guesses so adds more than 0.2 to the accuracy. Chance is 1 / C; a teacher is
-    near it if less than 3 standard errors of a guesser's accuracy above, but never if it is more
-    than halfway from chance to 1. Of images so few that 3 standard errors lead beyond 1, nothing
-    is concluded.
+    Classes are in another order if the labels' most frequent guesses all differ, and if renaming
+    the guesses accordingly adds more than 0.2 to the accuracy. Chance is 1 / C. A teacher is near
+    chance if its accuracy is less than 3 standard errors of a random guesser's above it, but never
+    if it is more than halfway from chance to 1. With so few images that 3 standard errors lead
+    beyond 1, nothing is concluded.
     """
     n_classes, n_images = len(confusion), confusion.sum().item()
     chance = 1 / n_classes

@@ -259,7 +259,7 @@ def test_tensors_under_other_names_load_by_order_with_a_warning(
     values = list(resnet18.state_dict().values())[:None if with_classifier else -2]
     torch.save({f"t{i}": value for i, value in enumerate(values)}, tmp_path / "net.pth")
     x = torch.randn(2, 3, 64, 64)
-    with pytest.warns(UserWarning, match="names its tensors otherwise; all 120"):
+    with pytest.warns(UserWarning, match="names its tensors differently; all 120"):
         network = featurizer(tmp_path / "net.pth")
     with torch.no_grad():
         assert torch.equal(network(x), features(resnet18, x))

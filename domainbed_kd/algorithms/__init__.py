@@ -36,7 +36,7 @@ def _keys(tree: ast.AST) -> set[str]:
 
 
 def _discover() -> tuple[dict[str, str], set[str], set[str], set[str], dict[str, str]]:
-    """{public class: module}; who is Taught, reads a CLIP, predicts by one; {class: shown}."""
+    """{method: module}; classes that are Taught, read a CLIP, predict by one; {class: shown}."""
     bases: dict[str, set[str]] = {}
     files: dict[str, str] = {}
     readers: set[str] = set()
@@ -72,7 +72,7 @@ def _discover() -> tuple[dict[str, str], set[str], set[str], set[str], dict[str,
 
 
 _MODULES, _TAUGHT, _CLIP_READERS, _CLIPS, _DISPLAY_NAMES = _discover()
-# Names that a class cannot have, as users type them: "4Ds" is FourDs.
+# Names that users may type and a class cannot have: "4Ds" is FourDs.
 _ALIASES = {shown: name for name, shown in _DISPLAY_NAMES.items()}
 _REGISTERED: "dict[str, type[Algorithm]]" = {}
 SHIPPED = tuple(_MODULES)
@@ -93,9 +93,9 @@ def canonical_name(name: str) -> str:
 
 
 def display_name(name: str) -> str:
-    """The name that tables show: the class's `display_name` or, without one, its own; no torch.
+    """The name that tables show: the class's `display_name` or, without one, its own.
 
-    What `curves.row` adds to a class's name is kept.
+    Keeps what `curves.row` adds to a class's name. Needs no torch.
     """
     base = base_of(name)
     if base in _REGISTERED:
@@ -111,7 +111,7 @@ def base_of(row: str) -> str:
 
 
 def learns_from_run(name: str) -> bool:
-    """Whether a finished ERM run is to be given to an algorithm as its teacher."""
+    """Whether an algorithm takes a finished ERM run as its teacher."""
     if name in _REGISTERED:
         return _REGISTERED[name].learns_from_run
     return name in _TAUGHT
@@ -128,7 +128,7 @@ def network_is_clips(name: str) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Refuses the name of no algorithm; needs no torch.
+    """Refuses unknown names of algorithms; needs no torch.
 
     Raises:
         NotImplementedError: naming the nearest known.
@@ -143,7 +143,7 @@ def check_auto_lr(names: Iterable[str]) -> None:
     """Refuses names of algorithms whose learning rate --auto_lr cannot choose.
 
     Raises:
-        ValueError: naming one, and those that can be had.
+        ValueError: naming one, and an algorithm that takes it.
     """
     for name in names:
         if not get_algorithm_class(name).takes_auto_lr:
@@ -152,9 +152,9 @@ def check_auto_lr(names: Iterable[str]) -> None:
 
 
 def hparam_names() -> set[str]:
-    """Every hparam of what ships, and some other words; needs no torch.
+    """Every hparam of the shipped algorithms, and some other words; needs no torch.
 
-    They are the keys of all dicts in the files that state hparams.
+    They are the keys of all dicts in the files that declare hparams.
     """
     here = Path(__file__).parent
     trees = (ast.parse(path.read_text(encoding="utf-8"))
@@ -166,7 +166,7 @@ def get_algorithm_class(name: str) -> "type[Algorithm]":
     """The class of that name.
 
     Raises:
-        NotImplementedError: if there is none; the message names the nearest known.
+        NotImplementedError: if there is none, naming the nearest known.
     """
     check_name(name)
     name = canonical_name(name)

@@ -1,10 +1,10 @@
-"""ADRMX: an image's features minus those of its domain, which can be exchanged for another's.
+"""ADRMX: label features minus domain features, remixed with other images' domain features.
 
 Demirel, Aptoula & Ozkan, "ADRMX: Additive Disentanglement of Domain Features with Remix Loss",
 2023, https://arxiv.org/abs/2308.06624, with the loss of Khosla et al., "Supervised Contrastive
 Learning", NeurIPS 2020. Constants from DomainBed. There, the two images that are remixed for a
-class are any two of the batch; with the hparam `mended`: true they are of that class and of
-different domains. Weight decay is not applied, as in DomainBed.
+class can be any two of the batch; with the hparam `mended`: true they are of that class and of
+different domains. As in DomainBed, weight decay is not applied.
 Departure: where no class has two images in the batch, DomainBed fails; here the remix loss and the
 contrastive losses are 0.
 """
@@ -20,10 +20,10 @@ TEMPERATURE, EPSILON = 0.07, 1e-5
 
 
 def supervised_contrast(features: Tensor, y: Tensor) -> Tensor:
-    """Minus the log-probability of images of the class among all others.
+    """Minus the log-probability of the other images of an image's class among all others.
 
-    A mean over the images with features (B, D), divided by their number plus one. Images that are
-    alone in their class are left out.
+    The sum over images with features (B, D), divided by their number plus one. Images that are
+    alone in their class do not count.
     """
     features = F.normalize(features, dim=1)
     similar = (features @ features.T / TEMPERATURE).exp()
@@ -40,8 +40,8 @@ def remixed_pairs(labels: list[int], domains: list[int], n_classes: int,
                   mended: bool) -> list[tuple[int, int]]:
     """Two images, as rows of the batch, for each class that has two or more.
 
-    Unless mended, a class's number of images decides which rows of the whole batch can be taken.
-    Mended, the images are of the class and of different domains.
+    Mended, the images are of the class and of different domains. Otherwise they are two of the
+    batch's first n rows, where n is the class's number of images.
     """
     pairs = []
     for c in range(n_classes):
@@ -102,7 +102,7 @@ class ADRMX(Algorithm):
             self.classifier_label_2, self.classifier_domain, **options)
 
     def update(self, minibatches, unlabeled=None):
-        """One step of the player whose turn it is; the discriminator's logs `loss_disc` alone."""
+        """One step of the player whose turn it is; the discriminator logs `loss_disc` alone."""
         self.update_count += 1
         x, y = (torch.cat(part) for part in zip(*minibatches))
         domains = domain_labels(minibatches)
@@ -133,7 +133,7 @@ class ADRMX(Algorithm):
             loss_remixed=remixed)
 
     def _remix(self, common: Tensor, of_domain: Tensor, y: Tensor, domains: Tensor) -> Tensor:
-        """Cross-entropy of one image with another's domain per class, a sum by their number."""
+        """Mean over all classes of the cross-entropy of an image with another's domain features."""
         n_classes = self.classifier_label_1[-1].out_features
         pairs = remixed_pairs(y.tolist(), domains.tolist(), n_classes, self.hparams.get("mended"))
         if not pairs:

@@ -1,9 +1,9 @@
-"""ARM: a network that adapts to a batch by one more input channel, its context.
+"""ARM: a network that adapts to a batch through an additional input channel, its context.
 
 Zhang et al., "Adaptive Risk Minimization: Learning to Adapt to Domain Shift", NeurIPS 2021,
 https://arxiv.org/abs/2007.02931; the contextual variant, ARM-CML. Constants from DomainBed.
-Departure, as in DomainBed: the context network keeps its initial weights, for its parameters are
-in no optimiser.
+Departure, as in DomainBed: the context network keeps its initial weights, as no optimiser has its
+parameters.
 """
 
 import torch
@@ -16,9 +16,9 @@ from domainbed_kd.algorithms.erm import ERM
 class ARM(ERM):
     """ERM on images with a context channel, averaged over each support set.
 
-    A support set is `batch_size` images in a row, so a training domain's minibatch is one. A batch
-    that is not a multiple of it is a single support set: predictions depend on their batch, which
-    should hold images of one domain.
+    A support set is `batch_size` successive images, so a training domain's minibatch is one. If
+    that does not divide a batch's size, the batch is a single support set. Predictions depend on
+    their batch, which should hold images of one domain.
     """
 
     no_teachers = "its network sees images together with a context"

@@ -1,10 +1,10 @@
-"""CDANN: features from which, class by class, a discriminator cannot tell the domain.
+"""CDANN: within each class, features from which a discriminator cannot tell the domain.
 
 Li et al., "Deep Domain Generalization via Conditional Invariant Adversarial Networks", ECCV 2018,
 https://openaccess.thecvf.com/content_ECCV_2018/html/Ya_Li_Deep_Domain_Generalization_ECCV_2018_paper.html.
 Constants and the order of turns from DomainBed.
-Departures, as in DomainBed: one discriminator, told the class by an embedding that it learns and
-that is added to the features, instead of one discriminator per class and one for all.
+Departures, as in DomainBed: one discriminator, which gets the class as a learned embedding added to
+the features, instead of one discriminator per class and one for all classes.
 """
 
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ from domainbed_kd.algorithms.dann import DANN
 
 
 def class_balanced_cross_entropy(logits: Tensor, domains: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of the domains, to which every class in the batch contributes the same.
+    """Cross-entropy of the domains, to which each class in the batch contributes equally.
 
-    With all classes up to the batch's highest label present it is the mean of the classes' means.
+    It is the mean of the classes' means if all classes up to the highest label are present.
 
     Args:
         logits: (B, n_domains).
@@ -29,7 +29,7 @@ def class_balanced_cross_entropy(logits: Tensor, domains: Tensor, y: Tensor) -> 
 
 
 class CDANN(DANN):
-    """DANN, with a discriminator that knows the class and counts classes equally."""
+    """DANN with a discriminator that knows the class and weighs classes equally."""
 
     def discriminator_input(self, features, y):
         """Features plus their class's embedding, (B, D)."""

@@ -1,9 +1,9 @@
-"""CLIP: zero-shot, the class whose sentences are nearest to the image; nothing is trained.
+"""CLIP: zero-shot, the class whose sentences are nearest to the image. Nothing is trained.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML
-2021, https://arxiv.org/abs/2103.00020. A row of its own beside the methods that learn from it.
-With several templates a class is the mean of its normalized sentences, as in the authors'
-notebook. One step of a run is enough: `--steps 1`.
+2021, https://arxiv.org/abs/2103.00020. A reference for the methods that learn from it. With several
+templates a class is the mean of its normalized sentences, as in the authors' notebook. One step of
+a run is enough: `--steps 1`.
 """
 
 import torch
@@ -29,14 +29,14 @@ class ZeroShot(nn.Module):
 
 
 class CLIP(Algorithm):
-    """Zero-shot CLIP, as a row of the table."""
+    """Zero-shot CLIP, as a row of its own in tables."""
 
     no_teachers = "it does not learn"
     network_is_clips = True
 
     @staticmethod
     def search_space(dataset):
-        """Which CLIP, and the sentences that it reads; nothing to draw."""
+        """Which CLIP, and its sentences; nothing is drawn."""
         return {
             "clip_backbone": fixed(datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-16"),
             "clip_renormalize": fixed(True),

@@ -2,8 +2,8 @@
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML
 2021, https://arxiv.org/abs/2103.00020, section 3.2.
-Departures: Adam on minibatches, augmented as those of every method, not L-BFGS; the embeddings
-after CLIP's projection, as other methods here use them. lr and its range are ours.
+Departures: Adam on minibatches, augmented as for every method, not L-BFGS; the embeddings after
+CLIP's projection, as in the other methods here. lr and its range are ours.
 """
 
 import torch
@@ -15,14 +15,14 @@ from domainbed_kd.algorithms.base import Algorithm, fixed, forked_rng
 
 
 class CLIPLinearProbe(Algorithm):
-    """Cross-entropy on a linear head; CLIP, which `predict` needs as well, never moves."""
+    """Cross-entropy on a linear head; CLIP stays frozen, and `predict` needs it too."""
 
-    no_teachers = "its features never move"
+    no_teachers = "its features are not trained"
     network_is_clips = True
 
     @staticmethod
     def search_space(dataset):
-        """Which CLIP, and a larger lr than that of a whole network."""
+        """Which CLIP, and a larger lr than for a whole network."""
         return {
             "clip_backbone": fixed(datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-16"),
             "clip_renormalize": fixed(True),

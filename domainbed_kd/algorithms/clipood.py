@@ -1,4 +1,4 @@
-"""CLIPood: CLIP's image network, tuned against sentences with a margin that grows with distance.
+"""CLIPood: CLIP's image network, fine-tuned with larger margins between more distant classes.
 
 Shu et al., "CLIPood: Generalizing CLIP to Out-of-Distributions", ICML 2023,
 https://arxiv.org/abs/2302.00864. Loss, average, optimiser and constants from the authors' code
@@ -25,10 +25,10 @@ from domainbed_kd.algorithms.base import (
 
 def margin_logits(image: Tensor, text: Tensor, y: Tensor, margin: float,
                   scale: float | Tensor) -> Tensor:
-    """Scaled cosines (B, C) of images (B, D) and sentences (C, D), harder for far classes.
+    """Scaled cosines (B, C) of images (B, D) and sentences (C, D), with a margin for training.
 
-    The sentences have unit length. Each image loses `margin` times its own class's first, so that
-    another class gains by as much as its sentence is far from that one.
+    The sentences have unit length. `margin` times the sentence of its own class is subtracted from
+    each image first, so other classes gain the more, the less their sentences resemble that one.
     """
     return scale * (F.normalize(image, dim=-1) - margin * text[y]) @ text.T
 
@@ -36,7 +36,7 @@ def margin_logits(image: Tensor, text: Tensor, y: Tensor, margin: float,
 class CLIPood(Algorithm):
     """Cross-entropy of CLIP's scores with a margin; predicts with a mean of all its weights.
 
-    The mean is that of `averaging` "beta" and takes in CLIP as it was. With `clipood_beta` null
+    The mean is that of `averaging` "beta" and includes CLIP's own weights. With `clipood_beta` null
     the live network predicts.
     """
 
@@ -49,7 +49,7 @@ class CLIPood(Algorithm):
 
     @staticmethod
     def search_space(dataset):
-        """The authors' optimiser, margin and density; lr stays where CLIP survives it."""
+        """The authors' optimiser, margin and density, and values of lr that do not destroy CLIP."""
         space = {
             "clip_backbone": fixed(datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-16"),
             "clip_renormalize": fixed(True),
@@ -87,7 +87,7 @@ class CLIPood(Algorithm):
         return self
 
     def update(self, minibatches, unlabeled=None):
-        """One step on the cross-entropy with the margin; then the average takes it in."""
+        """One step on the cross-entropy with the margin; then updates the average."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         tower, head = self.network
         logits = margin_logits(
@@ -99,7 +99,7 @@ class CLIPood(Algorithm):
         return values
 
     def predict(self, x):
-        """Logits (B, C), without a margin: in eval mode those of the average, if there is one."""
+        """Logits (B, C) without a margin, in eval mode by the average if there is one."""
         if self.training or self.hparams["clipood_beta"] is None:
             return self.network(x)
         return self.average(x)

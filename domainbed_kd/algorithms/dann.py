@@ -2,8 +2,8 @@
 
 Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 2016,
 https://arxiv.org/abs/1505.07818. Constants and the order of turns from DomainBed.
-Departures, as in DomainBed: discriminator and student take turns, a step each, instead of a
-gradient-reversal layer; every training domain is told from every other, and unlabeled images of
+Departures, as in DomainBed: discriminator and student take steps in turn, instead of a
+gradient-reversal layer; the discriminator tells all training domains apart, and unlabeled images of
 the target are not used; the discriminator's input gradients can be penalized (Mescheder et al.,
 "Which Training Methods for GANs do actually Converge?", ICML 2018).
 """
@@ -75,7 +75,7 @@ class DANN(InTwoParts):
             self.network, lr=hparams["lr_g"], weight_decay=hparams["weight_decay_g"], betas=betas)
 
     def discriminator_input(self, features: Tensor, y: Tensor) -> Tensor:
-        """What the discriminator sees, (B, D)."""
+        """The discriminator's input, (B, D)."""
         return features
 
     def discriminator_loss(self, logits: Tensor, domains: Tensor, y: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class DANN(InTwoParts):
         return F.cross_entropy(logits, domains)
 
     def update(self, minibatches, unlabeled=None):
-        """One step of the player whose turn it is: `disc_loss` or `gen_loss`."""
+        """One step of the player whose turn it is; returns its loss, `disc_loss` or `gen_loss`."""
         self.update_count += 1
         x, y = (torch.cat(part) for part in zip(*minibatches))
         domains = domain_labels(minibatches)

@@ -1,9 +1,9 @@
 """EQRM: minimise a quantile of the risk over domains, so that it is small in most of them.
 
 Eastwood et al., "Probable Domain Generalization via Quantile Risk Minimization", NeurIPS 2022,
-https://arxiv.org/abs/2207.09944. Constants from DomainBed. There, random draws of
-`eqrm_burnin_iters` are not integers, and the comparison that starts Adam afresh with `eqrm_lr` is
-for equality: it never does. With the hparam `mended`: true it starts at the next integer.
+https://arxiv.org/abs/2207.09944. Constants from DomainBed. There, Adam starts afresh, with
+`eqrm_lr`, at the update that equals `eqrm_burnin_iters`. Random draws of that are not integers, so
+it never does. With the hparam `mended`: true it starts afresh at the next integer.
 Departure: the quantile of one domain's risk is that risk, where DomainBed's is NaN.
 """
 
@@ -20,10 +20,10 @@ BISECTIONS = 32
 
 
 def kde_quantile(risks: Tensor, alpha: Tensor) -> Tensor:
-    """The alpha-quantile of a Gaussian kernel density estimate of two risks (D,) or more.
+    """The alpha-quantile of a Gaussian kernel density estimate of risks (D,), D >= 2.
 
     The bandwidth is 1.06 std D^(-1/5), Silverman's rule. The quantile, float64, is found by
-    bisection; its gradient is that of the interval's ends, the decisions being constant.
+    bisection. Its gradient is that of the interval's ends; the bisection's decisions are constant.
     """
     risks = risks.sort().values
     bandwidth = (1.06 * risks.std() * len(risks) ** -0.2).double()
@@ -41,7 +41,7 @@ def kde_quantile(risks: Tensor, alpha: Tensor) -> Tensor:
 
 
 class EQRM(Annealed):
-    """The mean risk of the domains, and after some updates its quantile."""
+    """The mean risk of the domains, and after some updates the quantile of their risks."""
 
     mends = True
 

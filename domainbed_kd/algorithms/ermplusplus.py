@@ -2,7 +2,7 @@
 
 Teterwak et al., "ERM++: An Improved Baseline for Domain Generalization", WACV 2025,
 https://arxiv.org/abs/2304.01973. Constants from DomainBed.
-Departures, as in DomainBed: all of a run's updates after 599 are averaged; the number of steps and
+Departures, as in DomainBed: all weights from update 599 on are averaged; the number of steps and
 the learning rate are given, unless `train --auto_lr` chooses them on held-out images.
 """
 
@@ -15,7 +15,7 @@ from domainbed_kd import averaging
 from domainbed_kd.algorithms.base import detached
 from domainbed_kd.algorithms.erm import ERM
 
-AVERAGED_FROM = 599  # the update, from 1, whose weights are the first in the average
+AVERAGED_FROM = 599  # the first update, counted from 1, whose weights are averaged
 
 
 class ERMPlusPlus(ERM):
@@ -47,7 +47,7 @@ class ERMPlusPlus(ERM):
         return self.global_iter.item() <= self.hparams["linear_steps"]
 
     def update(self, minibatches, unlabeled=None):
-        """One step: of the classifier in the first `linear_steps` + 1 updates, then of all."""
+        """One step, of the classifier alone in the first `linear_steps` + 1 updates."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         all_parts = not self.in_warm_up
         with torch.set_grad_enabled(all_parts):
@@ -64,7 +64,7 @@ class ERMPlusPlus(ERM):
         averaging.add_to_mean(self.network_sma.state_dict(), self.network.state_dict(), n)
         if not self.hparams["freeze_bn"]:
             self.network_sma.train()
-            self.network_sma(x)  # its BatchNorm statistics follow its own features
+            self.network_sma(x)  # updates its BatchNorm statistics by its own features
 
     def predict(self, x):
         """Logits (B, C) of images (B, ...), by the averaged weights."""

@@ -1,9 +1,9 @@
-"""Fish: move towards where a pass over the domains, one after the other, ends.
+"""Fish: a step on each domain in turn, then a move part of the way to where that led.
 
 Shi et al., "Gradient Matching for Domain Generalization", ICLR 2022,
 https://arxiv.org/abs/2104.09937 (algorithm 1): steps in turn align the domains' gradients.
-DomainBed builds a network in every update and overwrites it, which moves the random stream that
-dropout and the loaders draw from. So does this file; the hparam `mended`: true saves the time.
+DomainBed builds a network in every update and overwrites it, which advances the random stream of
+dropout and the loaders. So does this file; the hparam `mended`: true saves that time.
 """
 
 import torch
@@ -17,8 +17,8 @@ from domainbed_kd.algorithms.base import Algorithm
 class Fish(Algorithm):
     """An Adam step on each domain in turn, then a share of the way from start to end.
 
-    Adam's moments outlive the pass, as in DomainBed; but they belong to `self.optimizer`, so that
-    a restarted run goes on with them.
+    Adam's moments persist from pass to pass, as in DomainBed. They belong to `self.optimizer`, so
+    that a restarted run goes on with them.
     """
 
     no_teachers = "it makes a step for each domain"
@@ -26,7 +26,7 @@ class Fish(Algorithm):
 
     @staticmethod
     def search_space(dataset):
-        """The share of the way."""
+        """`meta_lr`: the share of the way."""
         return {"meta_lr": (0.5, lambda r: r.choice([0.05, 0.1, 0.5]))}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
@@ -43,7 +43,7 @@ class Fish(Algorithm):
     def update(self, minibatches, unlabeled=None):
         """One pass; the loss is that of the last domain."""
         if not self.hparams.get("mended"):
-            self._build({**self.hparams, "weights": "none"})  # for its draws, which all build alike
+            self._build({**self.hparams, "weights": "none"})  # only for its random draws
         start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         for x, y in minibatches:
             values = self.descend(F.cross_entropy(self.predict(x), y))

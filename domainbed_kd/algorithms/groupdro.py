@@ -11,9 +11,9 @@ from domainbed_kd.algorithms.erm import ERM
 
 
 class GroupDRO(ERM):
-    """Cross-entropies of the domains, weighted by q, which grows with each domain's loss.
+    """Cross-entropies of the domains, weighted by q, which grows with a domain's loss.
 
-    Departure from DomainBed: q has its size from the start, so that a checkpoint can be loaded.
+    Departure from DomainBed: q has its full size from the start, so checkpoints can be loaded.
     """
 
     @staticmethod
@@ -26,7 +26,7 @@ class GroupDRO(ERM):
         self.register_buffer("q", torch.ones(num_domains))
 
     def update(self, minibatches, unlabeled=None):
-        """One exponentiated step of q, then one of the network."""
+        """One exponentiated-gradient step of q, then one step of the network."""
         losses = torch.stack([F.cross_entropy(self.predict(x), y) for x, y in minibatches])
         self.q *= (self.hparams["groupdro_eta"] * losses.detach()).exp()
         self.q /= self.q.sum()

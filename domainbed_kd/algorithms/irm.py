@@ -1,4 +1,4 @@
-"""IRM: one classifier that is the best for every domain at once.
+"""IRM: one classifier that is optimal for every domain at once.
 
 Arjovsky et al., "Invariant Risk Minimization", 2019, https://arxiv.org/abs/1907.02893 (IRMv1).
 The unbiased penalty and the annealing are the authors' and DomainBed's.

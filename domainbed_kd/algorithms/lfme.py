@@ -1,11 +1,11 @@
-"""LFME: a student's logits are pulled to the probabilities of an expert for each domain.
+"""LFME: the student's logits are pulled towards the probabilities of one expert per domain.
 
 Chen et al., "LFME: A Simple Framework for Learning from Multiple Experts in Domain
 Generalization", NeurIPS 2024, https://arxiv.org/abs/2410.17020. Loss, constants and range from the
 authors' code (github.com/liangchen527/LFME), as is the variant without experts.
-Departures: the student is built before the experts, so a weight of 0 is ERM; experts are part of
-the algorithm's state, so that they follow its mode and survive a restart, where theirs stay out of
-it; networks are DomainBed's, not always a ResNet-18.
+Departures: the student is built before the experts, so a weight of 0 is ERM; experts are in the
+state dict, survive a restart and follow train and eval mode, unlike theirs; networks are
+DomainBed's, not always a ResNet-18.
 """
 
 import torch
@@ -20,8 +20,8 @@ from domainbed_kd.algorithms.erm import ERM
 class LFME(ERM):
     """Cross-entropy, and the squared distance of logits from the probabilities of experts.
 
-    Each expert learns one domain by ERM at the same time, and judges its images before its step.
-    Without `lfme_experts` the labels, one-hot, take the probabilities' place.
+    Each expert learns one domain by ERM at the same time, and predicts its images before its step.
+    Without `lfme_experts` one-hot labels replace the probabilities.
     """
 
     needs_image_labels = "it takes labels as one-hot rows, one per image"
@@ -29,7 +29,7 @@ class LFME(ERM):
 
     @staticmethod
     def search_space(dataset):
-        """The weight of the pull, and whether experts do it."""
+        """The weight of the squared distance, and whether there are experts."""
         return {
             "lfme_weight": (1.0, lambda r: 10 ** r.uniform(-2, 1)),
             "lfme_experts": fixed(True),
@@ -64,7 +64,7 @@ class LFME(ERM):
     def _step_of_experts(self, minibatches):
         """Their probabilities (B, C) of all images, before the step, and their mean loss."""
         logits = [expert(x) for expert, (x, _) in zip(self.experts, minibatches)]
-        # No expert reads another's domain, so one Adam on the sum is an Adam for each.
+        # Each expert has its own term of the sum, so one Adam is the same as an Adam for each.
         loss = sum(F.cross_entropy(z, y) for z, (_, y) in zip(logits, minibatches))
         self.step(loss, self.expert_optimizer)
         return torch.cat(logits).detach().softmax(dim=1), loss.detach() / len(logits)

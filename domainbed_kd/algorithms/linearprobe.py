@@ -1,10 +1,10 @@
-"""LinearProbe: a linear classifier on a pretrained network that never moves.
+"""LinearProbe: a linear classifier on a frozen pretrained network.
 
 Alain & Bengio, "Understanding Intermediate Layers Using Linear Classifier Probes", 2016,
-https://arxiv.org/abs/1610.01644. It makes a teacher of any network: the hparam `teachers` has
+https://arxiv.org/abs/1610.01644. It makes a teacher of any network: the hparam `teachers` takes
 "timm:NAME" for the probe of that network.
-Departures: Adam on minibatches, augmented as those of every method. lr and its range are ours, and
-CLIPLinearProbe's.
+Departures: Adam on minibatches, augmented as for every method. lr and its range are ours, the same
+as CLIPLinearProbe's.
 """
 
 from torch import nn
@@ -13,14 +13,14 @@ from domainbed_kd.algorithms.erm import ERM
 
 
 class LinearProbe(ERM):
-    """ERM of the classifier alone; the featurizer stays as it was loaded, in eval mode."""
+    """ERM of the classifier alone; the featurizer keeps its loaded weights and is in eval mode."""
 
-    no_teachers = "its features never move"
+    no_teachers = "its features are not trained"
     needs_image_labels = "its frozen network would have layers that nothing trained"
 
     @staticmethod
     def search_space(dataset):
-        """A larger lr than that of a whole network."""
+        """A larger lr than for a whole network."""
         return {"lr": (1e-3, lambda r: 10 ** r.uniform(-4, -2))}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):

@@ -13,13 +13,13 @@ from domainbed_kd.algorithms.erm import ERM
 
 
 def cyclic_pairs(minibatches: list) -> list:
-    """Each minibatch with the next one, in a circle of random order."""
+    """Pairs of each minibatch with the next, in a random cyclic order."""
     order = torch.randperm(len(minibatches)).tolist()
     return [(minibatches[i], minibatches[j]) for i, j in zip(order, order[1:] + order[:1])]
 
 
 class Mixup(ERM):
-    """Cross-entropy of mixed images with both labels, in the images' proportion."""
+    """Cross-entropy of mixed images with both labels, weighted in the images' proportion."""
 
     rearranges_images = True
 

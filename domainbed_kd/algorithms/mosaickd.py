@@ -1,26 +1,26 @@
-"""MosaicKD: a student learns from images whose patches are real and whose wholes a teacher knows.
+"""MosaicKD: distillation on generated images with realistic patches that the teacher recognises.
 
 Fang et al., "Mosaicking to Distill: Knowledge Distillation from Out-of-Domain Data", NeurIPS
 2021, https://arxiv.org/abs/2110.15094. Losses, architectures and constants from the authors' code
 (kd_mosaic.py and its engine), weights from their README's command (local, align, adversarial 1,
 balance 10), not from their argument parser, whose defaults do not give the published table.
 
-Two roles: "dg" (ours) has a teacher of the training domains and takes unlabeled images, or else
-the minibatches, as out-of-domain data. "ood" is the paper's: the teacher was trained on the
-domain that the student is tested on, and the student sees images of the other domains only.
+Two roles. In "dg" (ours) the teacher knows the training domains, and unlabeled images, or without
+any the minibatches, are the out-of-domain data. In "ood" (the paper's) the teacher was trained on
+the domain that the student is tested on, and the student sees images of the other domains only.
 Labels are ignored in both, unless `mosaic_ce` asks for them in the first.
 
 Departures: DomainBed's Adam and lr for the student (`mosaic_student_optimizer` "sgd" is theirs,
-with its cosine); one batch of real images per update, augmented, serves all players, where theirs
-draws six; one normalization, the dataset's, for real and synthetic images; the loss of a patch is
+with its cosine); all players share one batch of augmented real images per update, where their code
+draws six; real and synthetic images have one normalization, the dataset's; the loss of a patch is
 its mean times 64, so that it weighs the same at every image size, where theirs sums over patches
-(64 of them at 32 pixels); the student is in eval mode while the generator learns, so that
-synthetic batches do not move its BatchNorm. `mosaic_published` restores the last two.
+(64 of them at 32 pixels); the student is in eval mode while the generator learns, so that synthetic
+batches do not change its BatchNorm. `mosaic_published` restores the last two.
 
 Segmentation: the paper reports NYUv2, but its code has no script for it. This is our reading:
 entropies and divergences are means over pixels, and the balance is that of the mean softmax over
-batch and pixels. Where a few classes rule a scene, a `mosaic_balance` of 0 leaves that term out.
-Of minibatches' labels it reads only which pixels are ignored: the student does not learn on them.
+batch and pixels. Where a few classes dominate, a `mosaic_balance` of 0 leaves that term out. Of the
+minibatches' labels only the ignored pixels are read: the student does not learn on these.
 """
 
 import math
@@ -47,7 +47,7 @@ from domainbed_kd.losses import kd_loss
 def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats, in [0, ln C], of each row's softmax; (B,). Finite for any finite logits.
 
-    Of maps (B, C, H, W) the mean over an image's pixels.
+    For maps (B, C, H, W) it is the mean over an image's pixels.
     """
     log_p = logits.log_softmax(dim=1)
     found = -(log_p.exp() * log_p).sum(dim=1)
@@ -63,8 +63,8 @@ def negative_balance(logits: Tensor) -> Tensor:
 def patch_loss(logits: Tensor, target: float, published: bool = False) -> Tensor:
     """How far a discriminator is from calling all patches `target`: 1 for real, 0 for synthetic.
 
-    Binary cross-entropy in nats, mean over the images (B, 1, h, w), times 64; `published` sums
-    over each image's patches. Both are the same where there are 64 patches, as at 32 pixels.
+    Binary cross-entropy in nats, mean over the logits (B, 1, h, w), times 64; `published` sums over
+    each image's patches instead. Both are the same with 64 patches, as at 32 pixels.
     """
     n_patches = logits[0].numel() if published else 64
     return n_patches * F.binary_cross_entropy_with_logits(
@@ -77,7 +77,7 @@ def highest_entropy(logits: Tensor, m: int) -> Tensor:
 
 
 def is_deep(input_shape) -> bool:
-    """Whether images (C, H, W) get the deeper generator and discriminator: above 64 pixels."""
+    """Whether images (C, H, W) are above 64 pixels, which takes deeper networks."""
     return max(input_shape[1:]) > 64
 
 
@@ -85,7 +85,7 @@ class Generator(nn.Module):
     """From noise (B, z_dim) to images (B, *input_shape) in (0, 1).
 
     The noise becomes a small image that is doubled in size by nearest neighbours and convolved,
-    twice up to 64 pixels and five times above. What that exceeds `input_shape` by is cut off.
+    twice for images up to 64 pixels and five times above. The result is cropped to `input_shape`.
     """
 
     def __init__(self, input_shape, z_dim: int = 100, width: int = 64):
@@ -115,8 +115,8 @@ class Generator(nn.Module):
 def patch_discriminator(input_shape, width: int = 64) -> nn.Sequential:
     """From images (B, *input_shape) to a logit per patch (B, 1, h, w): is it real?
 
-    Each logit sees 10 pixels square, of which there are H / 4 by W / 4; above 64 pixels it sees
-    46, of which there are H / 16 by W / 16 (rounded down).
+    There are H / 4 by W / 4 logits, each of which sees 10 x 10 pixels. Above 64 pixels there are
+    H / 16 by W / 16 (rounded down), each of which sees 46 x 46.
     """
     channels, deep = input_shape[0], is_deep(input_shape)
     first, *rest = [width, 2 * width, 4 * width, 8 * width] if deep else [2 * width, 4 * width]
@@ -129,17 +129,17 @@ def patch_discriminator(input_shape, width: int = 64) -> nn.Sequential:
 
 
 class MosaicKD(Taught):
-    """Four players: a teacher that stands still, a generator, a discriminator and the student.
+    """Four players: a frozen teacher, a generator, a discriminator and the student.
 
-    The generator makes images whose patches the discriminator takes for real, of which the
-    teacher is sure, evenly over the classes, and on which the student disagrees with it. The
-    student copies the teacher on these and on real images. Noise comes from a stream of its own,
-    a function of `noise_seed` and `update_count`, both in the state dict.
+    The generator makes images whose patches the discriminator takes for real, whose classes the
+    teacher is sure of and predicts equally often, and on which the student disagrees with it. The
+    student copies the teacher on these and on real images. Noise has a random stream of its own, a
+    function of `noise_seed` and `update_count`, both in the state dict.
 
     Raises:
-        ValueError: if an hparam is out of its range; in the role "ood", if there is no teacher or
-            it held out the domain that the student is tested on; in an update, if the teacher's
-            logits cannot be differentiated by its images; or as `Taught`.
+        ValueError: as `Taught` does, or if hparams contradict each other; in the role "ood", if
+            there is no teacher or it held out the domain that the student is tested on; in an
+            update, if the teacher's logits have no gradient by its images.
     """
 
     needs_same_view = "its teacher judges images that the generator has just made"
@@ -170,7 +170,7 @@ class MosaicKD(Taught):
             "mosaic_lr_g": (1e-3, lambda r: 10 ** r.uniform(-4, -2.5)),
             "mosaic_z_dim": fixed(100),
             "mosaic_width": fixed(64),
-            "mosaic_batch": fixed(None),  # synthetic images; null: as many as there are real ones
+            "mosaic_batch": fixed(None),  # synthetic images; null: as many as real ones
             "mosaic_ood_share": fixed(1.0),
             "mosaic_student_optimizer": fixed("adam"),
             "mosaic_published": fixed(False),
@@ -202,7 +202,7 @@ class MosaicKD(Taught):
         if hparams["mosaic_student_optimizer"] == "sgd":
             self.optimizer = self.sgd(self.network)
             annealed.append(self.optimizer)
-        steps = hparams.get("total_steps", 0)  # a fork does not tell: no annealing there
+        steps = hparams.get("total_steps", 0)  # a fork does not say: no annealing there
         self.schedulers = [
             torch.optim.lr_scheduler.CosineAnnealingLR(
                 optimizer, max(1, steps - self.warm_up_left.item()))
@@ -220,8 +220,8 @@ class MosaicKD(Taught):
     def update(self, minibatches, unlabeled=None):
         """One step of discriminator and generator, `mosaic_kd_steps` of the student.
 
-        Real images are those of `unlabeled`, if given, else those of the minibatches. In the role
-        "ood" always the latter: the former are of the domain that the student must not see.
+        Real images are those of `unlabeled` if given, else those of the minibatches. The role "ood"
+        never uses `unlabeled`, which is of the domain that the student must not see.
         """
         if self.warm_up_left or unlabeled is None or self.hparams["mosaic_role"] == "ood":
             return super().update(minibatches)
@@ -229,7 +229,7 @@ class MosaicKD(Taught):
         return self.distill(x, y, torch.cat(unlabeled))
 
     def distill(self, x, y, unlabeled=None):
-        """As `update`, of images x (B, ...) and, only if `mosaic_ce`, their labels y (B,)."""
+        """As `update`, on images x (B, ...) and labels y (B,), which only `mosaic_ce` uses."""
         hparams = self.hparams
         if not hparams["mosaic_kd"]:
             values = self._learn(x, y)
@@ -253,7 +253,7 @@ class MosaicKD(Taught):
         return values
 
     def synthesize(self, n: int, noise: torch.Generator) -> Tensor:
-        """Images (n, C, H, W), normalized as the dataset's are, from noise drawn on the CPU."""
+        """Images (n, C, H, W), normalized as the dataset's, from noise drawn on the CPU."""
         z = torch.randn(n, self.hparams["mosaic_z_dim"], generator=noise).to(self.mean)
         return (self.generator(z) - self.mean) / self.std
 
@@ -284,7 +284,7 @@ class MosaicKD(Taught):
             "balance": negative_balance(teacher)}
         loss_g = sum(hparams[f"mosaic_{name}"] * term for name, term in terms.items())
         self.generator_optimizer.zero_grad()
-        # Only its own: the other players' gradients are neither needed nor to be left behind.
+        # Only the generator's: nobody needs the other players' gradients.
         loss_g.backward(inputs=list(self.generator.parameters()))
         self.generator_optimizer.step()
         return detached(loss_d=loss_d, loss_g=loss_g, **terms)
@@ -292,14 +292,14 @@ class MosaicKD(Taught):
     def _learn(self, x, y, real=None, real_logits=None, counts=None, noise=None):
         """One step of the student: on the teacher's predictions, on the labels, or on both.
 
-        Real images' pixels that `counts`, labels (B, H, W), marks as ignored are left out.
+        `counts` are the real images' labels; pixels that these ignore are left out.
         """
         hparams = self.hparams
         loss, terms = 0, {}
         if hparams["mosaic_kd"]:
             with torch.no_grad():
                 fake = self.synthesize(hparams["mosaic_batch"] or len(real), noise)
-            if counts is not None:  # of synthetic images all pixels do
+            if counts is not None:  # all pixels of synthetic images count
                 counts = torch.cat([counts.new_zeros(len(fake), *counts.shape[1:]), counts])
             terms["distill"] = kd_loss(
                 self.network(torch.cat([fake, real])),

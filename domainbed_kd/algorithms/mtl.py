@@ -3,9 +3,9 @@
 Blanchard et al., "Domain Generalization by Marginal Transfer Learning", JMLR 2021,
 https://arxiv.org/abs/1711.07910. Constants from DomainBed.
 Departures, as in DomainBed: the marginal's kernel embedding is the mean of learned features, in
-training an exponential moving average over a domain's batches; the loss is summed over domains;
-and the classifier never sees it, but N(0, 1) noise in its place, in evaluation too. The hparam
-`mended`: true gives it the embedding.
+training an exponential moving average over a domain's batches; the loss is summed over domains; and
+instead of the embedding the classifier sees N(0, 1) noise, in evaluation too. The hparam `mended`:
+true gives it the embedding.
 """
 
 import torch
@@ -19,9 +19,9 @@ from domainbed_kd.algorithms.base import InTwoParts
 class MTL(InTwoParts):
     """Cross-entropy of a classifier on [features, domain embedding].
 
-    The embedding of a domain that is not trained on is the mean feature of the images given to
-    `predict`, so mended predictions depend on the batch, as the method intends: give it images of
-    one domain. Evaluation by the training loop does. Unless mended, predictions draw noise.
+    In `predict` the embedding is the mean feature of the given images. So mended predictions depend
+    on the batch, as the method intends: give it images of one domain, as the training loop does.
+    Unless mended, predictions draw noise. `network` is what is trained, without the embedding.
     """
 
     mends = True
@@ -58,7 +58,7 @@ class MTL(InTwoParts):
         return self.classifier(torch.cat((features, embedding), dim=1))
 
     def _embed(self, features: Tensor, domain: int | None) -> Tensor:
-        """The mean of features (B, D), (D,); a known domain's moving average takes it in."""
+        """The mean (D,) of features (B, D); updates a training domain's moving average by it."""
         embedding = features.mean(dim=0)
         if domain is not None:
             share = self.hparams["mtl_ema"]

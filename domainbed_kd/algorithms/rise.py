@@ -1,15 +1,15 @@
-"""RISE: a small student learns CLIP's scores and the geometry of CLIP's sentences.
+"""RISE: the student learns CLIP's scores and the geometry of CLIP's sentence embeddings.
 
 Huang et al., "A Sentence Speaks a Thousand Images: Domain Generalization through Distilling
 CLIP with Language Guidance", ICCV 2023, https://arxiv.org/abs/2309.12530.
 Losses from the paper, constants from the authors' code (github.com/OoDBag/RISE).
 Departures: DomainBed's student, Adam, lr and batches, not BiT and SGD (`rise_optimizer` "sgd" is
-theirs: momentum 0.9, lr divided by 10 at 80 % of the steps; they take lr 1e-3 and weight decay
+theirs: momentum 0.9, lr divided by 10 at 80 % of the steps; their lr is 1e-3, their weight decay
 5e-4); the temperature is drawn from [2, 4] (theirs is 3) and the weights from ranges around their
-grids; class names are in the labels' order (theirs disagree on OfficeHome and TerraIncognita) and
-have no underscores; CLIP's scores have its own scale, not a literal 100 (for OpenAI's weights that
-is the same); CLIP gets its own normalization unless `clip_renormalize` is false. On TerraIncognita
-they distil a CLIP tuned to the task: name its file in `clip_backbone`.
+grids; class names are in the labels' order (theirs are not on OfficeHome and TerraIncognita) and
+have no underscores; CLIP's scores have its own scale, not a literal 100 (the same for OpenAI's
+weights); CLIP gets its own normalization unless `clip_renormalize` is false. On TerraIncognita they
+distil a CLIP that was fine-tuned on the task: name the file of one in `clip_backbone`.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from domainbed_kd.losses import kd_loss
 
 NEUTRAL = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
            "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
-# The anchors that the authors use where domains have no telling names (VLCS, TerraIncognita).
+# The authors' anchors where the domains' names say nothing (VLCS, TerraIncognita).
 STYLED = ("a bright photo of a {}", "a corrupted photo of a {}",
           "a dark photo of a {}", "a good photo of a {}")
 
@@ -45,10 +45,11 @@ def absolute_distance(image: Tensor, text: Tensor, y: Tensor) -> Tensor:
 
 def relative_distance(image: Tensor, text: Tensor, styled: Tensor, y: Tensor,
                       temperature: float = 1.0) -> Tensor:
-    """How differently an image and its class's neutral sentence see the styled sentences.
+    """How much an image's similarities to styled sentences differ from its class's.
 
-    Each of image (B, D) and text (C, D) looks at the S styled sentences (C, S, D) of class y as
-    a softmax over cosines; returns the mean squared difference of the two, in [0, 2 / S].
+    The similarities of an image (B, D), and of its class's neutral text (C, D), to the S styled
+    sentences (C, S, D) of class y are a softmax over cosines. Returns their mean squared
+    difference, in [0, 2 / S].
     """
     seen = F.cosine_similarity(image[:, None], styled[y], dim=-1)
     wanted = F.cosine_similarity(text[:, None], styled, dim=-1)
@@ -57,10 +58,10 @@ def relative_distance(image: Tensor, text: Tensor, styled: Tensor, y: Tensor,
 
 
 def anchors(domain_names: Sequence[str] | None) -> list[str]:
-    """Templates that name the training domains, never the test domain's name.
+    """Templates that name the training domains, and never the test domain.
 
-    Where these have no telling names, or where there is only one and so every relative distance
-    would be 0, they name ways to photograph.
+    They name ways to photograph instead if the domains' names say nothing, or if there is only one
+    domain, as every relative distance would be 0.
     """
     if domain_names is None or len(domain_names) < 2:
         return list(STYLED)
@@ -69,7 +70,7 @@ def anchors(domain_names: Sequence[str] | None) -> list[str]:
 
 def sentences(teacher: teachers.CLIP, templates: Sequence[str], hparams: dict
               ) -> tuple[Tensor, Tensor]:
-    """The mean of the classes' neutral sentences, of unit length, (C, D), and styled (C, S, D)."""
+    """Each class's mean neutral sentence at unit length (C, D), and its styled ones (C, S, D)."""
     names = hparams["class_names"]
     neutral = teacher.sentences(templates, names).mean(dim=1)
     return (F.normalize(neutral, dim=-1),
@@ -84,18 +85,18 @@ class Student(nn.Module):
         with forked_rng():
             text, styled = sentences(teacher, hparams["rise_templates"], hparams)
         self.register_buffer("text", text)
-        # Not needed to predict, so a model loads whatever its domains are called.
+        # Not saved, as `predict` does not need it: a model loads whatever its domains' names are.
         self.register_buffer("styled", styled, persistent=False)  # (C, S, D)
 
         self.featurizer = networks.Featurizer(input_shape, hparams)
         self.embed = nn.Linear(self.featurizer.n_outputs, self.text.shape[1])
         self.classifier = nn.Linear(self.text.shape[1], num_classes)
         for layer in (self.embed, self.classifier):
-            nn.init.normal_(layer.weight, std=0.01)  # 0.01: authors' start
+            nn.init.normal_(layer.weight, std=0.01)  # 0.01: the authors'
             nn.init.zeros_(layer.bias)
         if hparams["rise_text_init"]:
             self.classifier.weight.data.copy_(self.text)
-        # The authors do so where zero-shot CLIP is weak (TerraIncognita); CLIP itself is not run.
+        # As the authors do where zero-shot CLIP is weak (TerraIncognita); CLIP itself is not run.
         self.text_at_test = hparams["rise_clip_head_at_test"]
 
     def embedding(self, x: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class Student(nn.Module):
         return self.embed(self.featurizer(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, C); with the text head at test, the log of two summed probabilities."""
+        """Logits (B, C); with the text head at test, the log of the sum of both probabilities."""
         image = self.embedding(x)
         logits = self.classifier(image)
         if self.training or not self.text_at_test:
@@ -113,7 +114,7 @@ class Student(nn.Module):
 
 
 class Ensemble(nn.ModuleList):
-    """Students that vote: the log of the mean of their probabilities; one alone decides."""
+    """Students that predict the log of their mean probabilities; one alone, its own logits."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C)."""
@@ -123,11 +124,11 @@ class Ensemble(nn.ModuleList):
 
 
 class RISE(Algorithm):
-    """Cross-entropy, distillation, and two pulls towards CLIP's text embeddings.
+    """Cross-entropy, distillation, and two distances to CLIP's text embeddings.
 
     The student embeds images at CLIP's width and its classifier starts as CLIP's zero-shot one.
-    Only `update` needs CLIP: `predict` is the bare student. With several `rise_teachers` there is
-    a student for each, as in the paper's mix of teachers.
+    Only `update` needs CLIP. With several `rise_teachers` there is a student for each, as in the
+    paper's mix of teachers; `predict` averages them.
     """
 
     takes = Algorithm.takes | {
@@ -137,24 +138,24 @@ class RISE(Algorithm):
 
     @staticmethod
     def search_space(dataset):
-        """The teacher, the weights of its terms, and switches for what the authors did."""
-        low, high = {  # between the two values of the authors' grid, where they have one
+        """The teacher, the weights of its terms, and switches for the authors' variants."""
+        low, high = {  # the two values of the authors' grid, where there is one
             "PACS": (0.8, 0.9), "VLCS": (0.8, 0.9), "OfficeHome": (0.1, 0.2),
             "TerraIncognita": (0.2, 0.3)}.get(dataset, (0.1, 0.3))
         return {
             "clip_backbone": fixed(datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-16"),
             "clip_renormalize": fixed(True),
-            # Null, or a list of what clip_backbone takes, or of objects with clip_backbone and
-            # with what else differs: clip_renormalize, or lr of the student.
+            # Null, or a list. An entry is a value of clip_backbone, or an object with that and what
+            # else differs: clip_renormalize, or the student's lr.
             "rise_teachers": fixed(None),
             "rise_templates": fixed(list(NEUTRAL)),
             "rise_text_init": fixed(True),
             "rise_temperature": (3.0, lambda r: r.uniform(2, 4)),
             "rise_distill": (high, lambda r: r.uniform(low, high)),
             "rise_distance": (1.0, lambda r: 2 ** r.uniform(-1, 1)),
-            "rise_relative": fixed(None),  # null: the weight of both distances is one
-            # At 1, the authors', the relative distance is nearly inert: its gradient is a hundredth
-            # of the absolute one's. At 0.05 to 0.1 they are alike.
+            "rise_relative": fixed(None),  # null: both distances have the same weight
+            # At 1, the authors' value, the relative distance has almost no effect: its gradient is
+            # a hundredth of the absolute one's. At 0.05 to 0.1 they are of the same size.
             "rise_relative_temperature": fixed(1.0),
             "rise_clip_head_at_test": fixed(dataset == "TerraIncognita"),
             "rise_optimizer": fixed("adam"),
@@ -171,12 +172,12 @@ class RISE(Algorithm):
         self.optimizer = self._optimizer()
 
     def _mix(self) -> list[dict]:
-        """The hparams in which teachers differ; a list may also hold CLIP objects."""
+        """The hparams in which teachers differ; in Python an entry may also be a CLIP object."""
         def own(teacher):
-            if isinstance(teacher, dict):
-                return {"clip_model": None} | teacher
-            return ({"clip_model": None, "clip_backbone": teacher} if isinstance(teacher, str)
-                    else {"clip_model": teacher})
+            if isinstance(teacher, str):
+                teacher = {"clip_backbone": teacher}
+            return {"clip_model": None} | (
+                teacher if isinstance(teacher, dict) else {"clip_model": teacher})
 
         return [own(teacher) for teacher in self.hparams["rise_teachers"] or ()] or [{}]
 

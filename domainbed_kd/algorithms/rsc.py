@@ -1,10 +1,9 @@
-"""RSC: train on the features that are left when the most predictive ones are muted.
+"""RSC: train on the features that remain when the most predictive ones are muted.
 
 Huang et al., "Self-Challenging Improves Cross-Domain Generalization", ECCV 2020,
 https://arxiv.org/abs/2007.02454. Constants from DomainBed.
-Departures, as in DomainBed: muting is on the final feature vector only, not on positions of the
-last feature map; images outside the batch percentage keep exactly the features of theirs that
-muting leaves.
+Departure, as in DomainBed: features of the final vector are muted, not positions of the last
+feature map.
 """
 
 import math
@@ -20,8 +19,8 @@ from domainbed_kd.algorithms.erm import ERM
 def percentile(values: Tensor, q: float) -> Tensor:
     """The q-th percentile of each row of values (..., N), linearly interpolated; (..., 1).
 
-    As NumPy's on float32: its rank is found in double precision. `torch.quantile` rounds the rank
-    to float32, which moves it off the values that it hits exactly, as it does for 64 images.
+    As NumPy does for float32, the rank is computed in double precision. `torch.quantile` rounds it
+    to float32, and then misses values that it should hit exactly, for example with 64 images.
     """
     ordered = values.sort(dim=-1).values
     rank = (values.shape[-1] - 1) * (q / 100)
@@ -35,10 +34,10 @@ def percentile(values: Tensor, q: float) -> Tensor:
 
 
 class RSC(ERM):
-    """Cross-entropy with features muted where the true class's score is steepest.
+    """Cross-entropy without the features by which the true class's score grows fastest.
 
-    An image's `rsc_f_drop_factor` of features with the largest gradients are muted, in the
-    `rsc_b_drop_factor` of the batch whose true class loses most probability by it.
+    Muted are the `rsc_f_drop_factor` of an image's features with the largest gradients, in the
+    `rsc_b_drop_factor` of the batch whose true class loses the most probability by it.
     """
 
     no_teachers = "its classifier looks at each image more than once"

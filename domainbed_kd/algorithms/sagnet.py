@@ -1,4 +1,4 @@
-"""SagNet: classify by content, with features in which a style classifier finds nothing.
+"""SagNet: classify by content, with features that tell a style classifier nothing.
 
 Nam et al., "Reducing Domain Gap by Reducing Style Bias", CVPR 2021,
 https://arxiv.org/abs/1910.11645. Constants and the order of the three steps from DomainBed.
@@ -15,7 +15,7 @@ from domainbed_kd.algorithms.base import Algorithm, detached
 
 
 def randomize_style(features: Tensor) -> Tensor:
-    """Each row of features (B, D) with a mix of its own and a random row's mean and variance."""
+    """Gives each row of features (B, D) a mix of its own and a random row's mean and variance."""
     content, mean, variance = _normalize(features)
     share = torch.rand(len(features), 1).to(features.device)
     other = torch.randperm(len(features)).to(features.device)
@@ -25,21 +25,21 @@ def randomize_style(features: Tensor) -> Tensor:
 
 
 def randomize_content(features: Tensor) -> Tensor:
-    """A random row's content, constant, with each row of features' (B, D) mean and variance."""
+    """Gives each row of features (B, D) a random row's detached content; keeps its style."""
     content, mean, variance = _normalize(features)
-    torch.rand(len(features), 1)  # DomainBed draws the mix here too, so that its numbers are met
+    torch.rand(len(features), 1)  # DomainBed draws a mix here too; this keeps its random stream
     other = torch.randperm(len(features)).to(features.device)
     return content[other].detach() * (variance + 1e-5).sqrt() + mean
 
 
 def _normalize(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows at mean 0 and variance 1, (B, D), and the means and variances they had, (B, 1)."""
+    """Rows at mean 0 and variance 1, (B, D), and their former means and variances, (B, 1)."""
     variance, mean = torch.var_mean(features, dim=1, keepdim=True)
     return (features - mean) / (variance + 1e-5).sqrt(), mean, variance
 
 
 class SagNet(Algorithm):
-    """Three steps per update: content, style, and the featurizer against style."""
+    """Three steps per update: on content, on style, and of the featurizer against style."""
 
     no_teachers = "it makes steps on content and on style in turn"
 

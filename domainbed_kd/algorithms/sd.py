@@ -1,4 +1,4 @@
-"""SD: small logits starve no feature.
+"""SD: penalises large logits, so that no feature starves.
 
 Pezeshki et al., "Gradient Starvation: A Learning Proclivity in Neural Networks", NeurIPS 2021,
 https://arxiv.org/abs/2011.09468 (spectral decoupling).
@@ -13,7 +13,7 @@ from domainbed_kd.losses import mean_of_labelled
 
 
 class SD(ERM):
-    """Cross-entropy, and the mean square of the logits in the place of weight decay."""
+    """Cross-entropy, and the mean square of the logits instead of weight decay."""
 
     @staticmethod
     def search_space(dataset):

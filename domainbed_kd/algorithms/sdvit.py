@@ -2,12 +2,12 @@
 
 Sultana et al., "Self-Distilled Vision Transformer for Domain Generalization", ACCV 2022,
 https://arxiv.org/abs/2207.12392. Loss, constants and grid from the authors' code
-(github.com/maryam089/SDViT). As theirs, the term is divided by the number of classes, so a weight
-means less where there are more of them, and its gradient also reaches the last prediction
+(github.com/maryam089/SDViT). As in their code, the term is divided by the number of classes, so the
+same weight has less effect with more classes, and its gradient also reaches the last prediction
 (`sdvit_detach` stops that).
 Departures: Adam, not AdamW, which is the same at their weight decay of 0; lr, weight decay and
-batch size are drawn as DomainBed's, where they search the weight and the temperature alone; blocks
-are drawn from a stream of the method's own.
+batch size are drawn as DomainBed's, where they search only weight and temperature; blocks are drawn
+from a random stream of the method's own.
 """
 
 import inspect
@@ -23,9 +23,9 @@ from domainbed_kd.losses import kd_loss
 
 
 def block_features(featurizer: nn.Module, x: Tensor, blocks: list[int]) -> list[Tensor]:
-    """Features (B, D) of images if the transformer ended after each of `blocks`, then in full.
+    """Features (B, D) of images as if the transformer ended after each of `blocks`, then in full.
 
-    Blocks count from 1. Each goes through the network's last normalization and pooling.
+    Blocks count from 1. Each output goes through the network's last normalization and pooling.
     """
     final, tokens = featurizer.network.forward_intermediates(
         x, indices=[block - 1 for block in blocks], norm=True, output_fmt="NLC",
@@ -35,10 +35,10 @@ def block_features(featurizer: nn.Module, x: Tensor, blocks: list[int]) -> list[
 
 
 class SDViT(ERM):
-    """Cross-entropy, and the divergence of one random block's prediction from the last block's.
+    """Cross-entropy, and the divergence of a random block's prediction from the last block's.
 
-    Every block is followed by the same normalization and classifier, so nothing is added to the
-    network.
+    The block's prediction uses the last block's normalization and classifier, so nothing is added
+    to the network.
     """
 
     no_teachers = "its classifier looks at each image twice"
@@ -71,7 +71,7 @@ class SDViT(ERM):
             self.generator = torch.Generator().manual_seed(torch.randint(2**31, (1,)).item())
 
     def update(self, minibatches, unlabeled=None):
-        """One step on CE + weight KL / C, the KL that of a block drawn anew."""
+        """One step on CE + weight KL / C, where KL is that of a newly drawn block."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         weight = self.hparams["sdvit_weight"]
         if not weight:
@@ -86,13 +86,13 @@ class SDViT(ERM):
             classify + weight * distill, classify=classify, distill=distill, block=float(block))
 
     def predict_blocks(self, x: Tensor) -> Tensor:
-        """Logits (K, B, C) of images as each of the K blocks predicts them."""
+        """Logits (K, B, C) of images as predicted by each of the K blocks."""
         blocks = list(range(1, self.n_blocks + 1))
         features = block_features(self.featurizer, x, blocks)[:-1]
         return torch.stack([self.classifier(feature) for feature in features])
 
     def get_extra_state(self) -> Tensor:
-        """Where the stream of blocks stands, for torch to save."""
+        """The state of the stream that blocks are drawn from, for torch to save."""
         return self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 Arpit et al., "Ensemble of Averages: Improving Model Selection and Boosting Performance in Domain
 Generalization", NeurIPS 2022, https://arxiv.org/abs/2110.10832. Averaging starts at update 100.
-As in the authors' class (github.com/salesforce/ensemble-of-averages), the weights before that
-update are the mean's first part; the paper's equation 1 leaves them out.
+As in the authors' code (github.com/salesforce/ensemble-of-averages), the mean includes the weights
+before that update; the paper's equation 1 leaves them out.
 Departure: BatchNorm's statistics are averaged too.
 On top of another algorithm: `--hparams '{"averaging": "sma"}'`.
 """
@@ -13,4 +13,4 @@ from domainbed_kd.averaging import WithMovingAverage
 
 
 class SMA(WithMovingAverage, ERM):
-    """ERM whose predictions are those of the mean of its weights since update `sma_start`."""
+    """ERM that predicts with the mean of its weights since update `sma_start`."""

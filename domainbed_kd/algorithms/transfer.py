@@ -1,9 +1,9 @@
-"""Transfer: features on which even an adversarial classifier has equal risks in all domains.
+"""Transfer: features on which even an adversarial classifier has the same risk in all domains.
 
 Zhang et al., "Quantifying and Improving Transferability in Domain Generalization", NeurIPS 2021,
 https://arxiv.org/abs/2106.03632. Constants from DomainBed. There, `gda` (gradient descent ascent,
-true in every random draw) leaves featurizer and classifier at their initial weights, as its SGD
-holds the adversary alone; with the hparam `mended`: true it holds them instead.
+true in every random draw) leaves featurizer and classifier at their initial weights, as its SGD has
+only the adversary's parameters. With the hparam `mended`: true it has theirs instead.
 """
 
 import torch
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from domainbed_kd import networks
 from domainbed_kd.algorithms.base import InTwoParts, between, detached
+from domainbed_kd.losses import per_domain
 
 
 def risk_gap(logits: list[Tensor], labels: list[Tensor]) -> Tensor:
     """The largest cross-entropy of a domain minus the smallest, of logits (B, C) per domain."""
-    risks = torch.stack([F.cross_entropy(z, y) for z, y in zip(logits, labels)])
+    risks = per_domain(F.cross_entropy, logits, labels)
     return risks.max(dim=0).values - risks.min(dim=0).values
 
 
 @torch.no_grad()
 def project(module: nn.Module, centre: nn.Module, radius: float) -> None:
-    """Moves a module's weights to within a distance of those of another of the same shape."""
+    """Moves a module's weights to within `radius` of those of another with the same shapes."""
     pairs = list(zip(module.parameters(), centre.parameters()))
     distance = sum((p - c).square().sum() for p, c in pairs).sqrt()
     for p, c in pairs:
@@ -30,10 +31,10 @@ def project(module: nn.Module, centre: nn.Module, radius: float) -> None:
 
 
 class Transfer(InTwoParts):
-    """A step on the cross-entropy, one on the gap of an adversary, then steps of the adversary.
+    """A step on the cross-entropy, one on an adversary's risk gap, then steps of the adversary.
 
-    The adversary starts each update as a copy of the classifier, stays within `delta` of it, and
-    seeks a larger gap.
+    The adversary starts from the classifier, stays within `delta` of it, and maximises the gap
+    between the domains' risks.
     """
 
     no_teachers = "it makes steps against an adversary"
@@ -43,7 +44,7 @@ class Transfer(InTwoParts):
 
     @staticmethod
     def search_space(dataset):
-        """The gap's weight; the adversary's radius, steps and learning rate; which optimiser."""
+        """The gap's weight; the adversary's radius, steps and learning rate; the optimiser."""
         return {
             "t_lambda": (1.0, lambda r: 10 ** r.uniform(-2, 1)),
             "delta": (2.0, lambda r: r.uniform(0.1, 3.0)),

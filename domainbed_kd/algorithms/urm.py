@@ -1,4 +1,4 @@
-"""URM: features that are distributed uniformly.
+"""URM: features with a uniform distribution.
 
 Krishnamachari, Ng & Foo, "Uniformly Distributed Feature Representations for Fair and Robust
 Learning", TMLR 2024, https://openreview.net/forum?id=PgLbS5yp8n. Constants from DomainBed.
@@ -19,7 +19,7 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 
 
 def discriminator(n_features: int, n_hidden: int) -> nn.Sequential:
-    """From features (B, n_features) to a logit (B, 1), high for noise; DomainBed's names."""
+    """From features (B, n_features) to a logit (B, 1), high for noise; layers as DomainBed's."""
     layers = {"dense1": nn.Linear(n_features, WIDTH), "act1": nn.LeakyReLU()}
     for i in range(2, n_hidden + 2):
         layers |= {f"dense{i}": nn.Linear(WIDTH, WIDTH), f"act2{i}": nn.LeakyReLU()}
@@ -33,9 +33,9 @@ def uniform_noise(features: Tensor, lowest: float) -> Tensor:
 
 
 class URM(ERM):
-    """Cross-entropy, and features that a discriminator takes for uniform noise.
+    """Cross-entropy, and an adversarial loss: a discriminator takes features for uniform noise.
 
-    The featurizer's output is bounded by an activation, `urm_generator_output`, in `predict` too.
+    The featurizer ends in an activation, `urm_generator_output`, in `predict` too.
     """
 
     needs_image_labels = "its discriminator takes one vector per image"
@@ -87,7 +87,7 @@ class URM(ERM):
         if smoothing:
             ones = 1 - smoothing + smoothing * torch.rand(seen.shape, device=seen.device)
             zeros = smoothing * torch.rand(seen.shape, device=seen.device)
-        # DomainBed weighs the second term by the adversary's weight here too.
+        # As in DomainBed, the second term has the adversary's weight here too.
         told_apart = (
             F.binary_cross_entropy_with_logits(self.discriminator(noise), ones)
             + weight * F.binary_cross_entropy_with_logits(self.discriminator(features), zeros))

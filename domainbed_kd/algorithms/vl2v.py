@@ -2,13 +2,13 @@
 
 Addepalli et al., "Leveraging Vision-Language Models for Improving Domain Generalization in Image
 Classification", CVPR 2024, https://arxiv.org/abs/2310.08255. Losses, stages and constants from the
-authors' code (github.com/val-iisc/VL2V-ADiP). There is no cross-entropy, and no weight at which
-either is ERM.
+authors' code (github.com/val-iisc/VL2V-ADiP). There is no cross-entropy, and no weight makes either
+of them ERM.
 Departures: both stages are one run, so the second goes on from the first one's last projector, not
-from that of the best validation accuracy, and each has half of the steps (for theirs double them);
-CLIP gets its own normalization unless `clip_renormalize` is false; weights are averaged only if
-`averaging` says so, where theirs are SWAD's, with segments that overlap; lambda is drawn. The lr of
-VL2V-SD is ours, as the published one is not known.
+from that with the best validation accuracy, and each takes half of the steps (double them for
+theirs); CLIP gets its own normalization unless `clip_renormalize` is false; weights are averaged
+only if `averaging` says so, where theirs are always, by SWAD with overlapping segments; lambda is
+drawn. The lr of VL2V-SD is ours, as the published one is not known.
 """
 
 import torch
@@ -27,11 +27,11 @@ from domainbed_kd.algorithms.base import (
 
 
 def alignment_loss(image: Tensor, seen: Tensor | None, text: Tensor, share: float) -> Tensor:
-    """How far images are from what CLIP sees and from their classes' sentences, in [-1, 1].
+    """How far images are from CLIP's embeddings and from their classes' sentences, in [-1, 1].
 
-    Minus the mean cosine of each image (B, D) with CLIP's embedding of it, `seen` (B, D), times
-    `share`, and with its sentence, `text` (B, D), times 1 - `share`. Without a share `seen` may be
-    None.
+    Minus `share` times the mean cosine of each image (B, D) with CLIP's embedding of it, `seen`
+    (B, D), minus 1 - `share` times that with its sentence, `text` (B, D). If `share` is 0, `seen`
+    may be None.
     """
     loss = 0
     if share > 0:
@@ -42,10 +42,9 @@ def alignment_loss(image: Tensor, seen: Tensor | None, text: Tensor, share: floa
 
 
 class VL2VADiP(Algorithm):
-    """Aligns a projector of the student's features with CLIP, then the student itself through it.
+    """Aligns a projector of the student's features with CLIP, then the student through it.
 
-    It predicts by CLIP's zero-shot classifier on the projected features. CLIP is needed only to
-    train.
+    It predicts by CLIP's zero-shot classifier on the projected features. Only `update` needs CLIP.
     """
 
     display_name = "VL2V-ADiP"
@@ -72,7 +71,7 @@ class VL2VADiP(Algorithm):
         self.featurizer, self.projector = self.student(input_shape, text.shape[-1])
         head = networks.CosineClassifier(text[:, 0], self.teacher.scale)
         self.network = nn.Sequential(self.featurizer, self.projector, head)
-        # Of the two, only the one that has gradients moves; the other's moments start later.
+        # In each stage only one of the two has gradients and is trained.
         self.optimizer = self.adam(self.projector, self.featurizer)
         self.count_updates()
 
@@ -105,7 +104,7 @@ class VL2VADiP(Algorithm):
 
 
 class VL2VSD(VL2VADiP):
-    """The same without a projector, for a student that starts as CLIP's own image network."""
+    """The same without a projector: the student starts as CLIP's own image network."""
 
     display_name = "VL2V-SD"
     network_is_clips = True
@@ -113,7 +112,7 @@ class VL2VSD(VL2VADiP):
 
     @staticmethod
     def search_space(dataset):
-        """As VL2V-ADiP's without a first stage, at a lr that CLIP survives."""
+        """As VL2V-ADiP's without a first stage, with values of lr that do not destroy CLIP."""
         space = VL2VADiP.search_space(dataset)
         del space["vl2v_align_steps"]
         if datasets.facts(dataset).SMALL_IMAGES:

@@ -2,11 +2,12 @@
 
 Berezovskiy & Morozov, "Weight Averaging Improves Knowledge Distillation under Domain Shift", ICCV
 2023 workshop on out-of-distribution generalization, https://arxiv.org/abs/2309.11446. Loss and
-constants from the authors' code (github.com/vorobeevich/distillation-in-dg).
-Departures: the teacher is the sweep's ERM run unless `--teacher` names a SWAD run as theirs, the
-run has DomainBed's length, not 50,000 steps, and its crops, not those of 8 % of an image and more;
-the average starts after a tenth of the run, as theirs; BatchNorm learns, and its statistics are
-averaged, unless `freeze_bn`; the temperature is drawn.
+constants from the authors' code (github.com/vorobeevich/distillation-in-dg). As theirs, the average
+starts after a tenth of the run.
+Departures: the teacher is the sweep's ERM run unless `--teacher` names a SWAD run, which theirs is;
+a run has DomainBed's length, not 50,000 steps, and DomainBed's crops, not crops of 8 % of an image
+and more; BatchNorm learns, and its statistics are averaged, unless `freeze_bn`; the temperature is
+drawn.
 """
 
 from domainbed_kd.algorithms.base import above, at_least, fixed, or_null
@@ -16,14 +17,14 @@ from domainbed_kd.losses import kd_loss
 
 
 class WAKD(WithMovingAverage, Taught):
-    """Divergence from the teacher alone; predicts with the mean of its weights since early on."""
+    """Divergence from the teacher alone; predicts with the mean of nearly all its weights."""
 
-    needs_same_view = "all that it learns is what its teacher says of the very same crop"
+    needs_same_view = "all that it learns is its teacher's predictions on the same crops"
     takes = Taught.takes | {"wakd_temperature": above(0), "wakd_start": or_null(at_least(1))}
 
     @staticmethod
     def search_space(dataset):
-        """The temperature, and the student's update from which to average: null for a tenth."""
+        """The temperature, and the student's first update in the average: null for a tenth."""
         return Taught.search_space(dataset) | {
             "wakd_temperature": (5.0, lambda r: r.choice([2.0, 3.0, 5.0])),
             "wakd_start": fixed(None),

@@ -3,11 +3,12 @@
 Lee, Kim & Kwak, "Cross-Domain Ensemble Distillation for Domain Generalization", ECCV 2022,
 https://arxiv.org/abs/2211.14058. Losses and constants from the authors' code
 (github.com/leekyungmoon/XDED).
-Departures: batches are DomainBed's, a part for each domain, where theirs hold 16 images of each of
-4 classes (`class_groups` 4 is theirs); so an ensemble is all images of a class in the batch, in any
-order, and a class that only one domain shows there has none (`xded_min_domains` 1 gives it one).
-With many classes and small batches few images have an ensemble: `covered` logs the share.
-DomainBed's Adam and augmentation; weight and temperature are drawn.
+Departures: batches are DomainBed's, with as many images of each domain; theirs hold 16 images of
+each of 4 classes (`class_groups` 4 restores that). So an ensemble is all images of a class in the
+batch, in any order, and a class of which the batch shows one domain only has no ensemble
+(`xded_min_domains` 1 gives it one). With many classes and small batches few images have an
+ensemble; `covered` logs their share. DomainBed's Adam and augmentation; weight and temperature are
+drawn.
 """
 
 import warnings
@@ -22,19 +23,19 @@ from domainbed_kd.losses import kd_per_sample
 
 
 def class_means(logits: Tensor, y: Tensor) -> Tensor:
-    """For each of the logits (B, C), the mean of those with the same label, (B, C)."""
+    """For each row of the logits (B, C), the mean of the rows with the same label, (B, C)."""
     members = F.one_hot(y, logits.shape[1]).to(logits.dtype)
     return (members.T @ logits / members.sum(dim=0).clamp(min=1)[:, None])[y]
 
 
 def domains_of_class(labels: list[Tensor], n_classes: int) -> Tensor:
-    """For each image of all domains' labels, in turn, the number of domains with its class."""
+    """For each image of all domains, in their order, the number of domains with its class."""
     shown = [F.one_hot(y, n_classes).amax(dim=0) for y in labels]
     return sum(shown)[torch.cat(labels)]
 
 
 def standardized(x: Tensor) -> Tensor:
-    """Feature maps (B, c, h, w) with mean 0 and variance 1 in each image's every channel."""
+    """Feature maps (B, c, h, w) with mean 0 and variance 1 in each channel of each image."""
     variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True)
     return (x - mean) / (variance + 1e-6).sqrt()  # 1e-6: authors' value
 
@@ -43,7 +44,7 @@ class UniStyle(nn.Module):
     """A featurizer whose feature maps are standardized after some of its stages, from 1.
 
     Raises:
-        ValueError: if it lacks these stages, or has no maps, as a transformer.
+        ValueError: if it lacks these stages, or, like a transformer, has no maps.
     """
 
     def __init__(self, featurizer: nn.Module, after: list[int]):
@@ -97,7 +98,7 @@ class XDED(ERM):
                           f"class from another domain to learn from. {remedy}.", stacklevel=2)
 
     def update(self, minibatches, unlabeled=None):
-        """One step on CE + weight KL, the KL from the ensembles that there are."""
+        """One step on CE + weight KL, where only images with an ensemble have a KL."""
         x, y = (torch.cat(part) for part in zip(*minibatches))
         logits = self.network(x)
         classify = F.cross_entropy(logits, y)

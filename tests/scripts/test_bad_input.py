@@ -500,7 +500,7 @@ def test_a_teacher_whose_model_is_damaged_or_dangerous_is_refused(content, tmp_p
       "model_num_classes": 2, "model_num_domains": 2}, "its args is a list"),
     ({"args": {"dataset": "Debug28", "test_envs": [0]}, "model_dict": {}, "model_hparams": {},
       "model_input_shape": (3, 28, 28), "model_num_classes": 2, "model_num_domains": 2},
-     "its args do not tell what the run trained")])
+     "its args do not say what the run trained")])
 def test_a_teacher_file_that_holds_no_model_is_said_to(content, message, tmp_path, capsys):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "done").write_text("done")
