@@ -1,8 +1,8 @@
 """A sweep as a list of jobs: what each trains, in which folder, and its state.
 
 Folder names are DomainBed's (scripts/sweep.py at b93c22a), so a sweep begun there can be finished
-here. A folder's name depends on `data_dir`, but a run's identity does not: a run
-made from data in another place is found by the arguments on record in its results.jsonl.
+here. A folder's name depends on `data_dir`, but a run's identity does not: a run made from data in
+another place is found by the arguments in its results.jsonl.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _encode = json.JSONEncoder(sort_keys=True).encode
 
 
 def key_of(args: dict) -> tuple:
-    """A run's identity, hashable, without its teacher, which the sweep knows."""
+    """A run's identity as a key; its teacher is left out, as the sweep knows it."""
     return tuple(identity({**args, "teacher": None}).values())
 
 
@@ -38,14 +38,14 @@ class Runs:
         self.names = set(os.listdir(sweep_output_dir)) if os.path.isdir(sweep_output_dir) else set()
 
     def find(self, name: str, train_args: dict) -> str | None:
-        """The name of the folder with that name, else of one with the same run, else None."""
-        if name in self.names or not self.names:
-            return name if self.names else None
-        return self._by_identity.get(key_of(train_args))
+        """The name if there is such a folder, else that of a folder with the same run, or None."""
+        if name in self.names:
+            return name
+        return self._by_identity.get(key_of(train_args)) if self.names else None
 
     @functools.cached_property
     def _by_identity(self) -> dict[tuple, str]:
-        """{what is trained: folder name}; what has finished comes first, then what has begun."""
+        """{what is trained: folder name}; finished runs come first, then those that have begun."""
         found, best = {}, {}
         for name in sorted(self.names):
             path = os.path.join(self.folder, name)
@@ -62,9 +62,9 @@ class Runs:
 
 
 def plan(launches: list[argparse.Namespace]) -> list["Job"]:
-    """The jobs of a sweep's launches with their teachers, of which those not listed come first.
+    """The jobs of a sweep's launches, after the teachers that none of the launches lists.
 
-    If several launches list a run, the last one's flags count.
+    If several launches list a run, the flags of the last one count.
     """
     folder, listed = launches[-1].output_dir, {}
     for args in reversed(launches):
@@ -76,12 +76,12 @@ def plan(launches: list[argparse.Namespace]) -> list["Job"]:
             for key, (train_args, args) in listed.items()}
 
     def taught(job: Job, train_args: dict, args: argparse.Namespace) -> None:
-        """Gives a job its teachers, and these theirs; teachers are added before their students."""
+        """Gives a job its teachers, and them theirs. Teachers are added before their students."""
         for of_teacher in teachers_args(train_args):
             if args.epochs and of_teacher["steps"] == train_args["steps"]:
                 if not args.checkpoint_freq:  # then an evaluation after each epoch
                     del of_teacher["checkpoint_freq"]
-                count_epochs(of_teacher, args.epochs)  # its domains or batches may be others
+                count_epochs(of_teacher, args.epochs)  # its domains or batches may differ
             if args.skip_model_save:
                 raise ValueError(f"--skip_model_save: {train_args['algorithm']} learns from the "
                                  f"model of a run of {of_teacher['algorithm']}. Leave the flag "
@@ -103,14 +103,15 @@ class Job:
     """A run of a sweep.
 
     Its folder is `<sweep_output_dir>/<md5 of the sorted JSON of train_args>`, as DomainBed's, or
-    else that of a run that differs in `data_dir` only. `state` is looked up once, here.
+    that of a run that differs only in `data_dir`. `state` is looked up once, at construction;
+    `teachers` are the jobs that must be done first.
 
     Args:
         train_args: an entry of `listing.make_args_list`.
         sweep_output_dir: the sweep's folder.
         runs: what that folder holds; share one among many jobs.
-        flags: words of train that do not go on record. They are not part of the folder's name,
-            and neither are its `teachers`, the jobs that must be done first.
+        flags: words of train's command line that do not go on record. Neither these nor the
+            teachers are part of the folder's name.
     """
 
     NOT_LAUNCHED = "Not launched"  # perhaps in a launcher's queue
@@ -135,11 +136,10 @@ class Job:
     @property
     def command_str(self) -> str:
         """The command line that trains it."""
-        folders = [teacher.output_dir for teacher in self.teachers]
-        teacher = {"teacher": folders} if folders else {}
-        return shlex.join([
-            "python", "-m", "domainbed_kd.scripts.train", *words(dict(sorted(
-                self.train_args.items())) | teacher), *self.flags])
+        args = dict(sorted(self.train_args.items()))
+        if self.teachers:
+            args["teacher"] = [teacher.output_dir for teacher in self.teachers]
+        return shlex.join(["python", "-m", "domainbed_kd.scripts.train", *words(args), *self.flags])
 
     def __str__(self):
         args = self.train_args
@@ -152,7 +152,7 @@ class Job:
 
     @property
     def generation(self) -> int:
-        """0 for a job without teachers, else 1 more than the largest of theirs."""
+        """0 for a job without teachers, else 1 more than the largest among them."""
         return 1 + max((teacher.generation for teacher in self.teachers), default=-1)
 
     def state_now(self) -> str:
@@ -166,7 +166,7 @@ class Job:
         return self.INTERRUPTED if files.failure(self.output_dir) is None else self.FAILED
 
     def wrote_within(self, seconds: float) -> bool:
-        """Whether anything in its folder changed that recently."""
+        """Whether anything in its folder changed within so many seconds."""
         if not self.has_folder:
             return False
         with os.scandir(self.output_dir) as entries:
@@ -176,7 +176,7 @@ class Job:
 
     @property
     def n_steps(self) -> int:
-        """The updates that it makes."""
+        """How many updates it makes."""
         return (self.train_args.get("steps")
                 or datasets.get_dataset_class(self.train_args["dataset"]).N_STEPS)
 
@@ -191,11 +191,11 @@ class Job:
         return files.cost(self.output_dir)
 
     def why_failed(self) -> str:
-        """Why it ended without being done, in a line."""
+        """Why it ended without finishing, in a line."""
         if reason := files.failure(self.output_dir):
             return reason
         if self.exit_status == -signal.SIGKILL:
-            return "killed by SIGKILL, as a system does that runs out of memory"
+            return "killed by SIGKILL, as happens when a machine runs out of memory"
         if self.exit_status < 0:
             return f"killed by {signal.Signals(-self.exit_status).name}"
         if self.was_stopped:
@@ -204,16 +204,16 @@ class Job:
 
     @property
     def was_stopped(self) -> bool:
-        """Whether somebody stopped it, so that it has not failed and can go on."""
+        """Whether somebody stopped it: it has not failed, and can continue."""
         return self.exit_status in (STOPPED, BUSY)
 
     @property
     def was_taken(self) -> bool:
-        """Whether another process trained in its folder when it was started."""
+        """Whether another process was at work in its folder when it was started."""
         return self.exit_status == BUSY
 
     def keep_reason(self) -> None:
-        """Leaves in the file `failed` why it ended, unless it did so itself or was stopped."""
+        """Writes why it ended to the file `failed`, unless it did so itself or was stopped."""
         if self.state_now() != self.FAILED and not self.was_stopped:
             files.note_failure(self.output_dir, self.why_failed())
 
@@ -222,10 +222,10 @@ class Job:
                ) -> list["Job"]:
         """Makes the jobs' folders and hands their commands to a launcher.
 
-        Folders of jobs that come `later` are made too, for the tables. If the launcher gives up,
-        folders in which nothing has begun are removed. Returns the jobs that failed or were
-        stopped, except those that another launcher runs or has finished; none if the launcher
-        returns no exit statuses.
+        Folders of jobs that come `later` are made too, as tables count them. If the launcher
+        raises, folders in which nothing has begun are removed. Returns the jobs that failed or
+        were stopped, except those that another launcher runs or has finished; none if the
+        launcher returns no exit statuses.
         """
         print("Launching...")
         print("Making job directories:")
@@ -253,7 +253,7 @@ class Job:
 
     @staticmethod
     def delete(jobs: list["Job"]) -> None:
-        """Removes the jobs' folders, with all that is in them."""
+        """Removes the jobs' folders and all that is in them."""
         print("Deleting...")
         for job in jobs:
             shutil.rmtree(job.output_dir)

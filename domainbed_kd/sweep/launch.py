@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 from domainbed_kd import algorithms, console, datasets
@@ -16,7 +17,7 @@ from domainbed_kd.sweep import workers
 from domainbed_kd.sweep.flags import for_manifest, of_plugins
 from domainbed_kd.sweep.jobs import Job
 
-# DomainBed's own jobs hold no claim; one that wrote this recently may be running.
+# A job of DomainBed's own code holds no claim. One that wrote within this time may be running.
 RECENT_S = 600
 
 
@@ -58,7 +59,7 @@ def confirmed(args: argparse.Namespace) -> bool:
     if args.skip_confirmation:
         return True
     if sys.stdin is None or not sys.stdin.isatty():
-        raise ValueError("Nobody can be asked, as the input is not a terminal. Pass "
+        raise ValueError("Cannot ask for confirmation, as the input is not a terminal. Pass "
                          "--skip_confirmation to go ahead.")
     try:
         answer = input("Are you sure? (y/n) ")
@@ -70,14 +71,22 @@ def confirmed(args: argparse.Namespace) -> bool:
     return False
 
 
-def asked_for(args: argparse.Namespace) -> list[dict]:
-    """The hparams of --hparams and those of each point of --grid."""
+def check_hparams(launches: list[argparse.Namespace], new: list[Job]) -> None:
+    """Refuses hparams that jobs cannot have, before any is trained; names those nobody reads."""
+    for args in launches:
+        refuse_idle_mending(args)
+        warn_of_unread(args)
+    refuse_teachers(new)
+
+
+def given_hparams(args: argparse.Namespace) -> list[dict]:
+    """The hparams of --hparams, then those of each point of --grid."""
     return [console.parse_hparams(args.hparams or "{}"), *json.loads(args.grid or "[]")]
 
 
 def refuse_idle_mending(args: argparse.Namespace) -> None:
-    """Refuses the hparam `mended` for methods that have nothing to fix."""
-    if any(hparams.get("mended") for hparams in asked_for(args)):
+    """Refuses the hparam `mended` for methods in which there is nothing to fix."""
+    if any(hparams.get("mended") for hparams in given_hparams(args)):
         idle = [name for name in args.algorithms if name in algorithms.SHIPPED
                 and not algorithms.get_algorithm_class(name).mends]
         if idle:
@@ -86,7 +95,7 @@ def refuse_idle_mending(args: argparse.Namespace) -> None:
 
 
 def refuse_teachers(all_jobs: list[Job]) -> None:
-    """Refuses teachers that an algorithm cannot have, before any is trained."""
+    """Refuses teachers that an algorithm cannot have."""
     asked = {(job.train_args["algorithm"], job.train_args.get("hparams"),
               job.train_args["dataset"]) for job in all_jobs}
     for name, text, dataset in sorted(asked, key=str):
@@ -99,8 +108,8 @@ def refuse_teachers(all_jobs: list[Job]) -> None:
 
 
 def warn_of_unread(args: argparse.Namespace) -> None:
-    """Names --hparams that nothing reads; plug-ins may read any."""
-    names = dict.fromkeys(name for hparams in asked_for(args) for name in hparams)
+    """Names --hparams that nothing reads. Plug-ins may read any."""
+    names = dict.fromkeys(name for hparams in given_hparams(args) for name in hparams)
     if not names or args.plugin or not set(args.algorithms) <= set(algorithms.SHIPPED):
         return
     known = algorithms.hparam_names()
@@ -114,34 +123,31 @@ def launch(launches: list[argparse.Namespace], all_jobs: list[Job], launcher: Ca
            is_blocking: bool) -> int:
     """Runs the jobs that have not begun, and continues those that were interrupted or failed.
 
-    The last launch says how. If the launcher does not block until its jobs end, folders in which
-    nothing has begun are jobs in a queue.
+    The last launch says how they are run. A launcher that does not block until its jobs end leaves
+    them in a queue: folders in which nothing has begun are such jobs.
 
     Returns:
         1 if jobs failed, were stopped, or belong to others and are not done; else 0.
     """
     args = launches[-1]
     launcher = with_options(launcher, args)
+    by_state = defaultdict(list)
     for job in all_jobs:
-        if job.state == Job.DONE:  # nobody else looks there again
-            claims.clear(job.output_dir)
-    queued = [] if is_blocking else [
-        job for job in all_jobs if job.state == Job.NOT_LAUNCHED and job.has_folder]
-    running = [job for job in all_jobs if job.state == Job.RUNNING]
-    left = {id(job) for job in [*queued, *running]}
-    new = [job for job in all_jobs if job.state != Job.DONE and id(job) not in left]
-    ended = [job for job in new if job.state in (Job.INTERRUPTED, Job.FAILED)]
+        is_queued = job.state == Job.NOT_LAUNCHED and job.has_folder and not is_blocking
+        by_state["queued" if is_queued else job.state].append(job)
+    for job in by_state[Job.DONE]:
+        claims.clear(job.output_dir)  # nobody else looks there again
+    ended = by_state[Job.INTERRUPTED] + by_state[Job.FAILED]
+    running, queued = by_state[Job.RUNNING], by_state["queued"]
+    left = {id(job) for job in by_state[Job.DONE] + running + queued}
+    new = [job for job in all_jobs if id(job) not in left]
     print(f"About to launch {len(new)} jobs.")
     if ended:
-        print(f"{len(ended)} of them ended early and go on where they were.", file=sys.stderr)
-    for line in left_alone(running, queued):
-        print(line, file=sys.stderr)
+        print(f"{len(ended)} of them ended early and continue where they were.", file=sys.stderr)
+    name_left_alone(running, queued)
     if not new:
-        return 1 if left else 0
-    for each in launches:
-        refuse_idle_mending(each)
-        warn_of_unread(each)
-    refuse_teachers(new)
+        return 1 if running or queued else 0
+    check_hparams(launches, new)
     if launcher.func is workers.dummy:
         launcher([job.command_str for job in new])
         return 0
@@ -150,28 +156,28 @@ def launch(launches: list[argparse.Namespace], all_jobs: list[Job], launcher: Ca
             check_data(each)
     check_writable(args.output_dir)
     if is_blocking:
-        launcher([])  # it refuses what it cannot use, before a folder is made
+        launcher([])  # it refuses options that it cannot use, before a folder is made
     if not confirmed(args):
         return 0
     with noted(launches):
         return 1 if run_all(new, launcher, is_blocking, args.retry) or not_done(running) else 0
 
 
-def left_alone(running: list[Job], queued: list[Job]) -> Iterator[str]:
-    """Lines about jobs that others run."""
+def name_left_alone(running: list[Job], queued: list[Job]) -> None:
+    """Prints which jobs are left to other processes."""
     if running:
         example = running[0].output_dir
-        yield (f"{len(running)} jobs are running and are left alone, as {example} on "
-               f"{claims.holder(example) or 'this machine'}. Of one that is surely gone, delete "
-               f"the file {files.HEARTBEAT} in its folder.")
+        print(f"{len(running)} jobs are running and are left alone, for example {example} on "
+              f"{claims.holder(example) or 'this machine'}. If its process is certainly gone, "
+              f"delete the file {files.HEARTBEAT} in the folder.", file=sys.stderr)
     if queued:
-        yield (f"{len(queued)} jobs wait for their launcher and are left alone. "
-               "`delete_incomplete` with the same flags removes them, so that they can be "
-               "launched again.")
+        print(f"{len(queued)} jobs wait for their launcher and are left alone. "
+              "`delete_incomplete` with the same flags removes them, so that they can be launched "
+              "again.", file=sys.stderr)
 
 
 def not_done(some: list[Job]) -> list[Job]:
-    """The jobs that others run and that are not done; says how many."""
+    """Those of the jobs, which others run, that are not done; prints how many."""
     some = [job for job in some if not job.is_done()]
     if some:
         print(f"{len(some)} jobs that others run are not done yet.", file=sys.stderr)
@@ -180,7 +186,7 @@ def not_done(some: list[Job]) -> list[Job]:
 
 @contextlib.contextmanager
 def noted(launches: list[argparse.Namespace]) -> Iterator[None]:
-    """Inside, sweep.json has the launches; a new folder in which nothing begins is removed."""
+    """Writes the launches to sweep.json; removes a new folder if nothing begins in it."""
     folder = launches[-1].output_dir
     is_new = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
@@ -204,16 +210,16 @@ def run_all(new: list[Job], launcher: Callable, is_blocking: bool, retry: int) -
               file=sys.stderr)
     failed = []
     while ready and not any(job.was_stopped for job in failed):
-        # Of another launcher folders of those that wait would seem to wait in its queue.
+        # With a launcher that does not block, folders made now would look like jobs in its queue.
         failed += run(ready, launcher, retry, waiting if is_blocking else [])
         ready, waiting = by_teachers(waiting)
     waiting = ready + waiting
     if waiting:
-        print(f"{len(waiting)} jobs are not launched, as their teachers have not finished. The "
-              "same command launches them once these have.", file=sys.stderr)
+        print(f"{len(waiting)} jobs are not launched, as their teachers have not finished. When "
+              "they have, the same command launches these jobs.", file=sys.stderr)
     stopped = [job for job in failed if job.was_stopped]
     if stopped:
-        print(f"{len(stopped)} jobs were stopped. The same command goes on with them.",
+        print(f"{len(stopped)} jobs were stopped. The same command continues them.",
               file=sys.stderr)
     if errors := [job for job in failed if not job.was_stopped]:
         print(f"{len(errors)} of {len(new)} jobs failed:", file=sys.stderr)
@@ -224,7 +230,7 @@ def run_all(new: list[Job], launcher: Callable, is_blocking: bool, retry: int) -
 
 
 def by_teachers(some: list[Job]) -> tuple[list[Job], list[Job]]:
-    """Jobs whose teachers are all done, and the others."""
+    """The jobs whose teachers are all done, and the others."""
     found = [], []
     for job in some:
         found[not all(teacher.is_done() for teacher in job.teachers)].append(job)
@@ -233,7 +239,7 @@ def by_teachers(some: list[Job]) -> tuple[list[Job], list[Job]]:
 
 def run(some: list[Job], launcher: Callable, retry: int, later: list[Job] | tuple = ()
         ) -> list[Job]:
-    """Launches the jobs, those that fail up to `retry` times more; returns what did not end well.
+    """Launches the jobs, and those that fail up to `retry` times again; returns the unfinished.
 
     Once somebody has stopped jobs, nothing is launched again.
     """

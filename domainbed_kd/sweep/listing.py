@@ -1,4 +1,4 @@
-"""The runs that a sweep's flags ask for, and their teachers, as the arguments of `train`.
+"""The runs that a sweep's flags ask for, and their teachers, as arguments of `train`.
 
 Seeds and order are DomainBed's (scripts/sweep.py at b93c22a).
 """
@@ -18,7 +18,7 @@ from domainbed_kd.seeds import seed_hash
 def test_env_sets(n_envs: int, single: bool) -> list[list[int]]:
     """The sets of domains to hold out: [0], [0, 1], [0, 2], ..., [1], [1, 2], ...
 
-    The pairs serve leave-one-domain-out model selection; `single` leaves them out.
+    The pairs are for leave-one-domain-out model selection; `single` leaves them out.
     """
     return [[i, j] if j > i else [i]
             for i in range(n_envs) for j in range(i, i + 1 if single else n_envs)]
@@ -43,8 +43,8 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
                    holdout_fraction, single_test_envs, test_envs=None, **more) -> list[dict]:
     """The train arguments of every job of a sweep, in DomainBed's order.
 
-    Arguments are flags of `sweep`, which explains them, and `more` flags of `train`. Those that are
-    None stay out, so that folders keep the names that DomainBed gives them.
+    Arguments are flags of `sweep`; `more` are flags of `train`, of which those that are None are
+    left out, so that folders keep the names that DomainBed gives them.
     """
     given = {name: value for name, value in more.items() if value is not None}
     env_sets = {name: _env_sets_of(name, data_dir, single_test_envs, test_envs)
@@ -62,10 +62,10 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
 
 
 def teachers_args(train_args: dict) -> list[dict]:
-    """The train arguments of the runs that teach a student, by default with default hparams.
+    """The train arguments of the runs that teach a student.
 
-    They are the student's, changed as its hparams `teachers` or `teacher` say; without these, a
-    method that learns from a run learns from ERM.
+    They are the student's own, with hparams seed 0 and changed as its hparams `teachers` or
+    `teacher` say. Without these, a method that learns from a run learns from ERM.
     """
     text = train_args.get("hparams")
     hparams = parse_hparams(text) if text else {}
@@ -82,7 +82,10 @@ def teachers_args(train_args: dict) -> list[dict]:
 
 def _teacher_args(train_args: dict, teacher: composition.Teacher, hparams: dict | None = None
                   ) -> dict:
-    """One teacher's, of a student with these hparams; None keeps them as they are."""
+    """The train arguments of one teacher.
+
+    `hparams` are those of its student, of which it shares some; with None it has them all.
+    """
     algorithms.check_name(teacher.name)
     name = algorithms.canonical_name(teacher.name)
     args = {**train_args, "algorithm": name, "hparams_seed": 0}
@@ -101,7 +104,7 @@ def _teacher_args(train_args: dict, teacher: composition.Teacher, hparams: dict 
 
 
 def list_args(args: argparse.Namespace) -> list[dict]:
-    """The train arguments of the jobs that a launch's flags ask for, point by point of a grid."""
+    """The train arguments of the jobs that a launch asks for, point by point of its grid."""
     found = []
     for point in json.loads(args.grid or "[{}]"):
         shared = of_sweep(args)
@@ -121,7 +124,7 @@ def list_args(args: argparse.Namespace) -> list[dict]:
 
 
 def _draw(train_args: dict, draws: dict) -> None:
-    """Draws a job's hparams from lists, by the seeds of the method's own draws."""
+    """Draws a job's hparams from lists, seeded as the method's own draws are."""
     if not draws or train_args["hparams_seed"] == 0:
         return
     seed = seed_hash(train_args["hparams_seed"], train_args["trial_seed"])
@@ -131,7 +134,7 @@ def _draw(train_args: dict, draws: dict) -> None:
 
 
 def count_epochs(train_args: dict, epochs: float) -> None:
-    """Sets a job's steps, and how often it evaluates, by passes over its training images."""
+    """Sets how many steps a job makes and how often it evaluates, from a number of epochs."""
     found = counts.sizes(train_args["dataset"], train_args["data_dir"])
     batch_size = parse_hparams(train_args.get("hparams") or "{}").get("batch_size")
     if not found or not batch_size:

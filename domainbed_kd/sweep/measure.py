@@ -1,4 +1,4 @@
-"""Times some updates and an evaluation of each method on this machine."""
+"""Times a few updates and an evaluation of each method on this machine."""
 
 import subprocess
 import sys
@@ -12,19 +12,19 @@ from domainbed_kd.folder import files
 from domainbed_kd.folder.args import words
 from domainbed_kd.sweep.jobs import Job
 
-# Updates that are timed, after a first one.
+# How many updates are timed, after a first one.
 N_STEPS = 20
 
 
 class Timing(NamedTuple):
-    """Seconds of a run's start, first update included, of an update, and of an evaluation."""
+    """Seconds of a run's start (with its first update), of an update, and of an evaluation."""
 
     start: float
     step: float
     evaluation: float
 
     def of_run(self, n_steps: int, checkpoint_freq: int) -> float:
-        """Seconds of a run, which evaluates at its first and last step and every so often."""
+        """Seconds of a run, which evaluates at its first step, its last, and some between."""
         n_evaluations = 1 + -(-(n_steps - 1) // checkpoint_freq)
         return self.start + n_steps * self.step + n_evaluations * self.evaluation
 
@@ -37,9 +37,10 @@ def of_job(timing: Timing, job: Job) -> float:
 
 
 def measure(some: Iterable[Job]) -> list[Timing | None]:
-    """The timings of jobs, each run in processes of its own and a folder that is removed.
+    """The timings of jobs, which are run in processes of their own and temporary folders.
 
-    A student's teacher is trained for as many updates. Failures are None, and named on stderr.
+    A student's teacher is trained for as many updates. The timing of a job that fails is None,
+    and stderr says why.
     """
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +63,7 @@ def _timing(job: Job, folder: Path) -> Timing:
 
 
 def _taught(job: Job, folder: Path) -> dict:
-    """Trains a job's teachers, and theirs, in folders below; the flags that name them."""
+    """Trains a job's teachers, and theirs, in folders below; returns the flags that name them."""
     if not job.teachers:
         return {}
     folders = [folder / f"teacher{i}" for i in range(len(job.teachers))]
@@ -72,10 +73,10 @@ def _taught(job: Job, folder: Path) -> dict:
 
 
 def _train(job: Job, folder: Path, flags: dict) -> float:
-    """The seconds that a job's updates and evaluations took, with other flags.
+    """Runs a job with some flags changed; the seconds of its updates and evaluations.
 
     Raises:
-        ValueError: saying why it failed.
+        ValueError: if it fails; the message is its last line.
     """
     args = {**job.train_args, "steps": N_STEPS + 1, "checkpoint_freq": N_STEPS, **flags,
             "output_dir": str(folder)}

@@ -13,43 +13,57 @@ from domainbed_kd.sweep.jobs import Job
 
 
 class Rates:
-    """Seconds per update, evaluations included, by row of tables and dataset, of begun jobs."""
+    """How long runs take, by what jobs measured.
 
-    def __init__(self, jobs: Iterable[Job]):
+    Args:
+        jobs: the sweep's; those that have begun count, evaluations included.
+        stated: seconds of a run of which no job has measured the algorithm on the dataset.
+    """
+
+    def __init__(self, jobs: Iterable[Job], stated: float | None = None):
         seconds, steps = Counter(), Counter()
         for job in jobs:
             cost = job.cost
             if cost.get("steps"):
-                kind = _kind(job)
+                kind = kind_of(job)
                 for key in (kind, kind[1]):
                     seconds[key] += cost["seconds"]
                     steps[key] += cost["steps"]
-        self._rates = {key: seconds[key] / steps[key] for key in steps}
+        self._per_step = {key: seconds[key] / steps[key] for key in steps}
+        self._stated = stated
+        self._timings: dict[tuple[str, str], measure.Timing | None] = {}
 
-    def is_measured(self, job: Job) -> bool:
-        """Whether a run of the same algorithm on the same dataset has measured it."""
-        return _kind(job) in self._rates
+    def time(self, jobs: Iterable[Job]) -> None:
+        """Runs those of the jobs for a few steps of whose kind none has been measured."""
+        unknown = [job for job in jobs if kind_of(job) not in self._per_step]
+        self._timings = dict(zip(map(kind_of, unknown), measure.measure(unknown)))
 
-    def of(self, job: Job) -> float | None:
-        """Seconds per update of such a job, or else of all on its dataset; None if unknown."""
-        return self._rates.get(_kind(job), self._rates.get(_kind(job)[1]))
+    def of_run(self, job: Job) -> tuple[float | None, str]:
+        """Seconds of a whole run, None if unknown; and where they are from."""
+        kind = kind_of(job)
+        if kind in self._per_step:
+            return self._per_step[kind] * job.n_steps, "measured"
+        if timing := self._timings.get(kind):
+            return measure.of_job(timing, job), (
+                f"at {1000 * timing.step:.3g} ms an update and {timing.evaluation:.3g} s an "
+                "evaluation")
+        if self._stated:
+            return self._stated, "as stated"
+        if (others := self._per_step.get(kind[1])) is not None:
+            return others * job.n_steps, f"by other algorithms on {kind[1]}"
+        return None, "not measured yet: pass --measure or --hours_per_run"
 
-    def seconds_left(self, job: Job, stated: float | None = None) -> float | None:
-        """Seconds that a job still needs; None if unknown.
-
-        `stated` are seconds of a whole run, for algorithms that no run has measured.
-        """
+    def seconds_left(self, job: Job) -> float | None:
+        """Seconds that a job still needs, at its own pace if it has begun; None if unknown."""
         if job.state == job.DONE:
             return 0.0
-        cost = job.cost
-        steps = cost.get("steps", 0)
-        rate = cost["seconds"] / steps if steps else self.of(job)
-        if stated is not None and not self.is_measured(job):
-            rate = stated / job.n_steps
-        return None if rate is None else rate * max(job.n_steps - steps, 0)
+        if steps := job.cost.get("steps"):
+            return job.cost["seconds"] / steps * max(job.n_steps - steps, 0)
+        return self.of_run(job)[0]
 
 
-def _kind(job: Job) -> tuple[str, str]:
+def kind_of(job: Job) -> tuple[str, str]:
+    """The table row and the dataset of a job."""
     return curves.row(job.train_args), job.train_args["dataset"]
 
 
@@ -103,56 +117,30 @@ def slots(args: argparse.Namespace, launcher: str) -> int:
 
 
 def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
-    """Prints how many runs there are, what each takes, and what that is by launcher.
+    """Prints how many runs there are, how long each takes, and how long all take by launcher.
 
     Returns:
         1 if not even one trial with one seed of hparams fits the budget, else 0.
     """
     args = launches[-1]
-    rates = Rates(all_jobs)
-    stated = args.hours_per_run and 3600 * args.hours_per_run
-    teachers = {id(teacher) for job in all_jobs for teacher in job.teachers}
+    rates = Rates(all_jobs, args.hours_per_run and 3600 * args.hours_per_run)
     kinds = defaultdict(list)
     for job in all_jobs:
-        kinds[_kind(job)].append(job)
-    unknown = [some[0] for some in kinds.values() if not rates.is_measured(some[0])]
-    timings = {_kind(job): timing for job, timing in zip(unknown, measure.measure(unknown))
-               if timing} if args.measure else {}
-    left = {id(job): rates.seconds_left(
-        job, measure.of_job(timings[_kind(job)], job) if _kind(job) in timings else stated)
-        for job in all_jobs}
-    for (algorithm, dataset), some in kinds.items():
-        job = some[0]
-        rate = rates.of(job)
-        if rates.is_measured(job):
-            cost = f"{in_words(rate * job.n_steps)} each, measured"
-        elif timing := timings.get((algorithm, dataset)):
-            cost = (f"{in_words(measure.of_job(timing, job))} each, at {1000 * timing.step:.3g} "
-                    f"ms an update and {timing.evaluation:.3g} s an evaluation")
-        elif stated:
-            cost = f"{in_words(stated)} each, as stated"
-        elif rate is not None:
-            cost = f"{in_words(rate * job.n_steps)} each, by other algorithms on {dataset}"
-        else:
-            cost = "not measured yet: pass --measure or --hours_per_run"
-        n_teachers = sum(id(job) in teachers for job in some)
-        n_done = sum(job.state == Job.DONE for job in some)
-        print(f"{algorithm} {dataset}: {len(some)} runs"
-              + (f", {n_teachers} of them teachers" if n_teachers else "")
-              + (", after their teachers" if job.teachers else "")
-              + f", {n_done} done; {cost}")
-    print(f"total: {len(all_jobs)} runs, {len(teachers)} teachers, "
-          f"{sum(job.state == Job.DONE for job in all_jobs)} done")
-    for flag, attribute in (("steps", "N_STEPS"), ("checkpoint_freq", "CHECKPOINT_FREQ")):
-        own = {job.train_args["dataset"] for job in all_jobs if job.train_args.get(flag) == 0}
-        if own:
-            print(f"--{flag} 0, as in DomainBed, is the dataset's own: " + ", ".join(
-                f"{name} {getattr(datasets.get_dataset_class(name), attribute)}"
-                for _, name in kinds if name in own))
+        kinds[kind_of(job)].append(job)
+    if args.measure:
+        rates.time(some[0] for some in kinds.values())
+    teachers = {id(teacher) for job in all_jobs for teacher in job.teachers}
+    for kind, some in kinds.items():
+        seconds, source = rates.of_run(some[0])
+        each = "" if seconds is None else f"{in_words(seconds)} each, "
+        print(f"{' '.join(kind)}: {_counts(some, teachers)}; {each}{source}")
+    print(f"total: {len(all_jobs)} runs, {len(teachers)} teachers, {_n_done(all_jobs)} done")
+    _print_own_lengths(all_jobs)
+    left = {id(job): rates.seconds_left(job) for job in all_jobs}
     if None in left.values():
         if args.budget:
-            raise ValueError("--budget needs what a run takes: pass --measure or --hours_per_run, "
-                             "or finish a run of each dataset first.")
+            raise ValueError("--budget needs the time that a run takes: pass --measure or "
+                             "--hours_per_run, or finish a run of each dataset first.")
         return 0
 
     def hours(some: list[Job], launcher: str) -> float:
@@ -163,20 +151,46 @@ def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
               "time")
     if not args.budget:
         return 0
+    return _fit_budget(launches, all_jobs, lambda some: hours(some, args.command_launcher))
 
+
+def _n_done(some: list[Job]) -> int:
+    return sum(job.state == Job.DONE for job in some)
+
+
+def _counts(some: list[Job], teachers: set[int]) -> str:
+    """How many runs of a kind there are; `teachers` are the ids of jobs that teach."""
+    n_teachers = sum(id(job) in teachers for job in some)
+    return ", ".join([
+        f"{len(some)} runs", *[f"{n_teachers} of them teachers"] * bool(n_teachers),
+        *["after their teachers"] * bool(some[0].teachers), f"{_n_done(some)} done"])
+
+
+def _print_own_lengths(all_jobs: list[Job]) -> None:
+    """Prints what a flag of 0 stands for, in sweeps that have one."""
+    for flag, attribute in (("steps", "N_STEPS"), ("checkpoint_freq", "CHECKPOINT_FREQ")):
+        own = dict.fromkeys(job.train_args["dataset"] for job in all_jobs
+                            if job.train_args.get(flag) == 0)
+        if own:
+            print(f"--{flag} 0, as in DomainBed, is the dataset's own: " + ", ".join(
+                f"{name} {getattr(datasets.get_dataset_class(name), attribute)}" for name in own))
+
+
+def _fit_budget(launches: list[argparse.Namespace], all_jobs: list[Job],
+                hours: Callable[[list[Job]], float]) -> int:
+    """Prints the flags of the largest part of a sweep that fits its budget; 1 if none does."""
+    budget = launches[-1].budget
+    teachers = {id(teacher) for job in all_jobs for teacher in job.teachers}
     first = min(each.n_hparams_from for each in launches)
 
     def fits(n_trials: int, n_hparams: int) -> bool:
-        kept = [job for job in all_jobs if job.train_args["trial_seed"] < n_trials
-                and (id(job) in teachers
-                     or job.train_args["hparams_seed"] < first + n_hparams)]
-        return hours(kept, args.command_launcher) <= args.budget
+        return hours([job for job in all_jobs if job.train_args["trial_seed"] < n_trials and (
+            id(job) in teachers or job.train_args["hparams_seed"] < first + n_hparams)]) <= budget
 
     chosen = trimmed(max(each.n_trials for each in launches),
                      max(each.n_hparams for each in launches) - first, fits)
     if chosen is None:
-        print(f"{args.budget:g} hours do not suffice for one trial with one seed of hparams.")
+        print(f"{budget:g} hours do not suffice for one trial with one seed of hparams.")
         return 1
-    print(f"within {args.budget:g} hours: --n_trials {chosen[0]} --n_hparams "
-          f"{first + chosen[1]}")
+    print(f"within {budget:g} hours: --n_trials {chosen[0]} --n_hparams {first + chosen[1]}")
     return 0

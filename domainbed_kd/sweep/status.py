@@ -11,7 +11,7 @@ from domainbed_kd.sweep.jobs import Job
 
 
 def show(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
-    """Prints how far the jobs are, with --watch again and again until all are done."""
+    """Prints how far the jobs are; with --watch, repeats that until all are done."""
     args = launches[-1]
     n_slots = plan.slots(args, args.command_launcher)
     print(overview(all_jobs, n_slots))
@@ -28,7 +28,7 @@ def show(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
 def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
     """Jobs by state, their rate, the time left, failures and their reasons, and memory.
 
-    `n_slots` jobs are expected at a time if none is running.
+    If no job is running, `n_slots` of them are expected to run at a time.
     """
     counts = Counter((kind, job.train_args[kind], job.state)
                      for job in all_jobs for kind in ("algorithm", "dataset"))
@@ -61,10 +61,10 @@ def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
     if diverged:
         each = ", ".join(f"{name} {n}" for name, n in diverged.items())
         lines.append(f"diverged: the losses of {sum(diverged.values())} jobs are not finite "
-                     f"({each}); their err.txt says since when")
+                     f"({each}); their err.txt says since which step")
     if n_waiting := sum(job.state == Job.NOT_LAUNCHED and job.has_folder for job in all_jobs):
         lines.append(f"{n_waiting} of those not launched have a folder: they wait in a queue, or "
-                     "their launcher is gone.")
+                     "their launcher has ended.")
     peaks = defaultdict(list)
     for job in all_jobs:
         if {"rss_mb", "gpu_mb"} <= (cost := job.cost).keys():
@@ -77,7 +77,7 @@ def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
 
 
 def warn_of_lacks(all_jobs: list[Job]) -> None:
-    """Names finished runs that lack what the flags ask for."""
+    """Names finished runs that lack files or values that the flags ask for."""
     lacking = defaultdict(list)
     for job in all_jobs:
         if job.state == Job.DONE:
@@ -86,5 +86,5 @@ def warn_of_lacks(all_jobs: list[Job]) -> None:
     for flag, folders in lacking.items():
         more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
         print(f"--{flag}: {len(folders)} finished runs were trained without it and lack what it "
-              f"keeps: {', '.join(folders[:3])}{more}. To have it, delete their folders and "
-              "launch again.", file=sys.stderr)
+              f"keeps: {', '.join(folders[:3])}{more}. To get it, delete their folders and launch "
+              "again.", file=sys.stderr)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from domainbed_kd import console, machine
 from domainbed_kd.folder import args, claims, files
@@ -61,18 +61,19 @@ def dummy(commands: list[str], *, jobs_per_device: int = 1,
 
 
 class _Running(NamedTuple):
-    """A job at work: its number, process, slot, start (s) and, if kept apart, its stderr.
-
-    The process is reached by `jobs`, see `children.start`. A slot is its number, from 1, and its
-    environment variables.
-    """
+    """A job at work."""
 
     index: int
     process: multiprocessing.Process
+    #: Reaches the process; see `children.start`.
     jobs: multiprocessing.connection.Connection
+    #: Its number, from 1, and its environment variables.
     slot: tuple[int, dict]
     start: float
-    errors: object
+    #: The file of its stderr, if that is kept apart.
+    errors: BinaryIO | None
+    #: Its progress on a terminal.
+    line: "JobLine | None"
 
 
 def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> list[int]:
@@ -84,80 +85,101 @@ def _run_all(commands: list[str], slots: list[dict], threads: int | None) -> lis
         raise ValueError("jobs_per_device takes a number from 1 up.")
     if not commands:
         return []
-    slots = slots[:len(commands)]
-    argvs = [words(command) for command in commands]
-    quiet = len(slots) > 1
-    if threads is None and quiet and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, machine.available() // len(slots))
-    variables = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    return _Pool([words(command) for command in commands], slots[:len(commands)], threads).run()
 
-    waiting = deque(enumerate(argvs))
-    # Slots, with the process and connection of a worker that waits for a job.
-    free = deque((slot, None) for slot in enumerate(slots, 1))
-    running: dict[int, _Running] = {}
-    lines = {}  # {sentinel: JobLine}
-    statuses, n_lost = [0] * len(argvs), Counter()
-    context = children.context(any(map(children.is_warm, argvs)))
-    sys.stdout.flush()
-    with children.interruptible(), contextlib.ExitStack() as at_end, (
-            console.bar(total=len(argvs), unit="job") if quiet
-            else contextlib.nullcontext()) as bar:
-        at_end.callback(lambda: children.stop([job.process for job in running.values()]))
-        at_end.callback(lambda: [children.dismiss(worker) for _, worker in free if worker])
-        while waiting or running:
-            while waiting and free:
-                index, argv = waiting.popleft()
-                slot, worker = free.popleft()
-                errors = tempfile.NamedTemporaryFile() if quiet else None
-                path = errors.name if errors else None
-                worker = children.employ(worker, argv, path) or children.start(
-                    context, argv, {**os.environ, **variables, **slot[1]}, threads, path)
-                running[worker[0].sentinel] = _Running(
-                    index, *worker, slot, time.monotonic(), errors)
-                if quiet and sys.stderr.isatty() and children.is_warm(argv):
-                    lines[worker[0].sentinel] = JobLine(
-                        args.of_words(argv[3:]), position=slot[0])
-            # Lines are updated every second.
-            connections = [job.jobs for job in running.values()
-                           if children.is_warm(argvs[job.index])]
-            ready = multiprocessing.connection.wait(
-                [*running, *connections], 1 if lines else None)
-            ended = [sentinel for sentinel in running if sentinel in ready]
-            staying = [sentinel for sentinel, job in running.items() if sentinel not in ended
-                       and job.jobs in ready and children.would_take_another(job.jobs)]
-            for line in lines.values():
-                line.refresh()
-            orphans = any(children.is_orphan(running[sentinel].process) for sentinel in ended)
-            if orphans:  # then all are
-                ended, staying = list(running), []
-                children.stop_orphans([job.process for job in running.values()])
-            for sentinel in ended + staying:
-                job = running.pop(sentinel)
-                if sentinel in lines:
-                    lines.pop(sentinel).close()
-                worker = (job.process, job.jobs)
-                free.appendleft((job.slot, worker if sentinel in staying
-                                 else children.dismiss(worker)))
-                statuses[job.index] = 0 if sentinel in staying else job.process.exitcode
-                if orphans and job.process.exitcode == children.UNKNOWN:
-                    n_lost[job.index] += 1
-                    statuses[job.index] = claims.STOPPED
-                    if n_lost[job.index] <= children.MAX_LOST:
-                        waiting.appendleft((job.index, argvs[job.index]))
-                        continue
-                if bar is not None:
-                    bar.update()
-                done = len(argvs) - len(waiting) - len(running)
-                errors = ""
-                if job.errors:
-                    errors = job.errors.read().decode(errors="replace")
-                    job.errors.close()
-                last_line = errors.strip().rpartition("\n")[2].strip()
-                outcome = _outcome(argvs[job.index], statuses[job.index],
-                                   f"({time.monotonic() - job.start:.0f} s)", last_line)
-                with console.lifted():
-                    print(f"[{done}/{len(argvs)}] {outcome}", file=sys.stderr)
-    return statuses
+
+class _Pool:
+    """Commands and the slots in which they run."""
+
+    def __init__(self, argvs: list[list[str]], slots: list[dict], threads: int | None):
+        self.argvs = argvs
+        self.quiet = len(slots) > 1
+        if threads is None and self.quiet and "OMP_NUM_THREADS" not in os.environ:
+            threads = max(1, machine.available() // len(slots))
+        self.threads = threads
+        self.context = children.context(any(map(children.is_warm, argvs)))
+        self.waiting = deque(range(len(argvs)))
+        # Slots, with the process and connection of a worker that waits for a job.
+        self.free = deque((slot, None) for slot in enumerate(slots, 1))
+        self.running: dict[int, _Running] = {}  # by the sentinel of its process
+        self.statuses, self.n_lost = [0] * len(argvs), Counter()
+
+    def run(self) -> list[int]:
+        """Runs all; if it is interrupted, jobs save their state and end."""
+        sys.stdout.flush()
+        with children.interruptible(), contextlib.ExitStack() as at_end:
+            self.bar = at_end.enter_context(console.bar(total=len(self.argvs), unit="job")
+                                            if self.quiet else contextlib.nullcontext())
+            at_end.callback(lambda: children.stop([job.process for job in self.running.values()]))
+            at_end.callback(lambda: [children.dismiss(worker) for _, worker in self.free if worker])
+            while self.waiting or self.running:
+                while self.waiting and self.free:
+                    self._start(self.waiting.popleft(), *self.free.popleft())
+                ended, staying = self._wait()
+                are_lost = any(children.is_orphan(job.process) for job in ended)
+                if are_lost:  # then all are
+                    ended, staying = list(self.running.values()), []
+                    children.stop_orphans([job.process for job in ended])
+                for job in ended:
+                    self._settle(job, are_lost)
+                for job in staying:
+                    self._settle(job, stays=True)
+        return self.statuses
+
+    def _start(self, index: int, slot: tuple[int, dict], worker: tuple | None) -> None:
+        """Gives a job to the worker of a free slot, or to a new process."""
+        argv = self.argvs[index]
+        errors = tempfile.NamedTemporaryFile() if self.quiet else None
+        path = errors and errors.name
+        line = None
+        if self.quiet and sys.stderr.isatty() and children.is_warm(argv):
+            line = JobLine(args.of_words(argv[3:]), position=slot[0])
+        variables = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
+        process, jobs = children.employ(worker, argv, path) or children.start(
+            self.context, argv, {**os.environ, **variables, **slot[1]}, self.threads, path)
+        self.running[process.sentinel] = _Running(
+            index, process, jobs, slot, time.monotonic(), errors, line)
+
+    def _wait(self) -> tuple[list[_Running], list[_Running]]:
+        """Waits for jobs to end; those whose process ended, and those whose process stays."""
+        connections = [job.jobs for job in self.running.values()
+                       if children.is_warm(self.argvs[job.index])]
+        lines = [job.line for job in self.running.values() if job.line]
+        ready = multiprocessing.connection.wait(
+            [*self.running, *connections], 1 if lines else None)  # lines change every second
+        for line in lines:
+            line.refresh()
+        ended = [job for sentinel, job in self.running.items() if sentinel in ready]
+        staying = [job for job in self.running.values() if job not in ended
+                   and job.jobs in ready and children.would_take_another(job.jobs)]
+        return ended, staying
+
+    def _settle(self, job: _Running, is_lost: bool = False, stays: bool = False) -> None:
+        """Frees a job's slot, and reports its end or, if its server died, has it run again."""
+        self.running.pop(job.process.sentinel)
+        if job.line:
+            job.line.close()
+        worker = (job.process, job.jobs)
+        self.free.appendleft((job.slot, worker if stays else children.dismiss(worker)))
+        status = 0 if stays else job.process.exitcode
+        if is_lost and status == children.UNKNOWN:
+            status = claims.STOPPED
+            self.n_lost[job.index] += 1
+            if self.n_lost[job.index] <= children.MAX_LOST:
+                self.waiting.appendleft(job.index)
+                return
+        self.statuses[job.index] = status
+        if self.bar is not None:
+            self.bar.update()
+        n_done = len(self.argvs) - len(self.waiting) - len(self.running)
+        last_line = ""
+        if job.errors:
+            with job.errors:
+                last_line = job.errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+        outcome = _outcome(self.argvs[job.index], status,
+                           f"({time.monotonic() - job.start:.0f} s)", last_line.strip())
+        with console.lifted():
+            print(f"[{n_done}/{len(self.argvs)}] {outcome}", file=sys.stderr)
 
 
 def words(command: str) -> list[str]:

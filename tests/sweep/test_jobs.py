@@ -195,7 +195,7 @@ def test_a_job_that_found_no_space_to_say_why_says_that(tmp_path):
 
 
 @pytest.mark.parametrize("status, reason", [
-    (-9, "killed by SIGKILL, as a system does that runs out of memory"),
+    (-9, "killed by SIGKILL, as happens when a machine runs out of memory"),
     (-15, "killed by SIGTERM"), (2, "error: no such thing"), (3, "exit status 3, no message")])
 def test_a_job_tells_why_it_failed(status, reason, tmp_path):
     def launcher(commands):

@@ -210,7 +210,7 @@ def test_status_counts_the_jobs_that_diverged(tmp_path, capsys):
         (folder / "memory.json").write_text('{"diverged": "loss is nan since step 3"}')
     assert sweep.main(args) == 0
     assert ("diverged: the losses of 3 jobs are not finite (ERM 2, SWAD 1); their err.txt says "
-            "since when") in capsys.readouterr().out.splitlines()
+            "since which step") in capsys.readouterr().out.splitlines()
 
 
 def test_status_is_shown_again_until_all_jobs_are_done(tmp_path, launched, monkeypatch, capsys):
@@ -266,7 +266,7 @@ def test_what_was_stopped_has_not_failed_and_nothing_more_is_launched(
                  "--algorithms", "ERM", "KDDG", "--single_test_envs")
     assert sweep.main(args) == 1 and attempts == [3]
     err = capsys.readouterr().err
-    assert "1 jobs were stopped. The same command goes on with them." in err
+    assert "1 jobs were stopped. The same command continues them." in err
     assert "1 of 6 jobs failed:" in err
     sweep.main(["status", *args[1:]])
     assert ["ERM", "1", "0", "1", "1", "0"] in [
@@ -296,7 +296,7 @@ def test_a_sweep_goes_on_whatever_its_runs_are_to_keep_and_finished_runs_that_la
         assert err == ""
     else:
         assert err.startswith(f"{flag}: 5 finished runs were trained without it and lack what ")
-        assert err.count(f"{tmp_path}/") == 3 and "and 2 more. To have it, delete their" in err
+        assert err.count(f"{tmp_path}/") == 3 and "and 2 more. To get it, delete their" in err
 
 
 def test_running_jobs_are_not_deleted(tmp_path, launched, capsys):
@@ -806,6 +806,6 @@ def test_a_budget_that_is_too_small_and_a_cost_that_is_unknown_are_said(tmp_path
     assert "0.5 hours do not suffice" in capsys.readouterr().out
     assert sweep.main(flags("plan", tmp_path / "b")) == 0
     assert "not measured yet: pass --measure or --hours_per_run" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--budget needs what a run takes"):
+    with pytest.raises(ValueError, match="--budget needs the time that a run takes"):
         sweep.main(flags("plan", tmp_path / "b", "--budget", "1"))
     assert not (tmp_path / "b").exists()
