@@ -1,7 +1,7 @@
 """Jobs as children of a fork server, which imports torch once and may itself be killed.
 
 No child can use a GPU if the server has asked CUDA anything; see scripts/_warm.py. A process needs
-seconds to start on a GPU, so one that has started takes job after job, until one fails.
+seconds to start on a GPU, so one that has started runs job after job, until one fails.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from domainbed_kd import console
 from domainbed_kd.folder import claims
 
-# What the fork server imports, and the command that gains from it.
+# The command that the fork server speeds up, and what the server imports.
 WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
 # How long a job may take to save its state when the sweep is interrupted.
 GRACE_S = 10
 # The exit status that multiprocessing reports if the fork server died first.
 UNKNOWN = 255
-# How often a job is continued by a new fork server.
+# How often a job is continued after its fork server died.
 MAX_LOST = 5
 
 
@@ -34,7 +34,7 @@ def is_warm(argv: list[str]) -> bool:
 
 
 def context(is_warm: bool):
-    """Multiprocessing for children of the fork server; a warm one has imported what runs need."""
+    """Multiprocessing with a fork server, which imports what runs need if it is to be warm."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(PRELOAD if is_warm else [])
     return found
@@ -42,7 +42,7 @@ def context(is_warm: bool):
 
 def start_server() -> None:
     """Starts the fork server, which begins to import, if it is not running."""
-    # Ctrl-C reaches the whole group; jobs leave it to this process, which has them save.
+    # Ctrl-C reaches the whole group. Jobs ignore it: this process tells them to save.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
     try:
         multiprocessing.forkserver.ensure_running()
@@ -53,11 +53,11 @@ def start_server() -> None:
 
 def start(context, argv: list[str], environment: dict, threads: int | None, errors: str | None
           ) -> tuple:
-    """A job as a child of the fork server, which is started if it is not running.
+    """Starts a job as a child of the fork server, and the server if it is not running.
 
     Returns:
-        The process, and a connection from which None is received if the job is done and the
-        process would take another: see `employ` and `dismiss`.
+        The process and a connection to it. It sends None when the job is done and it would take
+        another; see `employ` and `dismiss`.
 
     Raises:
         OSError: if the server dies again and again.
@@ -68,16 +68,16 @@ def start(context, argv: list[str], environment: dict, threads: int | None, erro
         with contextlib.suppress(EOFError, OSError), jobs:
             start_server()
             process.start()
-            # A job that the server forked just before it died ends without.
+            # A child that the server forked just before it died gets no job, and ends.
             to_child.send((argv, errors))
             return process, to_child
         to_child.close()
-    raise OSError("the server that starts jobs died several times. Does this machine run out of "
-                  "memory? Lower --jobs_per_device.")
+    raise OSError("The server that starts jobs died several times. If this machine runs out of "
+                  "memory, lower --jobs_per_device.")
 
 
 def would_take_another(jobs) -> bool:
-    """Whether a process says so by its connection, which has something to receive."""
+    """Whether the process at the other end, which has sent something, waits for another job."""
     try:
         return jobs.recv() is None
     except (EOFError, OSError):
@@ -85,7 +85,7 @@ def would_take_another(jobs) -> bool:
 
 
 def employ(worker: tuple | None, argv: list[str], errors: str | None) -> tuple | None:
-    """Gives a waiting process this job, and returns it; None if there is none or it cannot."""
+    """Gives a waiting process this job and returns it; None if no process waits or can run it."""
     if worker and is_warm(argv):
         with contextlib.suppress(OSError):
             worker[1].send((argv, errors))
@@ -94,7 +94,7 @@ def employ(worker: tuple | None, argv: list[str], errors: str | None) -> tuple |
 
 
 def dismiss(worker: tuple) -> None:
-    """Lets a process end."""
+    """Tells a waiting process to end."""
     process, jobs = worker
     with jobs, contextlib.suppress(OSError):
         jobs.send((None, None))
@@ -102,7 +102,7 @@ def dismiss(worker: tuple) -> None:
 
 
 def is_orphan(process) -> bool:
-    """Whether a job only seems to have ended, because its fork server died."""
+    """Whether a job only seems to have ended, as its fork server died."""
     process.join()
     return process.exitcode == UNKNOWN and _is_alive(process.pid)
 
@@ -110,11 +110,11 @@ def is_orphan(process) -> bool:
 def stop_orphans(processes: list) -> None:
     """Stops jobs whose fork server died, as their exit statuses are lost; they save first."""
     for process in processes:
-        process.join()  # which the server's death ends too
+        process.join()  # returns at once: the server is dead
     orphans = [process.pid for process in processes if process.exitcode == UNKNOWN]
     with console.lifted():
-        print(f"The server that starts jobs died. Its {len(orphans)} jobs are interrupted and go "
-              "on with a new one.", file=sys.stderr)
+        print(f"The server that starts jobs died. Its {len(orphans)} jobs are interrupted, and "
+              "continue with a new one.", file=sys.stderr)
     for pid in orphans:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
@@ -141,7 +141,7 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        return not os.path.exists("/proc/self/stat")  # where there is none, somebody reaps it
+        return not os.path.exists("/proc/self/stat")  # without /proc a zombie cannot be told
 
 
 def _in_main_thread() -> bool:
@@ -150,7 +150,7 @@ def _in_main_thread() -> bool:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM and a hang-up act as Ctrl-C does."""
+    """Makes SIGTERM and a hang-up act as Ctrl-C does."""
     previous = {}
     if _in_main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -164,7 +164,7 @@ def interruptible() -> Iterator[None]:
 
 
 def stop(processes: list) -> None:
-    """Asks jobs to save and end; kills them, and what they started, after GRACE_S seconds."""
+    """Tells jobs to save and end; after GRACE_S seconds kills them and what they started."""
     if not processes:
         return
     print(f"Stopping {len(processes)} jobs. Ctrl-C again kills them at once.", file=sys.stderr)
@@ -174,7 +174,7 @@ def stop(processes: list) -> None:
         _wait_for([process.pid for process in processes])
     finally:
         for process in processes:
-            # Each job leads a group of its own, which outlives it if it left workers behind.
+            # Each job leads a process group, which outlives it if it left workers behind.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
@@ -182,7 +182,7 @@ def stop(processes: list) -> None:
 
 
 def _work(jobs, environment: dict, threads: int | None) -> None:
-    """Becomes a command, in a child of the fork server, and then perhaps another."""
+    """Runs a job in a child of the fork server, and then perhaps others."""
     os.setpgid(0, 0)
     try:
         argv, errors = jobs.recv()
@@ -252,6 +252,6 @@ def _print_to(errors: str | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """Waits for the sweep's process; if it dies, even by SIGKILL, the job saves and ends too."""
+    """Ends the job, which saves first, when the sweep's process dies, even by SIGKILL."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,7 @@
 """Launchers for clusters: `slurm` through submitit, and `ray`.
 
-Both wait for the jobs and return their exit statuses, so teachers come before students. The sweep's
-folder must be shared by all machines; see docs/clusters.md. Jobs of a lost machine continue
+Both wait for the jobs and return their exit statuses, so teachers come before students. All
+machines must share the sweep's folder; see docs/clusters.md. Jobs of a lost machine continue
 elsewhere from their last checkpoints, and end in the same bits.
 """
 
@@ -21,14 +21,14 @@ from domainbed_kd.folder import claims
 from domainbed_kd.folder.claims import STOPPED
 from domainbed_kd.sweep import children, workers
 
-# How long a job that continues elsewhere waits for its first process to lose the folder.
+# How long a job that continues elsewhere waits until the claim of its first process is stale.
 WAIT = f" --wait {claims.STALE_S + 60}"
-# How often ray starts a job again whose machine was lost.
+# How often ray starts a job again after its machine was lost.
 MAX_LOST = 5
-# Of submitit; after each time-out the run continues where it was.
+# How often submitit starts a job again after a time-out; the run continues where it was.
 MAX_TIMEOUTS = 1000
 POLL_S = 1
-# How long the head of a Ray cluster may take to answer; Ray itself waits for two minutes.
+# How long the head of a Ray cluster may take to answer; Ray itself would wait two minutes.
 CONNECT_S = 3
 START_RAY = ("Start the cluster's head with `ray start --head`, or leave the flag out for a "
              "cluster on this machine.")
@@ -41,21 +41,23 @@ def add_flags(parser) -> None:
     slurm.add_argument("--slurm_gpus", type=int, metavar="N", help="GPUs of a job; default: 1")
     slurm.add_argument("--slurm_cpus", type=int, metavar="N", help="CPUs of a job; default: 4")
     slurm.add_argument("--slurm_time", type=int, metavar="MINUTES",
-                       help="after so long a job saves its state and queues again; default: 1440")
+                       help="time limit of a job, which then saves its state and is queued again; "
+                            "default: 1440")
     slurm.add_argument("--slurm_parallel", type=int, metavar="N",
                        help="jobs at a time; default: 256")
     slurm.add_argument("--slurm_extra", metavar="JSON",
-                       help="object of further submitit parameters, as "
+                       help="further submitit parameters, such as "
                             "'{\"slurm_account\": \"me\"}'")
     slurm.add_argument("--slurm_logs", metavar="FOLDER",
                        help="where submitit keeps its files; default: slurm_logs")
     slurm.add_argument("--slurm_cluster", choices=["slurm", "local"],
-                       help="local: try it on this machine, without Slurm")
+                       help="local tries the launcher on this machine, without Slurm")
     ray = parser.add_argument_group("launcher ray", "see docs/clusters.md")
     ray.add_argument("--ray_address", metavar="ADDRESS",
-                     help="of a running cluster, or auto; default: one on this machine")
+                     help="address of a running cluster, or auto; default: a new one on this "
+                          "machine")
     ray.add_argument("--ray_gpus", type=float, metavar="SHARE",
-                     help="GPUs of a job, such as 0.5; default: 1 where there are any")
+                     help="GPUs of a job, such as 0.5; default: 1 if there are any")
     ray.add_argument("--ray_cpus", type=float, metavar="N", help="CPUs of a job; default: 1")
 
 
@@ -65,7 +67,7 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
           slurm_cluster: str = "slurm") -> list[int]:
     """Runs the commands as a Slurm job array through submitit; returns exit statuses.
 
-    Options are those of `add_flags`. Without any command they are checked and nothing is left.
+    Options are those of `add_flags`. Without commands it only checks them, and leaves no file.
     """
     try:
         import submitit
@@ -76,7 +78,7 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
         if not shutil.which(program):
             raise ValueError(f"The launcher slurm finds no {program} on this machine. Launch on a "
                              "node that submits jobs, or try it with --slurm_cluster local.")
-    with tempfile.TemporaryDirectory() as nowhere:  # submitit makes its folder at once
+    with tempfile.TemporaryDirectory() as nowhere:  # submitit makes its folder even for a check
         executor = submitit.AutoExecutor(
             slurm_logs if commands else nowhere, cluster=slurm_cluster,
             **{f"{slurm_cluster}_max_num_timeout": MAX_TIMEOUTS})
@@ -91,7 +93,7 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
     if not commands:
         return []
 
-    # Slurm knows how many may run at a time; submitit's local executor starts all it gets.
+    # Slurm limits how many run at a time; submitit's local executor starts all that it gets.
     size = len(commands) if slurm_cluster == "slurm" else slurm_parallel
     statuses = []
     for start in range(0, len(commands), size):
@@ -100,7 +102,7 @@ def slurm(commands: list[str], *, slurm_partition: str | None = None, slurm_gpus
 
 
 def parse_extra(extra: str | None) -> dict:
-    """The further submitit parameters of a JSON object; none for None."""
+    """The submitit parameters in a JSON object; none for None."""
     return {} if extra is None else console.parse_object(
         "--slurm_extra", extra, '{"slurm_account": "me"}')
 
@@ -134,7 +136,7 @@ def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int
 
 
 class Task:
-    """A command for submitit; at submitit's signal the run saves its state and is queued again."""
+    """A command for submitit. At submitit's signal the run saves its state and is queued again."""
 
     def __init__(self, command: str):
         self.command = command
@@ -142,8 +144,8 @@ class Task:
     def __call__(self) -> int:
         """Runs the command; returns its exit status.
 
-        A run that somebody else stopped is about to be preempted, so it is started again until
-        both processes are killed: while this one lives, Slurm queues it again.
+        If somebody else stopped the run, the job is about to be preempted. The run is started
+        again until both processes are killed: while this one lives, Slurm queues the job again.
         """
         status = STOPPED
         while status == STOPPED:
@@ -157,12 +159,12 @@ class Task:
         return status
 
     def checkpoint(self):
-        """Called by submitit in a signal's handler, before a time-out or a preemption."""
+        """Saves the run's state; submitit calls it before a time-out or a preemption."""
         from submitit.helpers import DelayedSubmission
 
         self.process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(ChildProcessError):  # it has just ended by itself
-            # Not process.wait(): the handler may have interrupted it, with its lock held.
+            # Not process.wait(): this runs in a signal's handler, which may have interrupted it.
             os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Task(self.command.removesuffix(WAIT) + WAIT))
 
@@ -171,7 +173,7 @@ def ray(commands: list[str], *, ray_address: str | None = None, ray_gpus: float 
         ray_cpus: float = 1) -> list[int]:
     """Runs the commands as tasks of a Ray cluster; returns exit statuses.
 
-    Options are those of `add_flags`. Without any command it is checked that the cluster is there.
+    Options are those of `add_flags`. Without commands it only checks that the cluster is there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -219,16 +221,16 @@ def _check_address(address: str) -> None:
 
 
 def _run_here(command: str, folder: str, path: list[str]) -> int:
-    """Runs a command in a Ray worker; it ends with the worker."""
+    """Runs a command in a Ray worker, with which it ends."""
     os.chdir(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
     return workers.local([command])[0]
 
 
 def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
-    """Starts all tasks, again where a machine is lost, and waits for them.
+    """Starts all tasks, starts them again if a machine is lost, and waits for them.
 
-    If this process's own node is lost, what has not ended counts as stopped.
+    If this process's own node is lost, tasks that have not ended count as stopped.
     """
 
     def start(command):
@@ -245,14 +247,13 @@ def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
             except library.exceptions.RayTaskError:
                 raise
             except library.exceptions.LocalRayletDiedError:
-                print("The Ray cluster is lost: its node on this machine is dead.",
-                      file=sys.stderr)
+                print("The Ray cluster is lost: its node on this machine died.", file=sys.stderr)
                 return statuses
             except library.exceptions.RayError as error:
                 n_lost[i] += 1
                 if n_lost[i] <= MAX_LOST:
-                    print(f"lost  {workers.label(commands[i])}  "
-                          f"({type(error).__name__}); it goes on elsewhere", file=sys.stderr)
+                    print(f"lost  {workers.label(commands[i])}  ({type(error).__name__}); it "
+                          "continues elsewhere", file=sys.stderr)
                     pending[start(commands[i] + WAIT)] = i
                     continue
                 statuses[i] = 1

@@ -1,7 +1,8 @@
 """The launchers that run jobs on this machine, and how a sweep's command lines are read.
 
 `local` and `multi_gpu` run `train` in warm workers: a fork server imports torch once and forks a
-child per job, so jobs start at once and a crash harms no other. No shell reads the commands.
+child for each job, so jobs start at once and a crash harms no other. Commands are run without a
+shell.
 """
 
 import contextlib
@@ -27,9 +28,9 @@ def local(commands: list[str], *, jobs_per_device: int = 1,
           threads_per_job: int | None = None) -> list[int]:
     """Runs the commands on this machine, `jobs_per_device` at a time; returns exit statuses.
 
-    With several at a time, their output stays in out.txt and err.txt of each job's folder. A job
-    gets `threads_per_job` threads, or an even share of the cores; one job at a time has torch's
-    own default.
+    With several at a time, their output is only in out.txt and err.txt of each job's folder. A job
+    gets `threads_per_job` threads, or else an even share of the cores; jobs that run one at a time
+    have torch's own default.
     """
     return _run_all(commands, [{}] * jobs_per_device, threads_per_job)
 
@@ -38,7 +39,7 @@ def multi_gpu(commands: list[str], *, jobs_per_device: int = 1,
               threads_per_job: int | None = None) -> list[int]:
     """Runs `jobs_per_device` commands at a time on each visible GPU; returns exit statuses."""
     children.context(is_warm=True)
-    children.start_server()  # it imports torch while another process asks for GPUs
+    children.start_server()  # it imports torch while another process looks for GPUs
     slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _visible_gpus()] * jobs_per_device
     return _run_all(commands, slots, threads_per_job)
 
@@ -200,7 +201,7 @@ def _outcome(argv: list[str], status: int, took: str = "", error: str = "") -> s
 
 
 def report(command: str, status: int, n_done: int, n_all: int) -> None:
-    """Says on stderr how a job ended that ran elsewhere."""
+    """Prints on stderr how a job that ran elsewhere ended."""
     print(f"[{n_done}/{n_all}] {_outcome(words(command), status)}", file=sys.stderr)
 
 
@@ -214,7 +215,7 @@ def _label_of(argv: list[str]) -> str:
 
 
 class JobLine:
-    """A line about a run in another process: its steps, their rate and the time left.
+    """A line on a run in another process: its steps, their rate and the time left.
 
     Args:
         run: its args.
@@ -233,12 +234,12 @@ class JobLine:
         self.bar.refresh()
 
     def close(self) -> None:
-        """Takes the line away."""
+        """Removes the line."""
         self.bar.close()
 
 
 def n_steps(run: Mapping) -> int | None:
-    """How many updates a run makes, by its args; None if its dataset is not known here."""
+    """How many updates a run with these args makes; None if its dataset is not known here."""
     from domainbed_kd import datasets
 
     name = run["dataset"]

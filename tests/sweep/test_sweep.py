@@ -608,7 +608,7 @@ def test_a_job_that_ended_early_goes_on_at_the_next_launch(tmp_path, launched, c
     capsys.readouterr()
     assert sweep.main(args) == 0
     out, err = capsys.readouterr()
-    assert "About to launch 1 jobs." in out and "1 of them ended early and go on" in err
+    assert "About to launch 1 jobs." in out and "1 of them ended early and continue" in err
     assert launched[6:] == launched[:1] and (run / "done").exists()
 
 
