@@ -18,7 +18,7 @@ USAGE = ("usage: python -m domainbed_kd.plugin -- COMMAND ...   run a fork's com
 
 
 def run(command: list[str]) -> None:
-    """Becomes the command, in an environment in which every Python teaches its fork.
+    """Replaces this process by the command, under which every Python adds our methods to its fork.
 
     Raises:
         FileNotFoundError: if there is no such program.
@@ -33,7 +33,7 @@ def run(command: list[str]) -> None:
 
 
 def doctor() -> int:
-    """Prints which fork is here, what it was taught, which teachers it has; 1 if there is none."""
+    """Prints which fork is here, which methods it gets, which teachers there are; 1 without one."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     spec = PathFinder.find_spec("domainbed", sys.path)
@@ -79,7 +79,7 @@ def doctor() -> int:
 
 
 def try_out() -> int:
-    """Trains each method in a copy of the fork at hand, prints which work; 1 if one does not."""
+    """Trains each method in a copy of the fork, prints which of them work; 1 if one does not."""
     from domainbed_kd.plugin import trials
 
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,7 @@ def try_out() -> int:
 
 
 def _hub() -> str:
-    """Whether the weights of CLIP are at hand, asking nobody but this machine."""
+    """Whether CLIP's weights are on this machine; nothing is downloaded."""
     from huggingface_hub import constants
 
     cached = sorted(path.name.replace("--", "/") for path in

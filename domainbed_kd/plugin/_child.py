@@ -1,10 +1,10 @@
 """What a trial runs inside a fork: the fork's own scripts, one after another in one process.
 
 `python _child.py FILE` reads {"runs": {label: argv}, "reloads": {label: folder}, "visits":
-{label: argv}, "without_gpu": bool} from a JSON file and writes {label: "" or what went wrong}
-beside it. Whenever the fork saves a model, its predictions are saved too; a reload, in another
-process, must predict the same. A visit trains a fork's algorithm here, twice: the second run is
-stopped and resumed, and must end in the same weights.
+{label: argv}, "without_gpu": bool} from a JSON file, and writes {label: "" or what went wrong}
+beside it. When the fork saves a model, its predictions are saved too; the model, reloaded in
+another process, must predict the same. A visit trains a fork's algorithm by our loop, twice: the
+second run is stopped and resumed, and must end in the same weights.
 """
 
 import gc
@@ -25,7 +25,7 @@ _save = torch.save
 
 
 class OnTheCPU(TorchFunctionMode):
-    """Inside, "cuda" is the CPU, for forks that run on nothing else."""
+    """Replaces "cuda" by the CPU, for forks that insist on a GPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Calls the function with the CPU for each CUDA device."""
@@ -40,7 +40,7 @@ class OnTheCPU(TorchFunctionMode):
 
 
 def load_without_workers() -> None:
-    """Has loaders read their images in this process, as starting workers takes longer here."""
+    """Has loaders read images in this process: for so few, starting workers takes longer."""
     init = torch.utils.data.DataLoader.__init__
 
     def alone(self, *args, **kwargs):
@@ -52,29 +52,29 @@ def load_without_workers() -> None:
 
 
 def images(shape) -> torch.Tensor:
-    """Two images (2, C, H, W), always the same."""
+    """Two fixed images (2, C, H, W)."""
     return torch.linspace(-1, 1, 2 * torch.Size(shape).numel()).view(2, *shape)
 
 
 @torch.no_grad()
 def predictions(algorithm: torch.nn.Module, shape) -> torch.Tensor:
-    """Logits (2, classes) in eval mode; the mode is put back."""
+    """Logits (2, classes) in eval mode; the mode is restored."""
     training = algorithm.training
-    algorithm.eval()  # a statement: some forks' modules return None
+    algorithm.eval()  # on a line of its own, as it returns None in some forks
     logits = algorithm.predict(images(shape))
     algorithm.train(training)
     return logits[""] if isinstance(logits, dict) else logits
 
 
 def save(content, path, *args, **kwargs) -> None:
-    """torch.save; of an algorithm's weights, also what it predicts and how it was built."""
+    """As torch.save; for an algorithm, also saves what it predicts and how it was built."""
     _save(content, path, *args, **kwargs)
     state = content.get("model_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not isinstance(path, (str, Path)):
         return
     base = importlib.import_module("domainbed.algorithms").Algorithm
     pointers = {tensor.data_ptr() for tensor in state.values() if hasattr(tensor, "data_ptr")}
-    algorithm = max(  # a zero-shot CLIP has nothing to save, so that only its kind tells
+    algorithm = max(  # a zero-shot CLIP saves no tensor: only its name identifies it
         (each for each in gc.get_objects() if isinstance(each, base)), key=lambda each: (
             len(pointers & {p.data_ptr() for p in each.parameters()}),
             type(each).__name__ in str(content.get("args"))))
@@ -85,21 +85,14 @@ def save(content, path, *args, **kwargs) -> None:
            "logits": predictions(algorithm, shape)}, f"{path}.predictions")
 
 
-class Hparams(dict):
-    """Hparams that are attributes too, as sconf's are."""
-
-    def __getattr__(self, name):
-        if name not in self:
-            raise AttributeError(name)
-        return self[name]
-
-
 def reload(folder: str) -> None:
     """Builds each model of a folder from its hparams and loads it.
 
     Raises:
-        AssertionError: if one predicts otherwise than before, or there is none.
+        AssertionError: if one predicts something else than before, or there is none.
     """
+    from domainbed_kd.plugin.visitors import Hparams
+
     found = sorted(Path(folder).rglob("*.predictions"))
     assert found, f"no model was saved in {folder}"
     get = importlib.import_module("domainbed.algorithms").get_algorithm_class
@@ -109,11 +102,11 @@ def reload(folder: str) -> None:
         algorithm = get(before["name"])(*before["arguments"], Hparams(saved["model_hparams"]))
         algorithm.load_state_dict(saved["model_dict"])
         after = predictions(algorithm, before["arguments"][0])
-        assert torch.equal(before["logits"].cpu(), after), f"{path} predicts otherwise reloaded"
+        assert torch.equal(before["logits"].cpu(), after), f"{path} predicts something else"
 
 
 def run(argv: list[str]) -> None:
-    """A script, by path or by module name, as `python` would run it."""
+    """Runs a script, given by its path or module name, as `python` would."""
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
     sys.argv = list(argv)
@@ -122,16 +115,16 @@ def run(argv: list[str]) -> None:
         return
     try:
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
-    except SystemExit as error:  # ours ends so when it is done, too
+    except SystemExit as error:  # our own scripts always end in one
         if error.code:
             raise
 
 
 def visit(argv: list[str]) -> None:
-    """Trains a fork's algorithm by our `train`, in one go and with a stop.
+    """Trains a fork's algorithm by our `train`, once without and once with an interruption.
 
     Raises:
-        AssertionError: if the two end in other weights.
+        AssertionError: if the two end in different weights.
     """
     from domainbed_kd.plugin import visitors
 
@@ -161,7 +154,7 @@ def visit(argv: list[str]) -> None:
 
 
 def outcome_of(function, argument) -> str:
-    """Empty if the call goes well; else the error's last line, and where it was raised."""
+    """Empty if the call succeeds; else its error and where it was raised."""
     streams = sys.stdout, sys.stderr
     try:
         function(argument)

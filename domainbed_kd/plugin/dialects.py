@@ -1,7 +1,7 @@
 """The dialect of a DomainBed fork: how it calls its algorithms.
 
-A fork is recognised by its own classes and their signatures, never by its folder's name. The
-dialects are those of DomainBed, SWAD, MIRO, SCMD and domainbedv2 (see docs/forks.md).
+A fork is recognised by its classes and their signatures, never by its folder's name. The dialects
+are those of DomainBed, SWAD, MIRO, SCMD and domainbedv2 (see docs/forks.md).
 """
 
 import inspect
@@ -25,7 +25,7 @@ def dialect_of(module: ModuleType) -> Dialect:
     """The dialect of a fork's `domainbed.algorithms`.
 
     Raises:
-        ValueError: if its base class is unlike any that is known.
+        ValueError: if its base class fits none of them.
     """
     scope = scope_of(module)
     base = scope.get("Algorithm")
@@ -34,7 +34,7 @@ def dialect_of(module: ModuleType) -> Dialect:
         raise ValueError(f"{where} has no class Algorithm with an update method. Expected one "
                          f"with {EXPECTED}.")
     names = parameters(base.update)
-    # Only the fork's own: builtins that it imports (OrderedDict) have an update without signature.
+    # Only the fork's own: the update of what it imports (OrderedDict) may have no signature.
     own = [cls for cls in scope.values() if isinstance(cls, type) and issubclass(cls, base)]
     predicts_dict = {"what_is_trainable", "path_for_init"} <= set(
         parameters(scope.get("ERM", base).__init__))
@@ -57,9 +57,9 @@ def parameters(method) -> list[str]:
 
 
 def scope_of(module: ModuleType) -> dict:
-    """The names among which `get_algorithm_class` looks its argument up.
+    """The namespace in which `get_algorithm_class` looks names up.
 
-    Where the fork's algorithms are a package they may be those of a module in it.
+    If the fork's algorithms are a package, it may be that of a module in the package.
     """
     for each in (module, *submodules(module)):
         find = vars(each).get("get_algorithm_class")
@@ -69,6 +69,6 @@ def scope_of(module: ModuleType) -> dict:
 
 
 def submodules(module: ModuleType) -> list[ModuleType]:
-    """What of a package has been imported; nothing for a plain module."""
+    """The imported submodules of a package; none of a plain module."""
     return [each for name, each in list(sys.modules.items())
             if name.startswith(f"{module.__name__}.")]

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -18,14 +19,14 @@ from domainbed_kd.algorithms import composed
 from domainbed_kd.plugin import held_out, sightings
 from domainbed_kd.plugin.dialects import Dialect, dialect_of, scope_of
 
-#: What a fork is given.
+#: The methods that a fork is given.
 METHODS = ("KD", "KDDG", "SCMD", "RISE", "MosaicKD", "FourDs", "VL2VADiP", "VL2VSD", "WAKD", "LFME",
            "CLIPood", "XDED", "SWAD", "CLIP", "CLIPLinearProbe")
 ADDED = "added"
 
 
 def teach(module: ModuleType) -> dict[str, str]:
-    """Adds our methods to a fork's `domainbed.algorithms`; {method: what became of it}.
+    """Adds our methods to a fork's `domainbed.algorithms`; returns {method: what became of it}.
 
     Raises:
         ValueError: if the fork's dialect is unknown.
@@ -50,8 +51,15 @@ def teach(module: ModuleType) -> dict[str, str]:
     return found
 
 
+def teach_and_say(module: ModuleType) -> None:
+    """Adds our methods, and names on stderr those of which the fork has its own."""
+    if kept := [name for name, fate in teach(module).items() if fate != ADDED]:
+        print(f"domainbed_kd: this fork has {', '.join(kept)} of its own; it is kept.",
+              file=sys.stderr)
+
+
 def teach_hparams(registry: ModuleType) -> None:
-    """Adds our methods' hparams to a fork's `domainbed.hparams_registry`; its draws do not move."""
+    """Adds our methods' hparams to a fork's `domainbed.hparams_registry`; its draws stay."""
     def is_ours(name):
         if algorithms.canonical_name(name) not in METHODS:
             return False
@@ -75,7 +83,7 @@ def teach_hparams(registry: ModuleType) -> None:
 
 
 def is_guest(cls) -> bool:
-    """Whether a class of a fork's is one of ours."""
+    """Whether a class in a fork is one of ours."""
     return isinstance(cls, type) and issubclass(cls, Guest)
 
 
@@ -86,7 +94,7 @@ def _guest(name: str, module: ModuleType, dialect: Dialect) -> type:
         return self._update(list(zip(x, y)))
 
     def update(self, minibatches, unlabeled=None, step=None):
-        """One step; steps are counted here, whatever the fork passes."""
+        """One step. Steps are counted here, whatever the fork passes."""
         return self._update(minibatches, unlabeled)
 
     # Its module is the fork's, so that pickle finds it there.
@@ -99,7 +107,7 @@ def _guest(name: str, module: ModuleType, dialect: Dialect) -> type:
 class Guest:
     """One of our algorithms, its `core`, as its fork's loops call it.
 
-    Mixed into the fork's Algorithm, by subclasses that name the `method`, the fork's `dialect`
+    Subclasses inherit from the fork's Algorithm too, and name the `method`, the fork's `dialect`
     and its `package`.
 
     Raises:
@@ -124,7 +132,7 @@ class Guest:
         with borrowed_featurizer(theirs, input_shape, hparams):
             self.core = cls(input_shape, num_classes, num_domains, known)
         if "clip_backbone" in known:
-            # A process that loads the checkpoint has no dataset to read them off.
+            # A process that loads the checkpoint has no dataset to read them from.
             for name in ("class_names", "domain_names"):
                 if name in known:
                     hparams[name] = known[name]
@@ -136,8 +144,8 @@ class Guest:
         return self.core.network
 
     def __setattr__(self, name, value):
-        # T3A wraps the network of every algorithm into DataParallel. Our methods reach into
-        # theirs, so it stays as it is, as do the names of its weights.
+        # T3A wraps the network of every algorithm in DataParallel. Our methods use parts of their
+        # network, so it stays as it is, and so do the names of its weights.
         if name != "network" or getattr(value, "module", None) is not self.network:
             super().__setattr__(name, value)
 
@@ -174,7 +182,7 @@ class Guest:
         return copy.deepcopy(self)
 
     def get_forward_model(self):
-        """A copy of what predicts in eval mode, without what only training needs."""
+        """A copy of the network that predicts, without what only training needs."""
         averages = hasattr(self.core, "average") and self.core.hparams.get("scmd_sma", True)
         return copy.deepcopy((self.core.average if averages else self.core).network)
 
@@ -186,7 +194,7 @@ class Guest:
         return left is not None and int(left) == 0 and bool(self._teacher())
 
     def state_dict(self, *args, **kwargs):
-        """The student; a teacher that it warmed up is left out once it has done its work."""
+        """The student's state; a teacher that it trained is left out once it is not needed."""
         state = super().state_dict(*args, **kwargs)
         if self._warmed_up():
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
@@ -195,7 +203,7 @@ class Guest:
         return state
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """Takes a state with or without the teacher."""
+        """Loads a state with or without the teacher."""
         own = super().state_dict()
         absent = {key: own[key] for key in self._teacher() if key not in state_dict}
         return super().load_state_dict({**state_dict, **absent}, *args, **kwargs)
@@ -210,7 +218,7 @@ class Guest:
 
 
 def context(method: str, hparams, num_classes: int, num_domains: int) -> dict:
-    """The hparams of our algorithm: defaults, what the process knows of the data, the fork's.
+    """The hparams of our algorithm: defaults, then facts on the data, then the fork's own.
 
     Raises:
         ValueError: if one of them asks for what only our own training loop can do.
@@ -220,7 +228,7 @@ def context(method: str, hparams, num_classes: int, num_domains: int) -> dict:
     known = {"total_steps": sightings.total_steps(), "dataset": seen.name,
              "test_envs": seen.test_envs, "class_names": seen.class_names(num_classes),
              "domain_names": seen.domain_names(num_domains)}
-    # SCMD's datasets write them there, the test domain's among them.
+    # SCMD's datasets write the names of all domains there, including the test domain's.
     if len(given.get("domain_names") or ()) != num_domains:
         given.pop("domain_names", None)
     if given.get("canonical_view"):
@@ -235,7 +243,7 @@ def context(method: str, hparams, num_classes: int, num_domains: int) -> dict:
 
 @contextlib.contextmanager
 def borrowed_featurizer(theirs: ModuleType, input_shape, hparams) -> Iterator[None]:
-    """Inside, our algorithms build the fork's Featurizer, so that all rows share a backbone."""
+    """Has our algorithms build the fork's Featurizer, so that all rows share a backbone."""
     def Featurizer(shape, _):
         if tuple(shape) != tuple(input_shape):
             return original(shape, _)
@@ -250,19 +258,19 @@ def borrowed_featurizer(theirs: ModuleType, input_shape, hparams) -> Iterator[No
 
 @torch.no_grad()
 def _with_stages(featurizer: nn.Module, input_shape) -> nn.Module:
-    """The featurizer, cut into stages as ours of the same architecture are, if it is one."""
+    """The featurizer; one of an architecture that we have is cut into stages as ours are."""
     if hasattr(featurizer, "stages"):
         return featurizer
     x = torch.linspace(-1, 1, 2 * torch.Size(input_shape).numel()).view(2, *input_shape)
     mode, own = featurizer.training, type(featurizer)
-    featurizer.eval()  # a statement: the train() of many forks returns None
+    featurizer.eval()  # on a line of its own, as it returns None in many forks
     expected = featurizer(x)
     if isinstance(expected, Tensor):  # MIRO's may return the maps too
         for cls in (networks.ResNet, networks.WideResNet, networks.MNIST_CNN):
             methods = {"stages": cls.stages, "pool": cls.pool, "__module__": own.__module__}
             if not hasattr(featurizer, "activation"):  # as in older forks
                 methods["activation"] = nn.Identity()
-            # A class of its own, since methods bound to an instance would follow its copies.
+            # A class of its own: methods bound to this instance would stay bound to it in copies.
             featurizer.__class__ = type(own.__name__, (own,), methods)
             with contextlib.suppress(AttributeError):  # another architecture
                 found = x

@@ -1,4 +1,4 @@
-"""SWAD in a fork's own loop: its validation on the images that the fork holds out."""
+"""SWAD in a fork's own loop, validated on the images that the fork holds out."""
 
 import contextlib
 import random
@@ -14,9 +14,10 @@ from domainbed_kd.plugin import sightings
 
 
 def end_step(core: Algorithm, method: str, num_domains: int, step: int) -> None:
-    """What our training loop does for SWAD after an update, the `step`-th from 0.
+    """Does what our training loop does for SWAD after an update, the `step`-th from 0.
 
-    The images are augmented, as the fork's own validation images are. No random stream moves.
+    The images are augmented, as the fork's own validation images are. Random streams stay as they
+    were.
 
     Raises:
         ValueError: if the fork's split, or its number of steps, was not seen.
@@ -25,8 +26,8 @@ def end_step(core: Algorithm, method: str, num_domains: int, step: int) -> None:
     splits = seen.splits(num_domains)
     if splits is None or n_steps is None:
         what = "which images this fork holds out" if splits is None else "the number of steps"
-        raise ValueError(f"{method}: SWAD needs to know {what}, and the plug-in did not see it. "
-                         "Use \"averaging\": \"sma\", or our `train`.")
+        raise ValueError(f"{method}: SWAD needs to know {what}, and the plug-in could not find "
+                         "out. Use \"averaging\": \"sma\", or our `train`.")
     device = next(core.network.parameters()).device
     workers = getattr(seen.dataset, "N_WORKERS", 0)
 
@@ -54,7 +55,7 @@ def end_step(core: Algorithm, method: str, num_domains: int, step: int) -> None:
 
 @contextlib.contextmanager
 def _streams_kept() -> Iterator[None]:
-    """As `forked_rng`, and Python's and NumPy's streams too, from which old augmentations draw."""
+    """As `forked_rng`, for Python's and NumPy's streams too, from which old augmentations draw."""
     states = random.getstate(), np.random.get_state()
     with forked_rng():
         yield

@@ -1,6 +1,6 @@
-"""What keeps a fork from running under the libraries at hand, and what to do about it.
+"""What keeps a fork from running with the installed libraries, and what to do about it.
 
-Old forks have old habits. The plug-in names them; it patches nothing.
+The plug-in only names such obstacles; it patches nothing.
 """
 
 import ast
@@ -8,7 +8,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-# Modules that forks import, where the package to install has another name.
+# {module that forks import: the package to install}, where the names differ.
 PACKAGES = {
     "backpack": "backpack-for-pytorch", "clip": "git+https://github.com/openai/CLIP.git",
     "cv2": "opencv-python-headless", "focal_loss": "focal-loss-torch",
@@ -17,7 +17,7 @@ NUMPY_NAMES = ("int", "float", "bool", "object")
 
 
 def describe(error: Exception) -> str:
-    """One line on why a fork's modules do not import, and the way out where it is known."""
+    """One line on why a fork's modules do not import, and what to do if that is known."""
     reason = " ".join(str(error).split())
     text = f"its domainbed.algorithms does not import: {type(error).__name__}: {reason}."
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -25,12 +25,12 @@ def describe(error: Exception) -> str:
             return f"{reason}. Expected a folder that holds the package domainbed."
         name = error.name.split(".")[0]
         return f"{text} Try `pip install {PACKAGES.get(name, name)}`."
-    return (f"{text} It fails so without us too: see `python -c \"import domainbed.algorithms\"` "
-            "in the fork's folder.")
+    return (f"{text} It fails without this package too: try `python -c \"import "
+            "domainbed.algorithms\"` in the fork's folder.")
 
 
 def found(package: Path) -> list[str]:
-    """Lines on the old habits in a fork's sources that today's libraries do not support.
+    """Lines on what a fork's sources use that the installed libraries lack.
 
     Args:
         package: the fork's folder `domainbed`.
@@ -46,7 +46,7 @@ def found(package: Path) -> list[str]:
 
     gone = [name for name in NUMPY_NAMES if name not in vars(np)]
     if gone and (where := _first(sources, rf"\bnp\.({'|'.join(gone)})\b")):
-        lines.append(f"{where}: NumPy {np.__version__} has no such name: write the builtin's, or "
+        lines.append(f"{where}: NumPy {np.__version__} has no such name: use the builtin, or "
                      "pip install 'numpy<1.24'")
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6) and (
             where := _first(sources, r"torch\.load\((?!.*weights_only)")):
@@ -56,9 +56,9 @@ def found(package: Path) -> list[str]:
 
 
 def _sources(package: Path) -> tuple[dict[Path, str], set[str]]:
-    """{file: text} of what training and sweeping import of a fork, and all that these import.
+    """{file: text} of the fork's modules that train and sweep import, and names from elsewhere.
 
-    Imports within functions and `try` are left out: they may not be needed.
+    Imports inside functions and `try` are left out, as they may not be needed.
     """
     todo = [package / name for name in (
         "algorithms", "datasets", "hparams_registry", "scripts/train", "scripts/sweep", "trainer")]
@@ -78,7 +78,7 @@ def _sources(package: Path) -> tuple[dict[Path, str], set[str]]:
 
 
 def _imports(text: str, path: Path, package: Path) -> list[list[str]]:
-    """The parts of each absolute name that a file imports at once."""
+    """The parts of each absolute name that a file imports at its top level."""
     try:
         body = ast.parse(text).body
     except SyntaxError:

@@ -1,4 +1,4 @@
-"""What a fork's process knows of its data, and does not tell its algorithms."""
+"""What a fork's process knows about its data but does not tell its algorithms."""
 
 import argparse
 import contextlib
@@ -50,7 +50,7 @@ class Seen(NamedTuple):
         return words if len(words) == num_domains else None
 
     def splits(self, num_domains: int) -> list[tuple] | None:
-        """(held-out images, the others) of each training domain, or None if they were not seen."""
+        """(held-out images, the others) of each training domain; None if they were not seen."""
         if self.dataset is None or self.test_envs is None:
             return None
         found = [next((parts for whole, parts in _splits if whole is domain), None)
@@ -86,7 +86,7 @@ def watch_datasets(module: ModuleType) -> None:
 
 
 def watch_splits(module: ModuleType) -> None:
-    """Notes what `split_dataset` of a fork's `domainbed.lib.misc` holds out, if it is there."""
+    """Notes what `split_dataset` of a fork's `domainbed.lib.misc`, if there, holds out."""
     if not inspect.isfunction(split := getattr(module, "split_dataset", None)):
         return
 
@@ -130,7 +130,7 @@ def _environments(test_envs) -> list[int]:
 
 
 def total_steps() -> int | None:
-    """The length of the run: its command line's, else its dataset's."""
+    """The steps of the run, by its command line or else by its dataset."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--steps", nargs="?")
     given = parser.parse_known_args(sys.argv[1:])[0].steps or ""

@@ -1,8 +1,8 @@
-"""A fork tried out: its own scripts with our methods, and its methods here, on few images.
+"""Tries a fork out: its own scripts with our methods, and its methods here, on few images.
 
-All runs happen in a copy of the checkout, so that nothing in it changes. They take two or four
-steps of two images, with a ResNet-18 of random weights: what is tried is the bridge. Where a fork
-insists on a GPU and none is there, "cuda" means the CPU.
+All runs happen in a copy of the checkout, which itself does not change. They take two or four steps
+of two images, with a ResNet-18 of random weights, as only the bridge is tried. Where a fork insists
+on a GPU and there is none, "cuda" means the CPU.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ from domainbed_kd.plugin import guests
 OWN_SCRIPT = "domainbed.scripts.train"
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
-#: Of our methods' hparams, so that two steps are enough and nothing is downloaded.
+#: Hparams of our methods with which two steps are enough and nothing is downloaded.
 SMALL = {"resnet18": True, "resnet50_augmix": False, "batch_size": 2, "clip_backbone": "tiny",
          "mosaic_kd_steps": 1, "mosaic_width": 4, "mosaic_batch": 2}
 AVERAGED = {"averaging": "sma", "sma_start": 1, "teacher_steps": 0}
-#: Seconds after which a fork's process is given up.
+#: Seconds after which a fork's process is stopped.
 PATIENCE = 1800
 
 
@@ -32,8 +32,8 @@ class Trial:
 
     Attributes:
         results: {(kind, name): "" or what went wrong}, in the order in which it was tried.
-        kept: the names of ours that the fork has methods of its own for; they are not tried.
-        takes_xy: whether the fork is of SWAD's kind.
+        kept: names of our methods that the fork uses for its own; these are not tried.
+        takes_xy: whether the fork is like SWAD's.
     """
 
     def __init__(self, fork: Path, folder: Path, data: Path | None = None):
@@ -71,7 +71,7 @@ class Trial:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "MKL_NUM_THREADS": "1", "DOMAINBED_KD_THREADS": "1"}
         try:
-            process = subprocess.run(  # "y", as a fork's sweep asks whether it shall begin
+            process = subprocess.run(  # "y", as a fork's sweep asks for confirmation
                 [*start, *words], cwd=self.copy, capture_output=True, text=True, input="y\n",
                 env=environment, timeout=PATIENCE)
         except subprocess.TimeoutExpired:
@@ -81,7 +81,7 @@ class Trial:
         return process
 
     def _child(self, kind: str, plugged: bool = True, **jobs) -> None:
-        """Runs jobs in one process and keeps what became of each."""
+        """Runs jobs in one process and keeps the outcome of each."""
         file = self.folder / f"{kind}.json"
         file.write_text(json.dumps({**jobs, "without_gpu": self.takes_xy}))
         process = self.python(str(Path(__file__).parent / "_child.py"), str(file), plugged=plugged)
@@ -99,14 +99,14 @@ class Trial:
                   "--data_dir", str(self.folder / "data"), "--steps", "2"]
         if not self.takes_xy:
             return [OWN_SCRIPT, *shared, "--hparams", json.dumps(values), "--output_dir", output]
-        # Its command line takes no hparams that its registry lacks; a file does.
+        # Hparams that its registry lacks are taken from a file only.
         more = self.folder / f"{Path(output).name}.yaml"
         more.write_text(json.dumps(values))
         return ["train_all.py", Path(output).name, "config.yaml", str(more), *shared,
                 "--checkpoint_freq", "2", "--model_save", "1"]
 
     def doctor(self) -> str:
-        """What the doctor says; notes which methods of the fork's own are kept."""
+        """What the doctor prints; notes which of the fork's own methods are kept."""
         process = self.python("-m", "domainbed_kd.plugin", "doctor", plugged=False)
         self.results["doctor", "doctor"] = "" if process.returncode == 0 else (
             process.stdout.strip().splitlines() or ["it printed nothing"])[-1]
@@ -125,7 +125,7 @@ class Trial:
         self._child(dataset, runs=runs)
 
     def reload(self, dataset: str) -> None:
-        """Rebuilds in a new process what was trained, and compares the predictions."""
+        """Rebuilds the trained models in a new process, and compares their predictions."""
         names = [name for kind, name in self.results
                  if kind == dataset and not self.results[kind, name] and "+" not in name]
         folders = {path.parent for path in self.copy.rglob("*.predictions")}
@@ -135,7 +135,7 @@ class Trial:
             default=f"trial/{dataset}_{name}")) for name in names})
 
     def compare_erm(self, dataset: str) -> None:
-        """Whether ERM has the same weights with and without us."""
+        """Whether ERM ends in the same weights with and without the plug-in."""
         label = "without us"
         self._child("ERM", plugged=False, runs={
             label: self.command("ERM", dataset, f"trial/{dataset}_bare")})

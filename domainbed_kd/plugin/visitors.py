@@ -21,9 +21,9 @@ from domainbed_kd.plugin.dialects import Dialect, dialect_of, parameters, scope_
 
 
 def load(folder: str) -> list[str]:
-    """Registers the algorithms of the fork in a folder under their names; returns these.
+    """Registers the algorithms of the fork in a folder; returns their names.
 
-    A name that we have too stays ours.
+    A name that both have stays ours.
 
     Raises:
         ValueError: if the folder holds no fork, one that does not import, one of an unknown
@@ -59,7 +59,7 @@ def _config(folder: Path) -> dict:
     import yaml
 
     values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    # What the fork's loop does with its checkpoints, ours does not do.
+    # These are for the fork's own loop, which averages checkpoints.
     return {name: value for name, value in values.items() if not name.startswith("swad")}
 
 
@@ -71,14 +71,14 @@ def _visitor(cls: type, registry: ModuleType, dialect: Dialect, config: dict) ->
                  registry.random_hparams(cls.__name__, dataset, seed))
         drawn = {name: value.item() if isinstance(value, np.generic) else value
                  for name, value in drawn.items()}
-        # What our loop and datasets read, and forks may lack, as DomainBed has it.
+        # Our loop and datasets read these; where a fork lacks them, they are DomainBed's.
         return {"class_balanced": False, "data_augmentation": True, **drawn, **config}
 
     return type(cls.__name__, (Visitor,), {
         "theirs": cls, "dialect": dialect, "all_hparams": staticmethod(all_hparams)})
 
 
-class _Hparams(dict):
+class Hparams(dict):
     """Hparams that are attributes too, as SWAD's code reads them."""
 
     def __getattr__(self, name):
@@ -107,17 +107,17 @@ class Visitor(Algorithm):
         more = {name: value for name, value in more.items() if {name, "kwargs"} & {*known}}
         with self._needing_no_gpu():
             self.inner = self.theirs(
-                input_shape, num_classes, num_domains, _Hparams(hparams), **more)
+                input_shape, num_classes, num_domains, Hparams(hparams), **more)
         self.count_updates()
         self.optimizers = checkpoints.optimizers(self.inner)
 
     @property
     def network(self):
-        """What the fork's algorithm calls so."""
+        """The attribute of that name of the fork's algorithm."""
         return self.inner.network
 
     def update(self, minibatches, unlabeled=None):
-        """One step, in the fork's dialect; its values as floats."""
+        """One step, in the fork's dialect; returns its values as floats."""
         step = int(self.update_count)
         self.update_count += 1
         takes = parameters(self.inner.update)
@@ -150,7 +150,7 @@ class Visitor(Algorithm):
         return logits[""] if isinstance(logits, dict) else logits
 
     def get_extra_state(self):
-        """Counters that the fork's algorithm keeps as plain numbers."""
+        """The plain numbers that the fork's algorithm keeps, such as counters."""
         return {name: value for name, value in vars(self.inner).items()
                 if isinstance(value, (bool, int, float)) and name != "training"}
 

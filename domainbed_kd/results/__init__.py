@@ -1,7 +1,7 @@
 """From runs' folders to numbers to pages: records, model selection, tables, notes, plots.
 
-`to_frame` gives every record as a pandas DataFrame, `load_logits` the predictions that a run
-kept; see docs/analysis.md.
+`to_frame` gives all records as a pandas DataFrame, `load_logits` the predictions that a run kept;
+see docs/analysis.md.
 """
 
 from typing import TYPE_CHECKING

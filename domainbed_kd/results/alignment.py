@@ -2,16 +2,15 @@
 
 Teterwak et al., "Is Large-scale Pretraining the Secret to Good Domain Generalization?", ICLR 2025,
 https://arxiv.org/abs/2412.02856: an image's alignment is the cosine of CLIP's embeddings of the
-image and of a sentence with its class. They call images from 0.21 on in-pretraining and those
-below out-of-pretraining, and leave out those below 0.15, which are often mislabelled, and above
-0.40, which often show their class as text (read in the reviews of the submission, which quote it).
-The thresholds belong to their CLIP, OpenCLIP's ViT-B/16. Where less than half of the images
-lie between these bounds, as another CLIP's cosines are larger, the split is at the median. All
-shares are over the test images of all runs of a row together.
+image and of a sentence with its class. Images from 0.21 up are called in-pretraining, those below
+out-of-pretraining. Images below 0.15, which are often mislabelled, and above 0.40, which often show
+their class as text, are left out (read in the reviews of the submission, which quote it). These
+thresholds are for their CLIP, OpenCLIP's ViT-B/16. If less than half of the images lie between the
+bounds, as with a CLIP whose cosines are larger, the split is at the median. All shares are over the
+test images of all runs of a row together.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +25,9 @@ from domainbed_kd.results import logits, tables
 from domainbed_kd.results.formats import Strings
 
 LOWEST, SPLIT, HIGHEST = 0.15, 0.21, 0.40
-# Others to try: the nearest on both sides.
+# The second table also has the nearest thresholds on both sides.
 _SPLITS = (0.19, SPLIT, 0.23)
-# The cosines up to the highest, and all.
+# Upper bounds, not included: of the cosines up to the highest, and of all.
 _ABOVE, _ANY = np.nextafter(np.float32(HIGHEST), np.float32(1)), 2.0
 SENTENCE = "a photo of a {}"
 FOLDER = "alignment"
@@ -52,7 +51,7 @@ class Images(NamedTuple):
     clip_right: np.ndarray
 
     def accuracy(self, low: float, high: float) -> str:
-        """The row's on the images with a cosine from `low` up to, but not including, `high`."""
+        """The row's accuracy on images with a cosine from `low` up to `high`, not included."""
         return percent(self.right[(low <= self.cosine) & (self.cosine < high)])
 
 
@@ -79,7 +78,7 @@ def scores(dataset: str, data_dir: str | None, env: int, backbone: str) -> Score
 
 
 def kept_scores(folder: Path, *what) -> Scores:
-    """`scores`, read from `folder`, or computed and left there."""
+    """As `scores`; reads them from `folder`, or computes them and writes them there."""
     name = re.sub(r"[^\w.-]", "_", " ".join(map(str, (what[0], *what[2:]))))
     path = folder / f"{name}.npz"
     try:
@@ -109,26 +108,23 @@ def percent(right: np.ndarray) -> str:
 def of_sweep(input_dir: str | Path, found: list[Curve], backbone: str = "") -> list[Strings]:
     """The tables on each dataset, of those runs that kept their logits.
 
-    CLIP's scores are kept in the sweep's folder. Without a `backbone`, most runs' is taken.
+    CLIP's scores are kept in the sweep's folder. `backbone` is by default that of most runs.
     """
-    chosen, n_without = logits.chosen(input_dir, found)
-    by_dataset = defaultdict(lambda: defaultdict(list))
-    for run in chosen:
-        by_dataset[run.dataset][run.algorithm].append(run)
+    chosen, left_out = logits.chosen(input_dir, found)
     made = []
-    for dataset, rows in by_dataset.items():
+    for dataset, rows in chosen.items():
         name = backbone or _backbone(dataset, found)
         some = next(iter(rows.values()))[0]
         envs = {run.env for row in rows.values() for run in row}
         kept = {env: kept_scores(Path(input_dir, FOLDER), dataset, some.args["data_dir"], env, name)
                 for env in sorted(envs)}
-        made += _tables(dataset, name, n_without, {
+        made += _tables(dataset, name, left_out, {
             row: images(rows[row], kept) for row in tables.row_order(rows)})
     return made
 
 
 def _backbone(dataset: str, found: list[Curve]) -> str:
-    """The CLIP that most runs on a dataset name; without one, that of the row CLIP."""
+    """The CLIP that most runs on a dataset name; if none does, that of the algorithm CLIP."""
     named = [curve.hparams["clip_backbone"] for curve in found
              if curve.args["dataset"] == dataset
              and isinstance(curve.hparams.get("clip_backbone"), str)]
@@ -136,7 +132,7 @@ def _backbone(dataset: str, found: list[Curve]) -> str:
             else datasets.facts(dataset).CLIP_BACKBONE or "ViT-B-16")
 
 
-def _tables(dataset: str, backbone: str, n_without: int, rows: dict[str, Images]) -> list[Strings]:
+def _tables(dataset: str, backbone: str, left_out: str, rows: dict[str, Images]) -> list[Strings]:
     every = Images(*map(np.concatenate, zip(*rows.values())))
     median = float(np.median(every.cosine))
     published = [(f"{split:.2f}", LOWEST, split, _ABOVE) for split in _SPLITS]
@@ -150,7 +146,6 @@ def _tables(dataset: str, backbone: str, n_without: int, rows: dict[str, Images]
         display_name(name), str(len(row.right)), percent(row.right), row.accuracy(split, high),
         row.accuracy(low, split), _against(reference, row, True), _against(reference, row, False),
         percent(~row.clip_right[~row.right])] for name, row in rows.items()]
-    without = f" {n_without} selected runs kept no logits and are left out." if n_without else ""
     return [
         Strings(
             f"Alignment with CLIP {backbone}, {dataset}",
@@ -160,8 +155,8 @@ def _tables(dataset: str, backbone: str, n_without: int, rows: dict[str, Images]
             [["Algorithm", "images", "all", "known", "unknown", "CLIP right", "CLIP wrong",
               "errors shared"], *body],
             "Accuracies in percent on the images of each kind"
-            + (", in brackets less ERM's" if reference else "")
-            + "; errors shared: of the row's errors, those on which CLIP errs too." + without),
+            + (", in brackets the gain over ERM" if reference else "")
+            + "; errors shared: the share of the row's errors on which CLIP errs too." + left_out),
         Strings(
             f"Known / unknown by where they are split, {dataset}", "",
             [["Algorithm", *(label for label, *_ in splits)], *([
@@ -173,7 +168,7 @@ def _tables(dataset: str, backbone: str, n_without: int, rows: dict[str, Images]
 
 
 def _against(reference: Images | None, row: Images, clip_is_right: bool) -> str:
-    """The accuracy where CLIP is right, or wrong, with the gain over ERM in brackets."""
+    """The accuracy where CLIP is right, or where it is wrong; in brackets the gain over ERM."""
     own = row.right[row.clip_right == clip_is_right]
     if reference is None or reference is row or not len(own):
         return percent(own)

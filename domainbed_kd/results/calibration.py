@@ -2,11 +2,10 @@
 
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
 https://arxiv.org/abs/1706.04599: the expected calibration error, before and after logits are
-divided by the temperature that fits validation images best. Here those are the training domains'
-out-splits, as nobody has images of the test domain.
+divided by the temperature that fits validation images best. Here these are the training domains'
+out-splits, as images of the test domain are not available.
 """
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,14 @@ from domainbed_kd.folder.curves import Curve
 from domainbed_kd.results import logits, tables
 from domainbed_kd.results.formats import Strings
 
-# Temperatures are searched from its inverse up to it.
+# The highest temperature in the search; the lowest is its inverse.
 _HOTTEST = 1e3
 
 
 def temperature(values: np.ndarray, labels: np.ndarray) -> float:
     """The temperature in [0.001, 1000] at which logits (N, C) fit labels (N,) best.
 
-    That is where the cross-entropy is least, in which the inverse of the temperature is convex.
+    There the cross-entropy is least; it is convex in the inverse of the temperature.
     """
     values = values.astype(np.float64)
     true = values[np.arange(len(labels)), labels]
@@ -59,22 +58,18 @@ def of_run(run: logits.Chosen) -> tuple[float, float, float]:
 
 
 def of_sweep(input_dir: str | Path, found: list[Curve]) -> list[Strings]:
-    """The table on each dataset: means over the runs with kept logits that are selected."""
-    chosen, n_without = logits.chosen(input_dir, found)
-    by_dataset = defaultdict(lambda: defaultdict(list))
-    for run in chosen:
-        by_dataset[run.dataset][run.algorithm].append(of_run(run))
-    without = f" {n_without} selected runs kept no logits and are left out." if n_without else ""
+    """The table on each dataset: means over the selected runs that kept their logits."""
+    chosen, left_out = logits.chosen(input_dir, found)
     made = []
-    for dataset, rows in by_dataset.items():
+    for dataset, rows in chosen.items():
         body = []
         for name in tables.row_order(rows):
-            before, fitted, after = np.mean(rows[name], axis=0)
+            before, fitted, after = np.mean(list(map(of_run, rows[name])), axis=0)
             body.append([display_name(name), str(len(rows[name])), f"{100 * before:.1f}",
                          f"{fitted:.2f}", f"{100 * after:.1f}"])
         made.append(Strings(
             f"Calibration on domains never seen, {dataset}", "",
             [["Algorithm", "runs", "ECE", "temperature", "ECE scaled"], *body],
             "ECE: expected calibration error in points, 15 bins; scaled by the temperature that "
-            "fits the training domains' validation images best; means over runs." + without))
+            "fits the training domains' validation images best; means over runs." + left_out))
     return made

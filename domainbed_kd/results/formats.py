@@ -1,8 +1,8 @@
 r"""Tables and their remarks as text, LaTeX, Markdown or CSV.
 
 Anybody may have chosen the names, so each format escapes what it would interpret: control
-characters everywhere, commands in LaTeX and Markdown, formulas in CSV. Only DomainBed's own output
-(`upstream`) prints them raw, as DomainBed does.
+characters in all, commands in LaTeX and Markdown, formulas in CSV. Only `upstream` prints them raw,
+as DomainBed does.
 """
 
 import csv
@@ -23,9 +23,9 @@ EXTENSIONS = {"text": "txt", "latex": "tex", "csv": "csv", "markdown": "md"}
 
 def document(style: str, made: dict, compared: dict, grid: Grid, n_records: int,
              remarks: list[str], more: Iterable["Strings"] = ()) -> str:
-    """All tables of a sweep in one of `EXTENSIONS`, with the remarks below, except in csv.
+    """All tables of a sweep in one of the formats, with the remarks below, except in csv.
 
-    `made` and `compared` are the tables and the comparison of each selection method, if any;
+    `made` and `compared` have the tables and the comparison of each selection method, if any;
     `more` are further tables.
     """
     if style == "csv":
@@ -66,7 +66,7 @@ def upstream(made: dict, n_records: int, style: str) -> str:
 
 
 def printable(name: str) -> str:
-    r"""The name in one line, with control characters as escapes such as \n."""
+    r"""The name on one line, with control characters as escapes such as \n."""
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
@@ -79,7 +79,7 @@ def _rows(table: Table, name: Callable[[str], str], label: Callable[[str], str],
             *([name(algorithm), *map(cell, row)] for algorithm, row in table.rows.items())]
 
 
-# Text. DomainBed's own differs in that it cuts cells and has no marks.
+# Text. DomainBed's own output cuts cells to width and has no marks.
 
 
 def _title(table: Table) -> str:
@@ -97,7 +97,7 @@ def _width(table: Table) -> int:
 
 
 def upstream_text(table: Table) -> str:
-    """The table as DomainBed prints it, to the byte, an empty line first."""
+    """The table as DomainBed prints it, byte for byte; the first line is empty."""
     width = _width(table)
     rows = _rows(table, str, str, lambda cell: cell.number("+/-"))
     lines = ["  ".join(text.ljust(width)[:width] for text in row) + " " for row in rows]
@@ -105,7 +105,7 @@ def upstream_text(table: Table) -> str:
 
 
 def text(table: Table) -> str:
-    """As DomainBed's, but with whole names and with marks on cells."""
+    """As DomainBed's, but with whole names, and marks on cells."""
     rows = _rows(table, lambda name: printable(display_name(name)), printable,
                  lambda cell: cell.number("+/-") + _marks(cell, "*"))
     below = [printable(table.protocol)] if table.protocol else []
@@ -120,7 +120,7 @@ def _marks(cell: Cell, star: str) -> str:
 
 
 def _columns(rows: list[list[str]], least_width: int) -> list[str]:
-    """Lines in which cells are aligned, two spaces apart."""
+    """Lines with aligned cells, two spaces apart."""
     widths = [max(least_width, *map(len, column)) for column in zip(*rows)]
     return ["  ".join(map(str.ljust, row, widths)) + " " for row in rows]
 
@@ -134,7 +134,7 @@ _ESCAPES = str.maketrans({
 
 
 def escape_latex(name: str) -> str:
-    """A name that LaTeX prints as it is; two hyphens stay two, instead of an en dash."""
+    """The name so that LaTeX prints it as it is; two hyphens do not become an en dash."""
     return re.sub("-(?=-)", "-{}", printable(name).translate(_ESCAPES))
 
 
@@ -161,7 +161,7 @@ def _latex(rows: list[list[str]], title: str, after: Iterable[str] = ()) -> str:
 
 
 def upstream_latex(table: Table) -> str:
-    """The table as DomainBed writes it, to the byte: long labels lose their brace."""
+    """The table as DomainBed writes it, byte for byte: long labels lose their closing brace."""
     width = _width(table)
     rows = _rows(table, str, lambda name: rf"\textbf{{{name}}}".replace("%", r"\%"),
                  lambda cell: cell.number(r"$\pm$"))
@@ -258,10 +258,10 @@ def strings(style: str, of: Strings) -> str:
 
 
 def as_csv(made: Iterable[Table]) -> str:
-    """One line per cell that has a number or should; numbers in percent, unrounded.
+    """One line for each cell that has or should have a number, in percent and unrounded.
 
-    Text that a spreadsheet would take for a formula, as it begins with = + - or @, has an
-    apostrophe before it.
+    Text that begins with = + - or @ gets an apostrophe in front, as a spreadsheet would take it
+    for a formula.
     """
     def quoted(name):
         name = printable(name)

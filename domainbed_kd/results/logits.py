@@ -1,6 +1,6 @@
-"""Runs for analysis without further training: all records as a table, and kept logits.
+"""What runs leave for analysis: all their records as a table, and the logits that they kept.
 
-`to_frame` reads every recorded value. `train --save_logits` keeps, at each checkpoint, predictions
+`to_frame` reads every recorded value. At each checkpoint, `train --save_logits` keeps predictions
 on the `out` split of every domain and the `in` split of the test domains. See docs/analysis.md.
 """
 
@@ -9,6 +9,7 @@ import os
 import re
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,31 +26,32 @@ if TYPE_CHECKING:
 class Predictions(NamedTuple):
     """A predictor's outputs on a split, in the order of `index`."""
 
-    #: (N, C) float32, the largest of each row 0; of two classes with a single logit, C is 2.
+    #: (N, C) float32, with a largest value of 0 in each row; C is 2 also for a single logit.
     logits: np.ndarray
     #: (N,) the true classes.
     labels: np.ndarray
-    #: (N,) each image's number in its domain, the same in every run.
+    #: (N,) each image's number in its domain, which is the same in every run.
     index: np.ndarray  # type: ignore[assignment]  # a tuple has a method of that name
 
 
 def to_frame(input_dir: str | Path, skipped: list[str] | None = None) -> "pd.DataFrame":
     """A pandas DataFrame with a row for each record of a run or of a sweep's runs.
 
-    Columns are named as in results.jsonl, with a dot where it nests: `env0_in_acc`, `loss`,
-    `args.algorithm`, `hparams.lr`, `diagnostics.weight_distance`. Added are `run` (the folder's
-    name), `val_acc` (mean over the training domains' out-splits), `test_acc` (mean over the test
-    domains' in-splits) and `selected` (whether training-domain validation chooses this checkpoint
-    of its run); the share of samples that SCMD records under that name is `selected_share`.
-    `args.algorithm` is the table row, such as "MTL (mended)"; see `curves.row`. Lists,
-    such as `args.test_envs`, are tuples, and objects in them are tuples of pairs. What the tables
-    skip is skipped here too: lines that `curves.problem` refuses, and files that cannot be read.
-    So are lines with integers beyond 63 bits or nested too deeply, which tables do not look at.
+    Columns are named as in results.jsonl, with a dot for each level of nesting: `env0_in_acc`,
+    `loss`, `args.algorithm`, `hparams.lr`, `diagnostics.weight_distance`. Four are added: `run`
+    (the folder's name), `val_acc` (mean over the training domains' out-splits), `test_acc` (mean
+    over the test domains' in-splits) and `selected` (whether training-domain validation chooses
+    this checkpoint of its run). SCMD records a share of samples as `selected`; here it is
+    `selected_share`. `args.algorithm` is the table row, such as "MTL (mended)"; see `curves.row`.
+    Lists, such as `args.test_envs`, are tuples, and objects in them are tuples of pairs.
+
+    What the tables skip is skipped here too: lines that `curves.problem` refuses, and files that
+    cannot be read. So are lines with integers beyond 63 bits or nested too deeply.
 
     Args:
-        input_dir: of the run or the sweep.
-        skipped: receives a line on each file that is skipped, or not read completely; without it
-            they go to stderr.
+        input_dir: folder of the run or the sweep.
+        skipped: receives a line on each file that is skipped or not read completely; without it
+            these lines go to stderr.
 
     Raises:
         FileNotFoundError: if neither the folder nor a folder in it holds a results.jsonl.
@@ -68,7 +70,7 @@ def to_frame(input_dir: str | Path, skipped: list[str] | None = None) -> "pd.Dat
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Pairs of a dotted name and a value; what model selection reads comes last, and so wins."""
+    """Pairs of dotted name and value; args come last, so that no other key replaces them."""
     for name, item in sorted(value.items(), key=lambda pair: not prefix and pair[0] == "args"):
         if isinstance(item, dict):
             yield from _flat(item, f"{prefix}{name}.")
@@ -77,7 +79,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object
 
 
 def _frozen(value: object) -> object:
-    """Lists as tuples, at any depth, so that pandas can group by them."""
+    """A value with tuples in place of lists, at any depth, so that pandas can group by it."""
     if isinstance(value, list):
         return tuple(map(_frozen, value))
     return tuple((k, _frozen(v)) for k, v in value.items()) if isinstance(value, dict) else value
@@ -104,14 +106,14 @@ def _with_choice(run: str, records: list[dict[str, Any]]) -> list[dict[str, Any]
 
 # Logits that a run kept.
 
-#: What reading an .npz file from anywhere raises.
+#: What reading an .npz file may raise, whoever wrote it.
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError,
               zipfile.BadZipFile, zlib.error)
 
 
 @contextlib.contextmanager
 def read_arrays(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """The arrays of an .npz file, which must be a regular one; nothing in it is unpickled."""
+    """The arrays of an .npz file, which must be a regular file; nothing in it is unpickled."""
     with files.open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
         yield arrays
 
@@ -152,7 +154,7 @@ def load_logits(run: str | Path, step: int | None = None) -> dict[str, Predictio
 
 
 def records(run: str | Path) -> list[dict[str, Any]]:
-    """A run's records with accuracies counted anew from its logits, for `model_selection`'s rules.
+    """A run's records with accuracies computed from its logits, for `model_selection`'s rules.
 
     They have `step`, `args`, `hparams`, `selection` if there is one, and the accuracies of the
     splits whose logits are kept.
@@ -167,9 +169,6 @@ def records(run: str | Path) -> list[dict[str, Any]]:
 class Chosen(NamedTuple):
     """A run that model selection chose, with its kept predictions at the chosen checkpoint."""
 
-    dataset: str
-    #: The table row; see `curves.row`.
-    algorithm: str
     #: Number of its test domain.
     env: int
     args: dict[str, Any]
@@ -177,12 +176,15 @@ class Chosen(NamedTuple):
     predictions: dict[str, Predictions]
 
 
-def chosen(input_dir: str | Path, found: list[curves.Curve]) -> tuple[list[Chosen], int]:
+def chosen(input_dir: str | Path, found: list[curves.Curve]
+           ) -> tuple[dict[str, dict[str, list[Chosen]]], str]:
     """The selected run of each trial, row and test domain, by training-domain validation.
 
-    Returns those that kept their logits, and the number of those that did not.
+    Returns {dataset: {table row: runs}}, of those that kept their logits, and a sentence on the
+    others, which begins with a space.
     """
-    runs, n_without = [], 0
+    runs: dict[str, dict[str, list[Chosen]]] = defaultdict(lambda: defaultdict(list))
+    n_without = 0
     for (_, dataset, algorithm, env), search in curves.searches(found).items():
         for _, draw in IIDAccuracySelectionMethod.hparams_accs(search)[:1]:
             curve = next(curve for curve in draw if len(curve.args["test_envs"]) != 2)
@@ -193,15 +195,15 @@ def chosen(input_dir: str | Path, found: list[curves.Curve]) -> tuple[list[Chose
             except UNREADABLE:
                 n_without += 1
                 continue
-            runs.append(Chosen(dataset, algorithm, env, curve.args, predictions))
+            runs[dataset][algorithm].append(Chosen(env, curve.args, predictions))
     if not runs:
-        raise ValueError(f"{input_dir}: no run that is selected kept its logits. Train with "
+        raise ValueError(f"{input_dir}: none of the selected runs kept its logits. Train with "
                          "--save_logits.")
-    return runs, n_without
+    return runs, f" {n_without} selected runs kept no logits and are left out." * bool(n_without)
 
 
 def whole_domain(predictions: dict[str, Predictions], env: int) -> Predictions:
-    """Predictions on all kept splits of a domain together, by index."""
+    """Predictions on all kept splits of a domain, sorted by index."""
     parts = [p for name, p in predictions.items() if name.startswith(f"env{env}_")]
     if not parts:
         raise ValueError(f"There are no predictions on domain {env}, but on "
@@ -213,11 +215,10 @@ def whole_domain(predictions: dict[str, Predictions], env: int) -> Predictions:
 def ensemble(members: Iterable[Predictions]) -> Predictions:
     """The mean of the members' probabilities, on the images that all of them have.
 
-    Logits are the mean's logarithms, less the largest.
+    The logits are logarithms of the mean, minus the largest.
 
     Raises:
-        ValueError: if there are no members, they share no image, or they disagree about
-            classes.
+        ValueError: if there are no members, or they do not share images and classes.
     """
     members = list(members)
     if not members:
@@ -230,7 +231,8 @@ def ensemble(members: Iterable[Predictions]) -> Predictions:
     if not len(common) or any(p.logits.shape != picked[0].logits.shape
                               or (p.labels != picked[0].labels).any() for p in picked):
         raise ValueError("These predictions cannot be averaged: they have no image in common, or "
-                         "other classes. Take runs of one dataset, and the same domain of each.")
+                         "different classes. Take runs on one dataset, and the same domain of "
+                         "each.")
     # In double precision, so that very unlikely classes keep their order.
     mean = np.log(np.mean([probabilities(p) for p in picked], axis=0) + np.finfo(float).tiny)
     return Predictions((mean - mean.max(axis=1, keepdims=True)).astype(np.float32),

@@ -11,14 +11,14 @@ from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.results import protocols, tables
 from domainbed_kd.results.records import Folder, Grid, Run
 
-# How many lines say why runs failed.
+# At most so many lines say why runs failed.
 _MOST_FAILURES = 10
 
 
 def lines(grid: Grid, made: dict, input_dir: str, failures: dict[Run, str]) -> list[str]:
-    """The marks of {method: tables}, which runs are absent, and the command that completes them.
+    """What marks in {method: tables} mean, which runs are absent, and the command to complete them.
 
-    Empty for a whole sweep; else the first line is empty. `failures` are of `why_failed`.
+    Empty for a complete sweep; else the first line is empty. `failures` are from `why_failed`.
     """
     cells = [cell for group in made.values() for table in group
              for row in table.rows.values() for cell in row if cell.mean is not None]
@@ -46,14 +46,14 @@ def lines(grid: Grid, made: dict, input_dir: str, failures: dict[Run, str]) -> l
 
 
 def why_failed(folder: Folder, grid: Grid) -> dict[Run, str]:
-    """{run: why it failed}, for runs that did."""
+    """{run: why it failed}, of the runs that failed."""
     reasons = {run: files.failure(f"{folder.path}/{name}")
                for run, name in grid.unfinished().items()}
     return {run: reason.removeprefix("error: ") for run, reason in reasons.items() if reason}
 
 
 def at_work(folder: Folder, grid: Grid) -> str:
-    """A remark if runs of the sweep are being trained right now; else empty."""
+    """A remark if runs of the sweep are in training now; else empty."""
     names = {*grid.unfinished().values(), *folder.without_results}
     paths = [f"{folder.path}/{name}" for name in names]
     n_running = sum(claims.holder(path) is not None for path in paths
@@ -89,7 +89,7 @@ def _describe_settings(grid: Grid) -> list[str]:
 
 
 def _describe_failed(grid: Grid, reasons: dict[Run, str]) -> list[str]:
-    """The failed runs, one line for each reason; a long list is cut."""
+    """The failed runs, grouped by reason; a long list is cut."""
     alike = defaultdict(list)
     for run, reason in reasons.items():
         alike[reason].append(run)
@@ -101,7 +101,7 @@ def _describe_failed(grid: Grid, reasons: dict[Run, str]) -> list[str]:
 
 
 def _describe_absent(grid: Grid, absent: list[Run]) -> list[str]:
-    """The runs in as few lines as their regularity allows."""
+    """The absent runs, in few lines where they form a regular pattern."""
     lacking = defaultdict(lambda: defaultdict(set))  # {(dataset, algorithm): {test envs: seeds}}
     for run in absent:
         lacking[run.dataset, run.algorithm][run.test_envs].add((run.trial_seed, run.hparams_seed))
@@ -122,7 +122,7 @@ def _describe_absent(grid: Grid, absent: list[Run]) -> list[str]:
 
 
 def _describe_seeds(seeds: Iterable[tuple[int, int]]) -> str:
-    """Pairs of trial and hparams seed, as "trials 0-2, hparams 0-19; trial 3, hparams 1"."""
+    """Pairs of trial and hparams seed as "trials 0-2, hparams 0-19; trial 3, hparams 1"."""
     by_trial = defaultdict(set)
     for trial, hparams in seeds:
         by_trial[trial].add(hparams)

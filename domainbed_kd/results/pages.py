@@ -1,6 +1,6 @@
 """The report: a sweep's tables, comparisons and plots as one HTML page.
 
-Its first screen answers which method is best, by how much, and whether that is sure.
+Its first screen says which method is best, by how much, and whether that is certain.
 """
 
 import re
@@ -42,7 +42,7 @@ class Section(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Every other algorithm against one, by `SELECTION`."""
+    """All other algorithms against one, selected by `SELECTION`."""
 
     reference: str
     differences: list[Difference]
@@ -62,9 +62,9 @@ class Answer(NamedTuple):
 
 def compare(found: list[Curve], grid: Grid, reference: str | None, rows: list[str]
             ) -> Comparison | None:
-    """The comparison, if any algorithm has scores; `rows` are the algorithms in order.
+    """The comparison, None if no algorithm has scores; `rows` are the algorithms in order.
 
-    The reference is by default ERM or, without it, the first that has scores.
+    The reference is by default ERM, or the first algorithm with scores if ERM has none.
     """
     scores = significance.by_pair(selection.outcomes(searches(found), grid, SELECTION))
     scores = {name: scores[name] for name in rows if name in scores}
@@ -78,7 +78,7 @@ def compare(found: list[Curve], grid: Grid, reference: str | None, rows: list[st
 
 
 def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) -> Answer | None:
-    """The first screen, by the tables of `SELECTION`; None without a number."""
+    """The first screen, from the tables of `SELECTION`; None if these have no number."""
     with_data = [table for table in made if table.dataset and table.has_data]
     table = with_data[0] if len(with_data) == 1 else made[-1]
     cells = {name: row[-1] for name, row in table.rows.items() if row[-1].mean is not None}
@@ -90,8 +90,7 @@ def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) 
     where = " and ".join(t.dataset for t in with_data) if len(with_data) < 3 else (
         f"{len(with_data)} datasets")
     said = (f"{display_name(best)} has the best average {table.metric} on held-out domains of "
-            f"{where}: "
-            f"{cells[best].mean:.1f} %")
+            f"{where}: {cells[best].mean:.1f} %")
     by_name = {d.algorithm: d for d in comparison.differences} if comparison else {}
     if len(cells) == 1 or not by_name:
         sure, verdict = "There is no other method to compare it with.", "open"
@@ -107,7 +106,7 @@ def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) 
     if best not in fair or len(fair) < len(cells) or grid.absent():
         sure += " Preliminary: runs are missing, or were trained by different protocols."
     header = ["Method", "average, %", "points", "95 % interval", "sure?"]
-    # Only the table of averages has standard errors of means over domains.
+    # Only the table of averages has standard errors for means over domains.
     column = made[-1].columns.index(table.dataset) if len(with_data) == 1 else -1
     return Answer(f"{said}.", sure, verdict, [header, *(
         [display_name(name), _average(cells[name], made[-1].rows[name][column]),
@@ -115,7 +114,7 @@ def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) 
 
 
 def _average(cell: tables.Cell, with_error: tables.Cell) -> str:
-    """A mean over domains, with the standard error over trials that the other cell has."""
+    """A mean over domains, with the standard error over trials from the other cell."""
     if with_error.has_error and not cell.incomplete:
         return f"{cell.mean:.1f} ± {with_error.stderr:.1f}"
     return f"{cell.mean:.1f}"
@@ -147,7 +146,7 @@ def _against(difference: Difference | None, name: str, comparison: Comparison | 
 
 
 def facts(grid: Grid, found: list[Curve], n_failed: int) -> str:
-    """The sweep in two sentences."""
+    """What the sweep consists of, in two sentences."""
     names = ", ".join(map(display_name, tables.row_order(grid.algorithms)))
     return (f"{count(len(grid.algorithms), 'algorithm')} ({names}), "
             f"{count(len(grid.trial_seeds), 'trial')}, "
@@ -158,9 +157,9 @@ def facts(grid: Grid, found: list[Curve], n_failed: int) -> str:
 
 
 def groups(made: dict, grid: Grid) -> Iterator[dict]:
-    """The tables of each selection method, or why there are none.
+    """The tables of each selection method, or why it has none.
 
-    With one dataset, the table of averages would repeat the last column of the only other.
+    With a single dataset the table of averages is left out: it would repeat that dataset's.
     """
     for method, group in made.items():
         shown = group[:-1] if len(group) == 2 else group
@@ -169,7 +168,7 @@ def groups(made: dict, grid: Grid) -> Iterator[dict]:
 
 
 def marks(made: dict) -> dict[str, bool | str]:
-    """The marks that the tables have, and what they mean where that varies."""
+    """Which marks the tables have, and what they mean where that varies."""
     cells = [cell for group in made.values() for table in group if table.has_data
              for row in table.rows.values() for cell in row]
     return {"incomplete": any(cell.incomplete for cell in cells),
@@ -180,13 +179,13 @@ def marks(made: dict) -> dict[str, bool | str]:
 
 
 def _capital(metric: str) -> str:
-    """As a sentence begins with it: "Accuracy", "mIoU"."""
+    """The metric as the first word of a sentence: "Accuracy", "mIoU"."""
     return metric.capitalize() if metric.islower() else metric
 
 
 def sections(input_dir: str, found: list[Curve], made: list[tables.Table],
              comparison: Comparison | None) -> Iterator[Section]:
-    """The sections for which there are numbers; `made` are the tables of `SELECTION`."""
+    """The sections that have numbers to show; `made` are the tables of `SELECTION`."""
     looks = plots.Looks(made[0].rows)
     if comparison and comparison.differences:
         ranking = comparison.ranking
@@ -200,7 +199,8 @@ def sections(input_dir: str, found: list[Curve], made: list[tables.Table],
             [plots.critical_difference(ranking, looks)] if ranking else [],
             significance.rows(comparison.differences),
             significance.limits(comparison.differences), significance.describe(ranking))
-    frame = summaries.by_test_env(logits.to_frame(input_dir, skipped=[]))  # `found` named them
+    # What is skipped was named when `found` was read.
+    frame = summaries.by_test_env(logits.to_frame(input_dir, skipped=[]))
     if not frame.empty:
         yield from _with_plots(input_dir, frame, found, made, looks)
 
@@ -244,7 +244,7 @@ def _with_plots(input_dir: str, frame, found: list[Curve], made: list[tables.Tab
             summaries.costs(chosen), "args.dataset", draw_costs)):
         yield Section("cost", f"{_capital(metric)} against training cost",
                       f"{chose}. The time is that of a run's updates, without evaluations and "
-                      "without the training of a teacher that is a run itself.", drawn)
+                      "without training a teacher that is a run of its own.", drawn)
     if drawn := list(_pictures(input_dir, chosen, of, looks)):
         yield Section("pictures", "What the predictions look like",
                       f"{chose}; the first trial's, after its last step. The images are the "
@@ -256,7 +256,7 @@ def _with_plots(input_dir: str, frame, found: list[Curve], made: list[tables.Tab
             "hparams", "What hparams mattered",
             f"Spearman's rank correlation of each drawn hparam with the {metric} on the training "
             f"domains' validation images, over {n_draws} draws or more: +1 if more is always "
-            "better, -1 if less is. Of hparams without effect, one in twenty exceeds "
+            "better, -1 if less is. One in twenty hparams without any effect exceeds "
             f"±{summaries.chance_correlation(n_draws):.2f} by chance.",
             each(effects, "dataset",
                  lambda name, data: plots.hparams(name, data, metric, looks)))
@@ -285,7 +285,7 @@ def _whole_flags(text: str) -> str:
 
 
 def render(title: str, **content) -> str:
-    """The page's HTML; `content` is what else the template names."""
+    """The page's HTML; `content` has the other values that the template uses."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True,

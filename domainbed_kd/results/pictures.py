@@ -1,4 +1,4 @@
-"""Pictures of what a segmentation sweep predicts, drawn from the files that its runs left."""
+"""Pictures of the predictions in a segmentation sweep, drawn from files that its runs left."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from domainbed_kd.folder import files
 from domainbed_kd.results import logits
 from domainbed_kd.results.formats import printable
-from domainbed_kd.results.plots import STYLE, WIDTH, Looks, Plot, finished, label_of, slug
+from domainbed_kd.results.plots import STYLE, WIDTH, Looks, Plot, label_of, ready, slug
 
-MOST_VALUES = 2 ** 24  # pixels of pictures that are read
+MOST_VALUES = 2 ** 24  # pixels; larger files of pictures are not read
 
 
 def read(run: Path, env: int) -> dict[str, np.ndarray] | None:
@@ -36,9 +36,9 @@ def read(run: Path, env: int) -> dict[str, np.ndarray] | None:
 
 @rc_context(STYLE | {"axes.grid": False})
 def draw(dataset: str, domain: str, found: dict[str, dict], looks: Looks) -> Plot:
-    """A row for each image of a held-out domain: it, its labels, and each algorithm's prediction.
+    """A row for each image of a held-out domain: image, labels, each algorithm's prediction.
 
-    `found` is {algorithm: what `read` found}.
+    `found` is {algorithm: what `read` returned}.
     """
     names = looks.ordered(found)
     first = found[names[0]]
@@ -53,7 +53,7 @@ def draw(dataset: str, domain: str, found: dict[str, dict], looks: Looks) -> Plo
         for axis, image in zip(column, images):
             axis.imshow(image, interpolation="nearest")
             axis.set_axis_off()
-    return finished(f"{slug(dataset)}_{slug(domain)}_pictures", f"{dataset}, {printable(domain)}",
+    return ready(f"{slug(dataset)}_{slug(domain)}_pictures", f"{dataset}, {printable(domain)}",
                  f"{n} images of {printable(domain)} with their labels and the predictions of "
                  f"{', '.join(map(label_of, same))}.", figure)
 
@@ -61,7 +61,7 @@ def draw(dataset: str, domain: str, found: dict[str, dict], looks: Looks) -> Plo
 def _painted(masks: np.ndarray) -> np.ndarray:
     """Masks (n, H, W) in colours (n, H, W, 3): class 0 dark, ignored pixels white."""
     colours = np.full((256, 3), 255, np.uint8)
-    hues = (np.arange(255) * 0.618034) % 1  # neighbours in number are far apart in hue
+    hues = (np.arange(255) * 0.618034) % 1  # neighbouring classes get hues that are far apart
     lightness = np.array([0.95, 0.6])[np.arange(255) // 8 % 2]
     colours[:255] = 255 * hsv_to_rgb(np.stack([hues, np.full(255, 0.75), lightness], axis=1))
     colours[0] = 30

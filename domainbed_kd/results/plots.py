@@ -1,7 +1,7 @@
 """A sweep's plots, drawn with matplotlib from `tables.Table`s and from `summaries`.
 
-All are 4.6 inches wide, so that their text stays legible on a phone. An algorithm has the same
-colour, marker and line in each. Names are drawn as they are: a `$` starts no formula.
+All are 4.6 inches wide, so that their text is legible on a phone. An algorithm has the same colour,
+marker and line in all of them. Names are drawn as they are: a `$` does not start a formula.
 """
 
 import base64
@@ -24,11 +24,11 @@ from domainbed_kd.results import significance, summaries, tables
 from domainbed_kd.results.formats import printable
 
 WIDTH = 4.6  # inches
-# Okabe and Ito's colours, distinct to the colour-blind, without their yellow; then Tol's.
+# Okabe and Ito's colours, which colour-blind people can tell apart, without yellow; then Tol's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255",
            "#999999", "#999933")
-MARKERS = "osD^vPX*<>p"  # 11, so that colour and marker repeat together only after 110 algorithms
-MOST_NUMBERS = 10  # columns in which a number has room
+MARKERS = "osD^vPX*<>p"  # 11, so that a colour and marker recur together after 110 algorithms only
+MOST_NUMBERS = 10  # columns in which numbers have room
 LINES = ("-", "--", "-.", ":")
 STYLE = {
     "text.parse_math": False,
@@ -36,14 +36,14 @@ STYLE = {
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
     "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 4,
     "svg.hashsalt": "domainbed_kd", "pdf.fonttype": 42}
-# No date in the files, so that the same sweep gives the same bytes.
+# Without a date in the files, the same sweep gives the same bytes.
 METADATA = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 class Plot(NamedTuple):
-    """A figure with its words."""
+    """A figure and its texts."""
 
-    #: Its files' name.
+    #: The name of its files.
     name: str
     #: The text below it.
     caption: str
@@ -65,7 +65,7 @@ class Plot(NamedTuple):
 
 
 class Looks:
-    """Each algorithm's colour, marker and line, by its place among all."""
+    """The colour, marker and line of each algorithm, by its place among all."""
 
     def __init__(self, algorithms: Iterable[str]):
         self.places = {name: place for place, name in enumerate(algorithms)}
@@ -75,11 +75,11 @@ class Looks:
         return sorted(set(names), key=self.places.get)
 
     def colour(self, algorithm: str) -> str:
-        """Of `COLOURS`."""
+        """One of `COLOURS`."""
         return COLOURS[self.places[algorithm] % len(COLOURS)]
 
     def line(self, algorithm: str) -> dict:
-        """Keywords of `Axes.plot`."""
+        """Keyword arguments for `Axes.plot`."""
         place = self.places[algorithm]
         return {"color": self.colour(algorithm), "marker": MARKERS[place % len(MARKERS)],
                 "linestyle": LINES[place // len(COLOURS) % len(LINES)],
@@ -92,7 +92,7 @@ def label_of(algorithm: str) -> str:
 
 
 def _panels(n: int, height: float, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with n panels of this height, in two columns if there are several."""
+    """A figure with n panels of this height in inches, in two columns if there are several."""
     rows, columns = -(-n // 2), min(n, 2)
     figure = Figure(figsize=(WIDTH, rows * height))
     axes = figure.subplots(rows, columns, sharey=share_y, squeeze=False).flatten()
@@ -110,20 +110,20 @@ def _legend(figure: Figure) -> None:
                   columnspacing=1.2, handlelength=2.2)
 
 
-def finished(name: str, caption: str, alt: str, figure: Figure) -> Plot:
-    """The plot; its figure is laid out once, instead of once for each file."""
+def ready(name: str, caption: str, alt: str, figure: Figure) -> Plot:
+    """The plot. Its figure is laid out here, once instead of once for each file."""
     ConstrainedLayoutEngine().execute(figure)
     return Plot(name, caption, alt, figure)
 
 
 def _spoken(values: dict[str, float], unit: str = " %") -> str:
-    """Numbers by name, as an alt text."""
+    """Numbers and their names, for an alt text."""
     return ", ".join(f"{name} {value:.1f}{unit}" for name, value in values.items())
 
 
 @rc_context(STYLE)
 def domains(table: tables.Table, looks: Looks) -> Plot:
-    """A panel of bars for each column of a table that has numbers, with standard errors."""
+    """A panel of bars with standard errors, for each column of a table that has numbers."""
     shown = [i for i in range(len(table.columns))
              if any(row[i].mean is not None for row in table.rows.values())]
     names = list(table.rows)
@@ -147,16 +147,16 @@ def domains(table: tables.Table, looks: Looks) -> Plot:
     figure.supxlabel(f"{table.metric}, %", fontsize=9)
     means = {label_of(name): row[-1].mean for name, row in table.rows.items()
              if row[-1].mean is not None}
-    return finished(f"{slug(table.dataset)}_domains", table.dataset,
+    return ready(f"{slug(table.dataset)}_domains", table.dataset,
                  f"Bars of {table.metric} on each held-out domain of {table.dataset}, with "
                  f"standard errors. Averages: {_spoken(means) or 'none yet'}.", figure)
 
 
 @rc_context(STYLE | {"axes.grid": False})
 def critical_difference(ranking: significance.Ranking, looks: Looks) -> Plot:
-    """Demsar's diagram: mean ranks on a line; a bar joins those that do not differ significantly.
+    """Demsar's diagram: mean ranks on a line, the best at the left.
 
-    The best is at the left.
+    Bars join ranks that do not differ significantly.
     """
     k, names = len(ranking.ranks), ranking.algorithms
     n_left = -(-k // 2)
@@ -189,7 +189,7 @@ def critical_difference(ranking: significance.Ranking, looks: Looks) -> Plot:
                   ha="right" if left else "left")
     ranks = ", ".join(f"{label_of(n)} {r:.2f}" for n, r in zip(names, ranking.ranks))
     joined = "; ".join(" to ".join(label_of(names[i]) for i in group) for group in groups)
-    return finished("ranks", "Critical-difference diagram",
+    return ready("ranks", "Critical-difference diagram",
                  f"Mean ranks over {ranking.n_blocks} domains, the best first: {ranks}. Critical "
                  f"difference {ranking.critical_difference:.2f}. Not significantly different: "
                  f"{joined or 'none'}.", figure)
@@ -197,7 +197,7 @@ def critical_difference(ranking: significance.Ranking, looks: Looks) -> Plot:
 
 @rc_context(STYLE)
 def curves(dataset: str, points, metric: str, looks: Looks) -> Plot:
-    """Validation and test metric over training; `points` are of `summaries.curves`."""
+    """Validation and test metric over training; `points` are from `summaries.curves`."""
     figure = Figure(figsize=(WIDTH, 4.6))
     axes = figure.subplots(2, 1, sharex=True)
     titles = ("on the training domains' validation images", "on the held-out domain")
@@ -211,7 +211,7 @@ def curves(dataset: str, points, metric: str, looks: Looks) -> Plot:
     _legend(figure)
     last = points.sort_values("step").groupby("args.algorithm")["test_acc"].last()
     ends = {label_of(name): 100 * last[name] for name in looks.ordered(last.index)}
-    return finished(f"{slug(dataset)}_curves", dataset,
+    return ready(f"{slug(dataset)}_curves", dataset,
                  f"Curves of {metric} over steps on {dataset}. At the end, on the held-out domain: "
                  f"{_spoken(ends)}.", figure)
 
@@ -219,7 +219,7 @@ def curves(dataset: str, points, metric: str, looks: Looks) -> Plot:
 @rc_context(STYLE)
 def costs(dataset: str, seconds: dict[str, float], table: tables.Table, looks: Looks
           ) -> Plot | None:
-    """A dot for each algorithm: seconds of training against average result; None if no dots."""
+    """A dot for each algorithm: seconds of training against average result; None without any."""
     known = [name for name in looks.ordered(seconds) if table.rows[name][-1].mean is not None]
     if not known:
         return None
@@ -240,13 +240,13 @@ def costs(dataset: str, seconds: dict[str, float], table: tables.Table, looks: L
     axis.set_ylabel(f"average {table.metric}, %")
     _legend(figure)
     spoken = _spoken({label_of(name): seconds[name] / per for name in known}, f" {unit}")
-    return finished(f"{slug(dataset)}_cost", dataset,
+    return ready(f"{slug(dataset)}_cost", dataset,
                  f"Average {table.metric} on {dataset} against the time that a run's updates take: "
                  f"{spoken}.", figure)
 
 
 def _log_axis(axis: Axes, low: float, high: float) -> None:
-    """Makes x logarithmic with few enough ticks that their labels never touch."""
+    """Makes x logarithmic, with so few ticks that their labels do not touch."""
     first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
     steps = (1, 2, 5) if last - first <= 2 else (1, 3) if last - first <= 3 else (1,)
     every = -(-(last - first) // 6)
@@ -260,7 +260,7 @@ def _log_axis(axis: Axes, low: float, high: float) -> None:
 
 @rc_context(STYLE | {"axes.grid": False})
 def hparams(dataset: str, effects, metric: str, looks: Looks) -> Plot:
-    """Rank correlations, a row for each hparam; `effects` are of `summaries.hparam_effects`."""
+    """Rank correlations, a row for each hparam; `effects` are from `summaries.hparam_effects`."""
     grid = effects.pivot(index="hparam", columns="algorithm", values="rho")
     grid = grid[looks.ordered(grid.columns)]
     grid = grid.loc[grid.abs().max(axis=1).sort_values(ascending=False).index]
@@ -278,7 +278,7 @@ def hparams(dataset: str, effects, metric: str, looks: Looks) -> Plot:
             axis.text(x, y, text, ha="center", va="center", fontsize=7.5,
                       color="white" if abs(rho) > 0.7 else "black")
     first = effects.loc[effects["rho"].abs().idxmax()]
-    return finished(f"{slug(dataset)}_hparams", dataset,
+    return ready(f"{slug(dataset)}_hparams", dataset,
                  f"Rank correlations of hparams with validation {metric} on {dataset}. The "
                  f"strongest: {first['hparam']} of {label_of(first['algorithm'])}, "
                  f"{first['rho']:+.2f}.", figure)
@@ -286,7 +286,7 @@ def hparams(dataset: str, effects, metric: str, looks: Looks) -> Plot:
 
 @rc_context(STYLE)
 def teachers(dataset: str, pairs, table: tables.Table, looks: Looks) -> Plot:
-    """A student's dot and its teacher's ring for each domain; `pairs` of `summaries.teachers`."""
+    """A student's dot and its teacher's ring for each domain; `pairs`: `summaries.teachers`."""
     names = looks.ordered(pairs["algorithm"])
     figure, (axis,) = _panels(1, 0.19 * (len(pairs) + 1.3 * len(names)) + 0.9)
     y, ticks = 0.0, {}
@@ -313,16 +313,16 @@ def teachers(dataset: str, pairs, table: tables.Table, looks: Looks) -> Plot:
     _legend(figure)
     gains = (pairs["student"] - pairs["teacher"]).groupby(pairs["algorithm"]).mean()
     spoken = _spoken({label_of(name): 100 * gains[name] for name in names}, " points")
-    return finished(f"{slug(dataset)}_teachers", dataset,
+    return ready(f"{slug(dataset)}_teachers", dataset,
                  f"Students and their teachers on each held-out domain of {dataset}. Mean gain of "
                  f"the student: {spoken}.", figure)
 
 
 @rc_context(STYLE)
 def diagnostics(dataset: str, points, looks: Looks) -> Plot | None:
-    """A panel for each diagnostic over training; `points` are of `summaries.diagnostics`.
+    """A panel for each diagnostic over training; `points` are from `summaries.diagnostics`.
 
-    None if the dataset's runs measured none.
+    None if no run on the dataset measured any.
     """
     shown = [label for label in summaries.DIAGNOSTICS.values() if label in points
              and points[label].notna().any()]
@@ -337,10 +337,10 @@ def diagnostics(dataset: str, points, looks: Looks) -> Plot | None:
         axis.set_title(textwrap.fill(label, 26), loc="left")
         axis.set_xlabel("step")
     _legend(figure)
-    return finished(f"{slug(dataset)}_diagnostics", dataset,
+    return ready(f"{slug(dataset)}_diagnostics", dataset,
                  f"Curves over steps on {dataset} of: {'; '.join(shown)}.", figure)
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's name."""
+    """A name in a form that fits into a file's name."""
     return re.sub(r"\W", "_", name)[:50]

@@ -1,4 +1,4 @@
-"""The protocol of the runs behind a table, in one line that can be compared."""
+"""The protocol of the runs behind a table, in one line."""
 
 import os
 from typing import NamedTuple
@@ -16,9 +16,9 @@ CLIP_WEIGHTS = "CLIP"
 
 
 class Protocol(NamedTuple):
-    """Settings that must be equal for accuracies on one dataset to be comparable."""
+    """Settings that must be equal for accuracies on a dataset to be comparable."""
 
-    #: The student's network, and its initial weights.
+    #: The student's network and its initial weights.
     backbone: str
     weights: str
     steps: int
@@ -28,10 +28,10 @@ class Protocol(NamedTuple):
 
 
 def student(dataset: str, hparams: dict) -> tuple[str, str]:
-    """The network and the initial weights that `networks.Featurizer` takes from these hparams.
+    """The network and the initial weights that these hparams give a student.
 
-    Records of old versions of DomainBed lack hparams of newer ones; they mean a torchvision
-    ResNet whose BatchNorm is frozen.
+    Records of old versions of DomainBed lack some hparams. Their student is a torchvision ResNet
+    with frozen BatchNorm.
     """
     facts = datasets.facts(dataset)
     side = facts.SIDE or hparams.get("image_size", 224)
@@ -91,7 +91,7 @@ def of_runs(grid: Grid) -> dict[tuple[str, str], set[Protocol]]:
 
 
 def in_words(name: str, value: str) -> str:
-    """One of `folder.args.SETTINGS`, given its name and its value as text, for readers."""
+    """A setting in words, given its name, one of `folder.args.SETTINGS`, and its value as text."""
     if name == "fast":
         return "fast mode" if value == "True" else "exact mode"
     return f"{name} {'default' if value == 'None' else value}"
@@ -99,16 +99,17 @@ def in_words(name: str, value: str) -> str:
 
 def line(protocols: dict[tuple[str, str], set[Protocol]], grid: Grid, dataset: str | None,
          selection: str, rows: list[str]) -> str:
-    """The protocol of a dataset's table, or with None of all; each difference names who has it.
+    """The protocol of a dataset's table, or of that of averages for None.
 
-    `protocols` are of `of_runs`, and `rows` the algorithms in the table's order.
+    What not all runs share is followed by the algorithms, or datasets, that have it. `protocols`
+    are from `of_runs`; `rows` are the algorithms in the table's order.
     """
     mine = {(on, name): protocols[on, name] for name in rows
             for on in grid.datasets if on == (dataset or on) and (on, name) in protocols}
     several = dataset is None and len({key[0] for key in mine}) > 1
 
     def told(describe) -> str:
-        """Each value that occurs, with the algorithms or datasets that have it if not all do."""
+        """Each value that occurs and, if not all share it, the algorithms or datasets with it."""
         who = {}
         for (on, algorithm), found in mine.items():
             for value in sorted({describe(protocol) for protocol in found} - {None}):

@@ -1,8 +1,8 @@
-"""Published results beside a sweep's own, marked where they were made by another protocol.
+"""Published results beside a sweep's own, marked if another protocol was used.
 
-`assets/published.csv` has a line for each method and dataset, with the mean accuracy in percent
-over its domains or, where `domain` is given, on that domain. Fields are empty where the source does
-not state them. `verified` is false of numbers read in a later paper only, not in the authors' own.
+`assets/published.csv` has a line for each method and dataset: the mean accuracy in percent over the
+dataset's domains or, if `domain` is given, on that domain. A field is empty if the source does not
+state it. `verified` is false if a number was only found in a later paper, not in the authors' own.
 """
 
 import csv
@@ -16,7 +16,7 @@ from domainbed_kd.results.records import Grid
 from domainbed_kd.results.tables import Cell, Table, average
 
 PATH = Path(__file__).parents[1] / "assets" / "published.csv"
-#: Selection method assumed when the source states none; such results are marked.
+#: The selection method assumed if the source states none; such results are marked.
 USUAL_SELECTION = "training-domain validation set"
 
 
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def load(unverified: bool = False) -> list[Row]:
-    """The verified lines of the file or, with `unverified`, all; tables print the former alone."""
+    """The verified lines of the file, which tables print; with `unverified`, all lines."""
     with PATH.open(encoding="utf-8", newline="") as file:
         rows = [Row(**line | {
             "mean": float(line["mean"]),
@@ -56,7 +56,7 @@ def load(unverified: bool = False) -> list[Row]:
 
 
 def search(n_hparams: int, n_trials: int) -> str:
-    """A random search as the file's `search` column has it."""
+    """A random search, as in the file's column `search`."""
     return f"{n_hparams} draws, {n_trials} trials"
 
 
@@ -69,7 +69,7 @@ def of_table(table: Table) -> list[Row]:
 
 def of_sweep(made: dict[type, list[Table]], grid: Grid
              ) -> tuple[dict[type, list[Table]], list[str]]:
-    """A sweep's tables with published rows, and lines on their sources, the first one empty."""
+    """A sweep's tables with published rows, and lines on their sources; the first is empty."""
     known = protocols.of_runs(grid)
     searched = search(len(grid.hparams_seeds), len(grid.trial_seeds))
     merged = {method: [merge(table, known, searched) for table in group]
@@ -87,8 +87,8 @@ def merge(table: Table, known: dict[tuple[str, str], set[Protocol]], searched: s
     """The table with a row for each published method that has a number in it.
 
     Cells are marked as of another protocol unless network, initial weights, steps, selection and
-    search are stated and equal the sweep's. They compete for best and second like others. `known`
-    are the sweep's protocols, of `protocols.of_runs`, and `searched` is of `search`.
+    search are stated and equal the sweep's. Unmarked ones compete for best and second like others.
+    `known` are the sweep's protocols, from `protocols.of_runs`, and `searched` is from `search`.
     """
     if not table.has_data:
         return table
@@ -111,7 +111,7 @@ def merge(table: Table, known: dict[tuple[str, str], set[Protocol]], searched: s
 
 def differences(row: Row, selection: str, known: dict[tuple[str, str], set[Protocol]],
                 searched: str) -> list[str]:
-    """The parts of a line's protocol that are not stated, or differ from a run on its dataset.
+    """The parts of a line's protocol that are not stated, or differ from a run's on its dataset.
 
     Runs whose network is a CLIP's are compared with such lines, and others with the rest.
     """
@@ -133,22 +133,22 @@ def describe(rows: list[Row], known: dict[tuple[str, str], set[Protocol]], searc
     lines = {}
     for row in rows:
         lines.setdefault(row.label, []).append(row)
-    return [_describe(label, same, known, searched) for label, same in lines.items()]
+    return [_describe(same, known, searched) for same in lines.values()]
 
 
-def _describe(label: str, rows: list[Row], known: dict, searched: str) -> str:
+def _describe(rows: list[Row], known: dict, searched: str) -> str:
     first, steps = rows[0], {}
-    selection = first.selection or USUAL_SELECTION
     for row in rows:
-        steps.setdefault(row.steps, []).append(row.dataset)
+        steps.setdefault(row.steps, {})[row.dataset] = None
     told = ", ".join(("steps not stated" if n is None else f"{n:,} steps")
-                     + (f" ({', '.join(dict.fromkeys(on))})" if len(steps) > 1 else "")
+                     + (f" ({', '.join(on)})" if len(steps) > 1 else "")
                      for n, on in steps.items())
     parts = [first.backbone, f"initial weights {first.weights or 'not stated'}", told,
              f"search {first.search or 'not stated'}",
              f"selected by {first.selection or 'a method that is not stated'}",
-             *([f"teacher {first.teacher}"] if first.teacher else [])]
+             *[f"teacher {first.teacher}"] * bool(first.teacher)]
+    selection = first.selection or USUAL_SELECTION
     differ = dict.fromkeys(
         name for row in rows for name in differences(row, selection, known, searched))
-    return (f"{label}: {'; '.join(parts)}. Other or not stated: {', '.join(differ) or 'nothing'}. "
-            f"{first.source}")
+    return (f"{first.label}: {'; '.join(parts)}. Other or not stated: "
+            f"{', '.join(differ) or 'nothing'}. {first.source}")

@@ -1,4 +1,4 @@
-"""The records of a sweep's runs, and which runs are missing."""
+"""The records of a sweep's runs, and which of its runs are missing."""
 
 import contextlib
 import datetime
@@ -20,13 +20,13 @@ from domainbed_kd.folder.args import SETTINGS
 from domainbed_kd.folder.curves import Curve
 from domainbed_kd.folder.foreign import parse_json
 
-#: When sealed test accuracies were looked at, and of which runs.
+#: Notes when sealed test accuracies were read, and of which runs.
 LOOKS = "looks.jsonl"
 # What collect_results and report leave beside the runs.
 _OURS = (manifest.NAME, "results.txt", "results.tex", "results.csv", "results.md", "report.html",
          "report", "alignment", LOOKS)
 _MOST_WARNINGS = 10
-# A line with more brackets than this may nest deeper than `parse_json` allows.
+# A line with more brackets may be nested deeper than `parse_json` allows.
 _MOST_BRACKETS = 50
 
 
@@ -44,10 +44,10 @@ class Folder:
         self.without_results: list[str] = []
 
     def curves(self, as_listed: bool = False, unseal: bool = False) -> list[Curve]:
-        """The contents of `<input_dir>/*/results.jsonl`, in the order of names, or `as_listed`.
+        """The contents of `<input_dir>/*/results.jsonl`, sorted by name or `as_listed`.
 
-        What cannot be read is named on stderr and skipped. With `unseal`, sealed test accuracies
-        are read too, and looks.jsonl says that this was done; else sealed runs are refused.
+        What cannot be read is named on stderr and skipped. Sealed runs are refused, unless with
+        `unseal`: then their test accuracies are read too, and looks.jsonl notes it.
         """
         runs, skipped, sealed = {}, [], []
         for name in console.bar(sorted(self.listing), unit="run", leave=False):
@@ -57,9 +57,9 @@ class Folder:
             skipped += [problem] if problem else []
         if sealed:
             raise ValueError(
-                f"{self.path}: the test accuracies of {len(sealed)} of its runs are sealed, as of "
-                f"{sealed[0]}. When all choices are made, `collect_results --unseal` reads them, "
-                f"and writes down in {LOOKS} that it did.")
+                f"{self.path}: the test accuracies of {len(sealed)} of its runs are sealed, for "
+                f"example of {sealed[0]}. When all choices are made, `collect_results --unseal` "
+                f"reads them, and notes in {LOOKS} that it did.")
         if unseal:
             self._note_look([name for name in runs
                              if os.path.exists(f"{self.path}/{name}/{files.SEALED}")])
@@ -70,7 +70,7 @@ class Folder:
         return [curve for name in (self.listing if as_listed else runs) for curve in runs[name]]
 
     def _note_look(self, names: list[str]) -> None:
-        """Records, and says, that the test accuracies of these runs are read."""
+        """Notes in looks.jsonl and on stderr that the test accuracies of these runs are read."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         if names:
             files.append_record(self.path, {"time": now, "runs": names}, LOOKS)
@@ -80,7 +80,7 @@ class Folder:
 
 
 def _read(folder: str, unseal: bool) -> tuple[list[Curve], str]:
-    """The curves of a run, and what is wrong with its results.jsonl, or ""."""
+    """The curves of a run, and what is wrong with its results.jsonl; "" if nothing is."""
     path = f"{folder}/{files.RESULTS}"
     try:
         content = files.read_bytes(path)
@@ -105,7 +105,7 @@ def _read(folder: str, unseal: bool) -> tuple[list[Curve], str]:
 
 
 def _sealed(folder: str) -> dict:
-    """{step, as text: the sealed accuracies of a run's record}."""
+    """{step as text: the sealed accuracies of a run's record}."""
     try:
         lines = files.read_bytes(f"{folder}/{files.SEALED}").splitlines()
     except OSError:
@@ -119,7 +119,7 @@ def _sealed(folder: str) -> dict:
 
 
 def _decode(line: bytes):
-    """A line's content; None where it is not JSON."""
+    """A line's content; None if it is not JSON."""
     if line.count(b"[") + line.count(b"{") <= _MOST_BRACKETS:
         with contextlib.suppress(ValueError):
             return msgspec.json.decode(line)
@@ -129,7 +129,7 @@ def _decode(line: bytes):
 
 
 def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
-    """The curve of a file that has just one, as most do, in half the time of `of_records`."""
+    """The curve of a file with only one, as most have, in half the time of `of_records`."""
     first = _decode(lines[0])
     if curves.problem(first):
         return None
@@ -151,12 +151,12 @@ def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
 
 @functools.cache
 def _decoder(keys: tuple[str, ...]) -> tuple[tuple, msgspec.json.Decoder, Callable, Callable]:
-    """For records with these keys: their columns, a decoder, and getters for what it decodes.
+    """For records with these keys: their columns, a decoder, and getters of columns and settings.
 
-    The decoder reads steps and accuracies; the rest stays text, of which settings must be equal.
+    The decoder reads steps and accuracies. All else stays text; settings are compared as such.
     """
     names = curves.columns(keys)  # at least the step and an accuracy
-    fields = {key: f"field{i}" for i, key in enumerate(keys)}  # a key need be no identifier
+    fields = {key: f"field{i}" for i, key in enumerate(keys)}  # keys need not be identifiers
     types = {name: int | float for name in names} | {"step": int}
     record = msgspec.defstruct(
         "Record", [(field, types.get(key, msgspec.Raw)) for key, field in fields.items()],
@@ -167,7 +167,7 @@ def _decoder(keys: tuple[str, ...]) -> tuple[tuple, msgspec.json.Decoder, Callab
 
 
 class Run(NamedTuple):
-    """A run's place in a sweep; `algorithm` is the table row, see `curves.row`."""
+    """A run's place in a sweep; `algorithm` is the table row (see `curves.row`)."""
 
     dataset: str
     algorithm: str
@@ -183,7 +183,7 @@ class Run(NamedTuple):
 
 
 def _setting(args: dict, name: str):
-    """A setting that a cell's runs must share; of hparams, those not shown by row or recipe."""
+    """A setting that a cell's runs must share; hparams without those that the row's name shows."""
     value = args.get(name)
     if name == "hparams" and args.get("recipe"):
         return f"those of {args['recipe']}"
@@ -193,25 +193,26 @@ def _setting(args: dict, name: str):
 
 
 class Coverage(NamedTuple):
-    """How many of a cell's runs have finished, of how many, and their settings."""
+    """How many of a cell's runs have finished, out of how many, and their settings."""
 
     n_finished: int
     n_expected: int
     #: Values of `folder.args.SETTINGS`, as text.
     settings: frozenset[tuple]
-    #: Problems of bad teachers that runs learnt from anyway.
+    #: Problems of bad teachers from which runs learnt anyway.
     teacher_problems: frozenset[str] = frozenset()
 
 
 class Grid:
-    """The runs that a sweep has, and those that it would have if it were whole.
+    """The runs that a sweep has, and those that it would have if it were complete.
 
-    A whole sweep has every trial seed x hparams seed x algorithm x dataset that occurs anywhere,
-    on every environment, and on every pair of environments if any pair occurs. A run has finished
-    when its last record is at step `args.steps - 1` or, without that argument, where the longest
-    of its dataset's runs ends. `planned` are the args of runs without records, which count too.
+    A complete sweep has every combination of trial seed, hparams seed, algorithm and dataset that
+    occur anywhere, with every environment held out, and every pair of them if any pair occurs. A
+    run has finished when its last record is at step `args.steps - 1` or, without that argument, at
+    the last step of the longest run on its dataset. `planned` are the args of runs without records,
+    which count too.
 
-    `trained` are (run, curve) pairs, several for a run in several folders or with several settings;
+    `trained` are (run, curve) pairs: several for a run in several folders or with several settings.
     `n_steps` is that of the longest run on each dataset.
 
     Raises:
@@ -271,7 +272,7 @@ class Grid:
 
     @functools.cached_property
     def env_sets(self) -> dict[str, list[tuple[int, ...]]]:
-        """{dataset: the sets of test envs that its runs would hold out, in DomainBed's order}."""
+        """{dataset: the sets of test envs in a complete sweep, in DomainBed's order}."""
         sizes = (1, 2) if self.has_pairs else (1,)
         found = {dataset: sorted(
             envs for k in sizes for envs in itertools.combinations(range(n), k))
@@ -280,7 +281,7 @@ class Grid:
 
     @functools.cached_property
     def _together(self) -> dict[str, list[tuple[int, ...]]]:
-        """The same where a run holds out more than two: then they are those that there are."""
+        """The same for datasets on which a run holds out more than two: those sets that occur."""
         found = {dataset: sorted({r.test_envs for r in self.begun if r.dataset == dataset})
                  for dataset in {run.dataset for run in self.begun if len(run.test_envs) > 2}}
         for dataset, sets in found.items():
@@ -293,17 +294,17 @@ class Grid:
 
     @property
     def held_out(self) -> dict[str, list[int]]:
-        """{dataset: the domains that its runs would hold out, alone or with others}."""
+        """{dataset: the domains held out in a complete sweep, alone or with others}."""
         return {dataset: sorted({env for envs in sets for env in envs})
                 for dataset, sets in self.env_sets.items()}
 
     def runs(self, dataset: str, algorithm: str) -> list[Run]:
-        """All runs that the sweep would have of an algorithm on a dataset."""
+        """All runs of an algorithm on a dataset in a complete sweep."""
         return [Run(dataset, algorithm, *rest) for rest in itertools.product(
             self.env_sets[dataset], self.trial_seeds, self.hparams_seeds)]
 
     def coverage(self, dataset: str, algorithm: str, env: int, pairs: bool) -> Coverage:
-        """Of the runs that hold out `env` alone and, with `pairs`, together with another."""
+        """Of the runs that hold out `env` alone and, with `pairs`, those together with another."""
         sets = [envs for envs in self.env_sets[dataset]
                 if env in envs and (pairs or len(envs) != 2)]
         n_finished, settings, problems = 0, set(), set()
@@ -325,7 +326,7 @@ class Grid:
 
     @functools.cached_property
     def n_runs(self) -> int:
-        """How many runs the whole sweep has."""
+        """How many runs the complete sweep has."""
         return sum(map(len, self.env_sets.values())) * len(self.algorithms) * len(
             self.trial_seeds) * len(self.hparams_seeds)
 
@@ -342,7 +343,7 @@ class Grid:
 
 
 def whole_grid(folder: Folder, found: list[Curve]) -> Grid:
-    """The grid of a sweep's curves and of its runs that have no results."""
+    """The grid of a sweep's curves, and of its runs without results."""
     planned = files.without_results(folder.path, folder.without_results)
     if not found and not planned and not any(
             files.has_begun(folder.path / name) for name in folder.without_results):

@@ -1,8 +1,8 @@
-"""Model selection: DomainBed's rules, with its ways of breaking ties.
+"""Model selection: DomainBed's rules, ties included.
 
 Gulrajani & Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021,
 https://arxiv.org/abs/2007.01434, section 3. The test accuracy is always that on the test
-domain's in-split, so that the oracle may look at the out-split.
+domain's in-split, as the oracle selects by the out-split.
 """
 
 import itertools
@@ -21,7 +21,7 @@ Candidate = tuple[int, float, float]
 
 
 class SelectionMethod:
-    """A rule that picks a checkpoint of each run, then a run of each cell."""
+    """A rule that picks a checkpoint of each run, then a run for each cell of a table."""
 
     name: str
     #: True if runs that hold out two domains take part.
@@ -29,7 +29,7 @@ class SelectionMethod:
 
     @classmethod
     def select(cls, draw: list[Curve]) -> dict[str, float] | None:
-        """The `val_acc` and `test_acc` in [0, 1] of one draw of hparams; None if it lacks runs.
+        """The `val_acc` and `test_acc` in [0, 1] of one draw of hparams; None if runs are missing.
 
         A draw is the curves of one trial, dataset, algorithm, test env and hparams seed.
         """
@@ -37,14 +37,14 @@ class SelectionMethod:
 
     @classmethod
     def run_acc(cls, run_records: list[dict[str, Any]]) -> dict[str, float] | None:
-        """`select`, for records as in results.jsonl."""
+        """As `select`, for records as in results.jsonl."""
         return cls.select(curves.of_records(run_records))
 
     @classmethod
     def hparams_accs(cls, search: Search) -> list[tuple[dict[str, float], list[Curve]]]:
         """The accuracies and curves of each draw of hparams, best validation accuracy first.
 
-        Of equals, the larger hparams_seed comes first; NaN comes last.
+        Of equal ones, the larger hparams_seed comes first; NaN comes last.
         """
         accs = [(acc, draw) for draw in search.by_seed.values()
                 if (acc := cls.select(draw)) is not None]
@@ -63,9 +63,9 @@ class SelectionMethod:
 
 
 def _alone(draw: Iterable[Curve]) -> Iterator[tuple[Any, Curve]]:
-    """The test env and curve of each run, but of pairs and second stages, which have no accuracy.
+    """The test env and curve of each run that selects by itself: no pair, no second stage.
 
-    Of a run that holds out more than two it is the one that the draw is about.
+    For a run that holds out more than two domains, it is the one that the draw is about.
     """
     for curve in draw:
         env, *more = curve.args["test_envs"]
@@ -81,8 +81,8 @@ def _accuracies(chosen: Candidate | None) -> dict[str, float] | None:
 class IIDAccuracySelectionMethod(SelectionMethod):
     """The best mean accuracy on the training domains' out-splits, early stopping included.
 
-    Of equals, the earliest checkpoint. A record that says `"selection": "last"` (SWAD) makes its
-    run's last record the only candidate.
+    Of equal ones, the earliest checkpoint counts. A record with `"selection": "last"` (SWAD) makes
+    its run's last record the only candidate.
     """
 
     name = "training-domain validation set"
@@ -108,7 +108,8 @@ class LeaveOneOutSelectionMethod(SelectionMethod):
     """The best mean accuracy on each other domain when it was held out too, at the same step.
 
     A step counts if it has exactly one record that holds out the test env alone, and one for each
-    pair of the test env and another. Of equals, the earliest step; `"selection": "last"` as above.
+    pair of the test env and another. Of equal ones, the earliest step counts; `"selection": "last"`
+    acts as above.
     """
 
     name = "leave-one-domain-out cross-validation"
@@ -162,7 +163,7 @@ class OracleSelectionMethod(SelectionMethod):
 class IIDAutoLRAccuracySelectionMethod(IIDAccuracySelectionMethod):
     """The rule for ERM++'s two stages: the second trains on all data, and its test accuracy counts.
 
-    Records whose args differ in `holdout_fraction` only are one: later values replace earlier.
+    Records whose args differ only in `holdout_fraction` are merged; later values replace earlier.
     """
 
     name = "auto lr training-domain validation set"
@@ -189,12 +190,12 @@ METHODS = (IIDAccuracySelectionMethod, LeaveOneOutSelectionMethod, OracleSelecti
 
 
 class Outcome(NamedTuple):
-    """A method's selection for one algorithm on one test env, and from how many runs."""
+    """What a method selects for one algorithm on one test env, and from how many runs."""
 
-    #: {trial_seed: accuracy in [0, 1]}, for the trials that have one.
+    #: {trial_seed: accuracy in [0, 1]}, of the trials that have one.
     accs: dict[int, float]
     coverage: Coverage
-    #: {trial_seed: place among all searches}: the order in which DomainBed adds accuracies up.
+    #: {trial_seed: place among all searches}, the order in which DomainBed adds accuracies up.
     places: dict[int, int] = {}
 
 
@@ -202,7 +203,7 @@ def outcomes(searches: dict[tuple[int, str, str, int], Search], grid: Grid,
              method: type[SelectionMethod]) -> dict[tuple[str, str, int], Outcome]:
     """{(dataset, algorithm, test env): Outcome} of `curves.searches` and their `records.Grid`.
 
-    Covers the whole grid; where nothing can be selected, `accs` is empty.
+    They cover the whole grid; where nothing can be selected, `accs` is empty.
     """
     accs: dict[Any, dict[int, float]] = {
         (dataset, algorithm, env): {} for dataset in grid.datasets

@@ -1,7 +1,7 @@
 """Tests of differences between methods.
 
-Pairs are (dataset, test env, trial): there both methods see the same split. Their differences get
-a bootstrap interval (Efron, 1979) and Wilcoxon's signed-rank test, whose p values are corrected by
+A pair is a (dataset, test env, trial): both methods see the same split there. Differences get a
+bootstrap interval (Efron, 1979) and Wilcoxon's signed-rank test, whose p values are corrected by
 Holm's method for the number of comparisons. Ranks, Friedman's test and the Nemenyi critical
 difference follow Demsar, "Statistical Comparisons of Classifiers over Multiple Data Sets", JMLR
 2006: a block is a domain, and the trials on it, which share its images, are averaged first.
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
     algorithm: str
     n_pairs: int
-    #: Mean of the method's accuracy less the reference's.
+    #: Mean of the method's accuracy minus the reference's.
     mean: float
     #: The 95 % bootstrap interval of that mean; NaN for a single pair.
     low: float
@@ -54,7 +54,7 @@ class Difference(NamedTuple):
 
     @property
     def least_p(self) -> float:
-        """The smallest p that n pairs can give: that of one of 2^n equally likely signs."""
+        """The smallest p that n pairs can give, as all 2^n signs are equally likely."""
         return min(1.0, 2.0 ** (1 - self.n_pairs))
 
 
@@ -62,12 +62,12 @@ class Ranking(NamedTuple):
     """Methods by their mean rank over blocks, best first."""
 
     algorithms: list[str]
-    #: Mean ranks, 1 for a method that is best everywhere; equals share theirs.
+    #: Mean ranks, 1 for a method that is best everywhere; equal methods share a rank.
     ranks: list[float]
     n_blocks: int
     #: Of Friedman's test that all are alike.
     p: float
-    #: Ranks that differ by no more do not differ significantly (Nemenyi, level 0.05).
+    #: Ranks that differ by at most this do not differ significantly (Nemenyi, level 0.05).
     critical_difference: float
 
     def groups(self) -> list[tuple[int, int]]:
@@ -90,7 +90,7 @@ def by_pair(outcomes: dict) -> dict[str, dict[tuple, float]]:
 
 
 def differences(scores: dict[str, dict[tuple, float]], reference: str) -> list[Difference]:
-    """Every method that shares a pair with the reference against it; scores are of `by_pair`."""
+    """The reference against each method that shares a pair; scores are from `by_pair`."""
     multitest = _library("statsmodels.stats.multitest")
     stats = _library("scipy.stats")
     if reference not in scores:
@@ -118,7 +118,7 @@ def differences(scores: dict[str, dict[tuple, float]], reference: str) -> list[D
 
 
 def ranking(scores: dict[str, dict[tuple, float]]) -> Ranking | None:
-    """Mean ranks over the domains that all methods have; None below 2 domains or 3 methods."""
+    """Mean ranks over the domains that all methods have; None for under 2 domains or 3 methods."""
     stats = _library("scipy.stats")
     names = list(scores)
     pairs = [pair for pair in next(iter(scores.values()), ())
@@ -140,7 +140,7 @@ def ranking(scores: dict[str, dict[tuple, float]]) -> Ranking | None:
 
 def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMethod]],
              reference: str) -> dict[type[SelectionMethod], Strings]:
-    """{selection method: the table that compares others with `reference`}, where there is one."""
+    """{selection method: the table that compares others with `reference`}, where possible."""
     reference = key_of(reference, dict.fromkeys(grid.algorithms))
     searches = curves.searches(found)
     compared = {}
@@ -157,7 +157,7 @@ def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMet
 
 
 def key_of(shown: str, scores: dict[str, dict]) -> str:
-    """The algorithm with scores that tables show by this name; else the name itself."""
+    """The algorithm with scores that tables show under this name; else the name itself."""
     return {display_name(name): name for name in scores}.get(shown, shown)
 
 
@@ -170,7 +170,7 @@ def rows(found: list[Difference]) -> list[list[str]]:
 
 
 def limits(found: list[Difference]) -> str:
-    """A sentence if there are too few pairs to show anything; else empty.
+    """A sentence if there are too few pairs for any significant difference; else empty.
 
     The smallest corrected p is at least the smallest possible p times the number of comparisons.
     """

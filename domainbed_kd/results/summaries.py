@@ -1,13 +1,13 @@
 """The numbers behind a report's plots, as pandas tables made from `results.to_frame`.
 
-All functions take rows of one test env each; see `by_test_env`. Accuracies are in [0, 1].
+All functions take rows with one test env each; see `by_test_env`. Accuracies are in [0, 1].
 """
 
 import numpy as np
 
-# Columns that say which random search a run belongs to.
+# Columns that identify the random search of a run.
 _SEARCH = ["args.dataset", "args.algorithm", "test_env", "args.trial_seed"]
-#: With fewer draws a rank correlation says next to nothing.
+#: With fewer draws a rank correlation means next to nothing.
 LEAST_DRAWS = 5
 #: Diagnostics that `diagnostics` returns: {column: what it is}; `{}` is the held-out domain.
 DIAGNOSTICS = {
@@ -22,9 +22,9 @@ DIAGNOSTICS = {
 
 
 def by_test_env(frame):
-    """A row for each record and each of its test envs, `test_env`, with `test_acc` on that one.
+    """A row for each record and test env of it (`test_env`), with `test_acc` on that one.
 
-    Runs that hold out two domains, which only leave-one-out selection reads, have none.
+    Runs that hold out two domains are left out, as only leave-one-out selection reads them.
     """
     rows = frame[frame["args.test_envs"].map(len) != 2]
     rows = rows.assign(test_env=rows["args.test_envs"]).explode("test_env", ignore_index=True)
@@ -34,13 +34,13 @@ def by_test_env(frame):
 
 
 def numbers(values):
-    """A column as floats; NaN for other values, and for those too large to plot."""
+    """A column as floats; NaN for what is not a number, or too large to plot."""
     return values.map(lambda value: float(value) if isinstance(value, (int, float))
                       and abs(value) < 1e100 else np.nan).astype(float)
 
 
 def chosen(frame, searches: dict, method: type):
-    """The rows, of the runs whose hparams a `SelectionMethod` chose in `searches`."""
+    """The rows of the runs whose hparams a `SelectionMethod` chose in `searches`."""
     import pandas as pd
 
     best = []
@@ -54,8 +54,8 @@ def chosen(frame, searches: dict, method: type):
 def curves(frame):
     """Mean `val_acc` and `test_acc` by dataset, algorithm and step, over `chosen` runs.
 
-    Steps that some of an algorithm's runs did not record are left out: their mean would be over
-    other runs.
+    Steps that some of an algorithm's runs did not record are left out, as their mean would be over
+    fewer runs.
     """
     by_step = frame.groupby(["args.dataset", "args.algorithm", "step"])
     means = by_step[["val_acc", "test_acc"]].mean()
@@ -80,9 +80,9 @@ def hparam_effects(frame):
     """Spearman's rank correlation of each hparam with validation accuracy.
 
     Returns a table with `dataset`, `algorithm`, `hparam`, `rho` and `n_draws`, of all hparams
-    that are numbers and vary. A draw is a trial and an hparams seed: its accuracy is the mean,
-    over test envs, of its selected checkpoints'. Draws that lack a test env are left out, as are
-    algorithms with fewer than `LEAST_DRAWS` draws.
+    that are numbers and vary. A draw is a trial and an hparams seed; its accuracy is the mean over
+    test envs of its selected checkpoints' accuracies. Draws that lack a test env are left out, as
+    are algorithms with fewer than `LEAST_DRAWS` draws.
     """
     import pandas as pd
     from scipy import stats
@@ -103,7 +103,7 @@ def hparam_effects(frame):
 
 
 def chance_correlation(n_draws: int) -> float:
-    """The |rho| that 95 % of unrelated hparams stay below, by the t approximation."""
+    """The value that |rho| of 95 % of unrelated hparams stays below, by the t approximation."""
     from scipy import stats
 
     t = stats.t.ppf(0.975, n_draws - 2)
@@ -113,10 +113,10 @@ def chance_correlation(n_draws: int) -> float:
 def teachers(frame, everything):
     """Accuracy of `chosen` students and of their teachers on each held-out domain.
 
-    Returns a table with `dataset`, `algorithm`, `test_env`, `student` and `teacher`: on the same
-    images where diagnostics were recorded; otherwise on the domain's in-split, if the teacher is a
-    run of the same folder, which is looked up in `everything`. Other teachers were not measured
-    there and have no row.
+    Returns a table with `dataset`, `algorithm`, `test_env`, `student` and `teacher`. If diagnostics
+    were recorded, both accuracies are on their images. Otherwise they are on the domain's in-split,
+    if the teacher is a run of the same folder, looked up in `everything`. Other teachers were not
+    measured there and have no row.
     """
     import pandas as pd
 
@@ -138,7 +138,7 @@ def teachers(frame, everything):
 
 
 def of_test_env(frame, name: str):
-    """For each row the number in column `name`, with its test env for `{}`; NaN without one."""
+    """For each row the number in column `name`, where `{}` is its test env; NaN without one."""
     import pandas as pd
 
     values = pd.Series(np.nan, index=frame.index)
@@ -149,7 +149,7 @@ def of_test_env(frame, name: str):
 
 
 def diagnostics(frame):
-    """Means of the `DIAGNOSTICS` by dataset, algorithm and step; columns never recorded drop."""
+    """Means of the `DIAGNOSTICS` by dataset, algorithm and step; without unrecorded columns."""
     values = frame[["args.dataset", "args.algorithm", "step"]].copy()
     for name, label in DIAGNOSTICS.items():
         values[label] = of_test_env(frame, name)

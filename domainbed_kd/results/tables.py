@@ -20,7 +20,7 @@ from domainbed_kd.tasks import CLASSIFICATION
 
 @dataclass
 class Cell:
-    """A number of a table, in percent, and how far to trust it."""
+    """A number of a table, in percent, and how reliable it is."""
 
     mean: float | None = None
     #: Standard error over trials; None where DomainBed gives none (the Avg column).
@@ -28,14 +28,14 @@ class Cell:
     n_trials: int = 0
     n_finished: int = 0
     n_expected: int = 0
-    #: The (dataset, settings) its runs were trained with.
+    #: The (dataset, settings) with which its runs were trained.
     settings: frozenset = frozenset()
-    #: Whether the runs of one test env were trained with several settings or, of a published
-    #: number, with others or unknown ones.
+    #: Whether the runs of one test env were trained with several settings or, for a published
+    #: number, with different or unknown ones.
     mixed: bool = False
-    #: Problems of bad teachers that its runs learnt from anyway.
+    #: Problems of bad teachers from which its runs learnt anyway.
     teacher_problems: frozenset[str] = frozenset()
-    #: Whether most of the column was trained otherwise; set by `Table`.
+    #: Whether most of the column was trained differently; set by `Table`.
     differs: bool = False
     #: 1 for the best of the column's comparable cells, 2 for the second, else 0; set by `Table`.
     rank: int = 0
@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def has_error(self) -> bool:
-        """Whether its standard error has a meaning: that of a single trial is always 0."""
+        """Whether its standard error means something: that of a single trial is always 0."""
         return self.stderr is not None and self.n_trials != 1
 
     @property
@@ -80,7 +80,7 @@ class Table:
     dataset: str | None
     columns: list[str]
     rows: dict[str, list[Cell]]
-    #: A line below it on how its runs were trained; DomainBed's own output has none.
+    #: The line below it on how its runs were trained; DomainBed's own output has none.
     protocol: str = ""
     #: What its numbers are, in percent.
     metric: str = CLASSIFICATION.metric
@@ -96,9 +96,9 @@ class Table:
 
 
 def _compare(column: list[Cell]) -> None:
-    """Marks cells trained otherwise than most, and the best two of whole, comparable cells.
+    """Marks cells trained differently from most, and the best two complete, comparable cells.
 
-    Numbers that print alike rank alike. A lone cell is not best.
+    Numbers that print alike rank alike. A lone cell is not the best.
     """
     settings = Counter(cell.settings for cell in column if not cell.mixed)
     usual = max(settings, key=settings.get, default=None)
@@ -113,7 +113,7 @@ def _compare(column: list[Cell]) -> None:
 
 
 def _measured(values: Iterable[float], outcomes: list[tuple[str, Outcome]]) -> Cell:
-    """The cell of these accuracies, one per trial, which come from (dataset, Outcome) pairs."""
+    """The cell of accuracies, one for each trial, which come from (dataset, Outcome) pairs."""
     values = list(values)
     coverages = [outcome.coverage for _, outcome in outcomes]
     return Cell(
@@ -129,7 +129,7 @@ def _measured(values: Iterable[float], outcomes: list[tuple[str, Outcome]]) -> C
 
 
 def average(row: list[Cell], blank: str = "X") -> Cell:
-    """The plain mean of a row; no number, but `blank`, if any cell has none."""
+    """The plain mean of a row; `blank` if any cell has no number."""
     if not row or any(cell.mean is None for cell in row):
         return Cell(blank=blank)
     return Cell(
@@ -143,10 +143,10 @@ def average(row: list[Cell], blank: str = "X") -> Cell:
 
 
 def row_order(names: Iterable[str], known: Iterable[str] = ()) -> list[str]:
-    """The distinct algorithms, as the rows of a table: those known in order, then the others.
+    """The distinct algorithms in the order of a table's rows: the known ones, then the others.
 
-    If `known` is empty, those are DomainBed's, then this package's and its plug-ins'.
-    After each come its rows with something on top, such as teachers, in the order of the names.
+    By default `known` are DomainBed's algorithms, then this package's and its plug-ins'. Each is
+    followed by its rows with something on top, such as teachers, in the order of the names.
     """
     names = dict.fromkeys(names)
     known = dict.fromkeys(known or (
@@ -170,9 +170,10 @@ def environments(dataset: str, n_envs: int) -> list[str]:
 
 def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMethod]],
              upstream: bool = False) -> dict[type[SelectionMethod], list[Table]]:
-    """{selection method: its tables}, of curves in DomainBed's order of reading for its very bits.
+    """{selection method: its tables}.
 
-    With `upstream`, only of DomainBed's datasets, and of its algorithms in its own order.
+    Numbers are DomainBed's to the bit if the curves come in the order in which it reads them. With
+    `upstream`, tables have only its datasets, and its algorithms come first, in its order.
     """
     seen = [curves.row(curve.args) for curve in found]
     if upstream:
@@ -195,10 +196,11 @@ def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[s
           dataset_names: list[str], n_envs: dict[str, int],
           metric: str = CLASSIFICATION.metric, held_out: dict[str, list[int]] | None = None
           ) -> list[Table]:
-    """A method's tables of `selection.outcomes`: one per dataset, then that of averages.
+    """A method's tables of `selection.outcomes`: one for each dataset, then that of averages.
 
-    Rows and datasets come in the order of their names; `n_envs` has each dataset's environments,
-    `metric` is what the outcomes are, and `held_out` has each dataset's columns, if not all.
+    Rows and datasets come in the order of the names given. `n_envs` is the number of environments
+    of each dataset, `metric` is what the outcomes measure, and `held_out` has the environments
+    that are columns, if these are not all.
     """
     tables = []
     for dataset in dataset_names:
@@ -222,7 +224,7 @@ def build(method: type[SelectionMethod], outcomes: dict, algorithm_names: list[s
 
 
 def _over_environments(dataset: str, algorithm: str, outcomes: dict, n_envs: int) -> Cell:
-    """Each trial's mean over the test envs that it has, then over trials."""
+    """The mean over trials of each trial's mean over its test envs."""
     found = [outcomes[dataset, algorithm, env] for env in range(n_envs)
              if (dataset, algorithm, env) in outcomes]
     values = []
@@ -234,14 +236,14 @@ def _over_environments(dataset: str, algorithm: str, outcomes: dict, n_envs: int
 
 
 def teacher_problems(cells: Iterable[Cell]) -> str:
-    """The meaning of the mark of bad teachers in these cells; empty if none has it."""
+    """What the mark of bad teachers in these cells means; empty if none has it."""
     found = frozenset().union(*(cell.teacher_problems for cell in cells if cell.mean is not None))
     return ("learnt from teachers that failed their audit (--allow_bad_teacher): "
             f"{', '.join(sorted(found))}." if found else "")
 
 
 def needs_pairs(method: type[SelectionMethod], grid: Grid) -> str | None:
-    """Why a method has no tables, if the sweep has runs but none with two test envs."""
+    """Why a method that needs runs with two test envs has no tables; None if it has."""
     if not method.uses_pairs or grid.has_pairs or not grid.begun:
         return None
     return (f"{method.name}: needs runs with two test envs "

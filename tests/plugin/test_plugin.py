@@ -239,7 +239,7 @@ SWAD = '{"averaging": "swad"}'
 
 
 @pytest.mark.parametrize(("dialect", "name", "hparams", "words"), [
-    ("DomainBed", "KDDG", SWAD, 'did not see it. Use "averaging": "sma", or our `train`.'),
+    ("DomainBed", "KDDG", SWAD, 'could not find out. Use "averaging": "sma", or our `train`.'),
     ("MIRO", "KDDG", SWAD, "which this fork's loop keeps to its own SWAD. Use that, or 'sma'."),
     ("DomainBed", "XDED", '{"class_groups": 4}', "class_groups needs our own training loop")])
 def test_what_a_forks_loop_or_loaders_cannot_do_is_refused(

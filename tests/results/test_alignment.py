@@ -212,15 +212,16 @@ def test_a_damaged_file_of_logits_counts_as_none(sweep, tmp_path):
     for path in Path(tmp_path, "sweep", "RISE", "logits").iterdir():
         path.write_bytes(path.read_bytes()[:200])
     found = records.Folder(tmp_path / "sweep").curves()
-    chosen, n_without = logits.chosen(tmp_path / "sweep", found)
-    assert [run.algorithm for run in chosen] == ["ERM"] and n_without == 1
+    chosen, left_out = logits.chosen(tmp_path / "sweep", found)
+    assert [list(rows) for rows in chosen.values()] == [["ERM"]]
+    assert left_out.startswith(" 1 selected runs kept no logits")
 
 
 def test_the_published_split_counts_where_cosines_are_as_published():
     cosine = np.array([0.10, 0.15, 0.20, 0.21, 0.25, 0.40, 0.41], dtype=np.float32)
     right = np.array([0, 0, 1, 1, 1, 0, 0], dtype=bool)
     row = alignment.Images(cosine, right, np.ones(7, dtype=bool))
-    first, second = alignment._tables("PACS", "ViT-B-16", 2, {"ERM": row})
+    first, second = alignment._tables("PACS", "ViT-B-16", "", {"ERM": row})
     assert "split at 0.21 its pre-training knows 42.9 % of the images, and not 28.6 %" in first.lead
     assert first.rows[1] == ["ERM", "7", "42.9", "66.7", "50.0", "42.9", "-", "0.0"]
     assert second.rows[1] == [

@@ -81,7 +81,7 @@ def test_only_unseal_reads_it_and_every_look_is_written_down(capsys):
     cell = ["--dataset", "Folder:mine", "--algorithm", "ERM", "--test_env", "1"]
     for main, more in ((collect_results.main, []), (report.main, []),
                        (list_top_hparams.main, cell)):
-        refused(main, [*argv, *more], "of 1 of its runs are sealed, as of run.", capsys)
+        refused(main, [*argv, *more], "of 1 of its runs are sealed, for example of run.", capsys)
     assert not Path("sealed/looks.jsonl").exists()
     frame = results.to_frame("sealed")
     assert frame["test_acc"].isna().all() and frame["val_acc"].notna().all()
