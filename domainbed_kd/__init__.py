@@ -1,6 +1,6 @@
 """Knowledge distillation for domain generalization, in DomainBed's Algorithm interface.
 
-`import domainbed_kd as dk` is quick: the names in `__all__` are imported when first used.
+`import domainbed_kd as dk` is quick: what `__all__` names is imported when it is first used.
 """
 
 __version__ = "0.1.0"
@@ -29,35 +29,28 @@ if TYPE_CHECKING:
 def train(output_dir: "str | os.PathLike[str]", **flags: object) -> "pandas.DataFrame":
     """Trains one run, as `domainbed-kd train` does, and returns its records.
 
-    An interrupted run continues where it stopped; a finished one is only read.
+    An interrupted run continues where it was; a finished one is only read.
 
     Args:
         output_dir: the run's folder.
-        flags: of `domainbed-kd train --help` by name, such as algorithm="KD", test_envs=[3],
-            hparams={"lr": 0.001}, diagnostics=True.
+        flags: those of `domainbed-kd train --help` by name, such as algorithm="KD",
+            test_envs=[3], hparams={"lr": 0.001}, diagnostics=True.
 
     Raises:
-        SystemExit: if a flag is unknown, or does not take a value.
-        ValueError, OSError, NotImplementedError: the run's own errors.
+        SystemExit: if a flag is unknown, or does not take its value.
+        ValueError, OSError, NotImplementedError: if the run fails.
     """
     import json
     import os
 
     from domainbed_kd import results
+    from domainbed_kd.folder import args
     from domainbed_kd.scripts import train as script
 
-    words = ["--output_dir", str(output_dir)]
-    for name, value in flags.items():
-        if value is None or value is False:
-            continue
-        words.append(f"--{name}")
-        if isinstance(value, dict):
-            words.append(json.dumps(value))
-        elif isinstance(value, (list, tuple)):
-            words += map(str, value)
-        elif value is not True:
-            words.append(str(value))
-    script.main(words)
+    plain = {name: json.dumps(value) if isinstance(value, dict)
+             else list(value) if isinstance(value, tuple) else value
+             for name, value in flags.items() if value is not None}
+    script.main(args.words({"output_dir": os.fspath(output_dir)} | plain))
     return results.to_frame(os.fspath(output_dir))
 
 

@@ -7,11 +7,11 @@ from domainbed_kd import __version__
 from domainbed_kd.console import Parser, run_main
 
 COMMANDS = {
-    "demo": "train a small sweep on digits that ship, in minutes, and report on it",
+    "demo": "train a small sweep on digits that ship with the package, and report on it (minutes)",
     "train": "train one algorithm on one dataset, holding out test domains",
-    "sweep": "launch many runs, count them, estimate what they will cost",
+    "sweep": "launch many runs, count them, estimate their cost",
     "collect_results": "print a sweep's tables",
-    "list_top_hparams": "list the hparams that model selection chose",
+    "list_top_hparams": "list the hparams behind a cell of a table, best validation accuracy first",
     "report": "write the tables and plots of a sweep as one HTML page",
     "download": "fetch datasets and verify them",
     "save_images": "save some images of each domain as a network sees them",
@@ -30,7 +30,7 @@ def build_parser() -> Parser:
 
 
 def dispatch(argv: list[str] | None = None) -> int:
-    """Runs a command with the flags after its name."""
+    """Runs the command that is named first, with the flags after it."""
     argv = sys.argv[1:] if argv is None else argv
     command = build_parser().parse_args(argv[:1]).command
     return importlib.import_module(f"domainbed_kd.scripts.{command}").main(argv[1:])

@@ -234,7 +234,8 @@ def words(args: Mapping) -> list[str]:
         if isinstance(value, bool):
             found += [f"--{name}"] if value else []
         elif "action" in getattr(FLAGS.get(name), "options", {}):
-            found += [word for each in value for word in _words(name, each)]
+            several = [value] if isinstance(value, str) else value
+            found += [word for each in several for word in _words(name, each)]
         elif isinstance(value, list):
             found += [f"--{name}", *map(str, value)]
         elif value is not None:

@@ -35,31 +35,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_shared_flags(parser: argparse.ArgumentParser):
-    """Adds what `report` takes too; returns the group of flags that DomainBed lacks."""
+    """Adds flags that `report` takes too; returns the group of flags that DomainBed lacks."""
     parser.add_argument("--input_dir", required=True, help="folder of the sweep")
     ours = parser.add_argument_group("beyond DomainBed")
     ours.add_argument("--published", action="store_true",
-                      help="also show published results on the same datasets, marked where "
-                           "their protocol differs or is not stated (docs/report.md)")
+                      help="also show published results on the same datasets, marked if their "
+                           "protocol differs or is not stated (docs/report.md)")
     ours.add_argument("--compare", metavar="ALGORITHM",
-                      help="compare every other algorithm with this one (in a report by default "
-                           "ERM): paired differences in points with 95 percent intervals and "
+                      help="compare every other algorithm with this one (default in a report: "
+                           "ERM): paired differences in points with 95 percent intervals, "
                            "corrected tests, mean ranks (docs/report.md)")
     ours.add_argument("--alignment", nargs="?", const="", metavar="CLIP",
                       help="also show accuracy on the test images that CLIP's pre-training knew "
-                           "and on those that it did not, where it errs, and the errors shared "
-                           "with it; needs runs with --save_logits, and the images once; by "
-                           "default the CLIP that the runs learnt from (docs/analysis.md)")
+                           "and on the others, where CLIP is right and where it is wrong, and the "
+                           "share of errors that CLIP makes too; needs runs with --save_logits, "
+                           "and their images at the first time; default: the CLIP from which the "
+                           "runs learnt (docs/analysis.md)")
     ours.add_argument("--calibration", action="store_true",
                       help="also show expected calibration errors on test domains, before and "
                            "after temperature scaling on the training domains; needs runs with "
                            "--save_logits (docs/analysis.md)")
     ours.add_argument("--unseal", action="store_true",
-                      help="read the test accuracies of runs that were trained with --seal too, "
-                           "and write down in INPUT_DIR/looks.jsonl that this was done")
+                      help="also read the test accuracies of runs that were trained with --seal, "
+                           "and note that in INPUT_DIR/looks.jsonl")
     ours.add_argument("--plugin", action="append", default=[], metavar="MODULE",
-                      help="module or .py file whose algorithms and datasets the tables name and "
-                           "order as they say; may be given again")
+                      help="module or .py file of algorithms and datasets, which tables then name "
+                           "and order as it declares; may be given again")
     return ours
 
 
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = records.Folder(args.input_dir)
     found = folder.curves(as_listed=args.upstream, unseal=args.unseal)
     if args.upstream:
-        # DomainBed does not know that a weight average ends a run, nor of rows that are mended.
+        # DomainBed has no rule for weight averages, and no rows named after hparams.
         found = [curve._replace(selection=None, args={**curve.args, "hparams": None}
                                 if curves.row(curve.args) != curve.args["algorithm"]
                                 else curve.args) for curve in found]
@@ -96,11 +97,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace, style: str) -> None:
     if args.latex and style != "latex":
-        raise ValueError(f"--latex and --format {style} contradict each other; give one.")
+        raise ValueError(f"--latex and --format {style} contradict each other. Pass one of them.")
     if args.upstream and style not in ("text", "latex"):
         raise ValueError(f"--upstream: DomainBed prints text or latex, not {style}.")
     if args.published and args.upstream:
-        raise ValueError("--published goes without --upstream, which prints what DomainBed does.")
+        raise ValueError("--published does not go with --upstream, which prints what DomainBed "
+                         "does. Leave one out.")
     asked = {"compare": args.compare, "alignment": args.alignment is not None,
              "calibration": args.calibration}
     for name in asked:
@@ -131,7 +133,7 @@ def trust(args: argparse.Namespace, found: list[curves.Curve]) -> list[formats.S
     """The tables that --alignment and --calibration ask for."""
     made = []
     if args.alignment is not None:
-        from domainbed_kd.results import alignment  # like the next, it needs NumPy, then torch
+        from domainbed_kd.results import alignment  # slow to import, like calibration
 
         made += alignment.of_sweep(args.input_dir, found, args.alignment)
     if args.calibration:

@@ -1,8 +1,8 @@
 """Trains a small sweep on digits that ship with the package, then prints tables and a report.
 
-Needs no data, no network and no GPU. Any flag of `sweep launch` may follow, and wins over the
-demo's own: `domainbed-kd demo --algorithms ERM CORAL`. A demo that is interrupted goes on when the
-command is given again.
+It needs no data, network or GPU. Any flag of `sweep launch` may follow, and overrides the demo's
+own: `domainbed-kd demo --algorithms ERM CORAL`. The same command continues a demo that was
+interrupted.
 """
 
 import argparse
@@ -19,7 +19,7 @@ FLAGS = Path(domainbed_kd.__file__).parent / "assets" / "demo.args"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The only flag of its own."""
+    """The demo's only flag of its own."""
     parser = Parser(prog="domainbed-kd demo", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="demo", metavar="FOLDER",
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Launches, tabulates, reports, and ends with three lines that say what came out."""
+    """Launches, prints tables, writes the report, and ends with three lines on the outcome."""
     args, flags = build_parser().parse_known_args(argv)
     folder, page = Path(args.output_dir, "sweep"), Path(args.output_dir, "report.html")
     launch = ["launch", f"@{FLAGS}", "--output_dir", str(folder), *flags]

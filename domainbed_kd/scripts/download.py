@@ -1,9 +1,9 @@
 """Fetches datasets into the folders that the loaders read, and verifies what is there.
 
 DomainBed's script fetches TerraIncognita unless it is edited; here --datasets names what to fetch.
-Archives go to DATA_DIR/downloads. An interrupted download continues where it broke off; unpacking
-is all or nothing, and then the archive is deleted. Its SHA-256 stays there as ARCHIVE.sha256: an
-archive fetched later must have the same. Put a file there yourself to check the first.
+Archives go to DATA_DIR/downloads. An interrupted download continues where it stopped. Unpacking is
+all or nothing; then the archive is deleted. Its SHA-256 stays there as ARCHIVE.sha256, and an
+archive fetched later must have the same. To check the first one, put that file there yourself.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: everything is there and as published. 1: something is not, or a person has to get it."""
+    """0: everything is there and as published. 1: something is not, or must be fetched by hand."""
     parser = build_parser()
     args = parser.parse_args(argv)
     for name in args.datasets:

@@ -50,7 +50,7 @@ def find(every: dict, args: argparse.Namespace) -> dict[int, Search]:
 
 
 def print_draw(accs: dict, draw: list[Curve]) -> None:
-    """A draw's accuracies, hparams and folders."""
+    """Prints a draw's accuracies, hparams and folders."""
     print(f"\t{accs}")
     distinct = []
     for curve in draw:

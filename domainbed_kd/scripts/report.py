@@ -1,4 +1,4 @@
-"""Writes what a sweep found as one HTML page that needs no network, and its plots as files."""
+"""Writes a sweep's results as one HTML page that needs no network, and its plots as files."""
 
 import argparse
 import shlex
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--output {page}: name a file that ends in .html.")
     images = page.with_suffix("")
     if images.resolve() == Path(args.input_dir).resolve():
-        raise ValueError(f"--output {page}: its plots would lie among the runs; name another.")
+        raise ValueError(f"--output {page}: its plots would lie among the runs. Name another file.")
     found = folder.curves(unseal=args.unseal)
     grid = records.whole_grid(folder, found)
     if not found:

@@ -1,7 +1,7 @@
 """Saves some images of each domain as a network sees them: cropped and resized, not augmented.
 
-They are called DATASET_envIDOMAIN_K_idxINDEX_classLABEL.png, as those of DomainBed's script, which
-takes six datasets and chooses by chance. Here the choice is always the same.
+Files are named DATASET_envIDOMAIN_K_idxINDEX_classLABEL.png, as by DomainBed's script. That takes
+six datasets and chooses images at random; here the choice is always the same.
 """
 
 import argparse
@@ -24,11 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def save(name: str, data_dir: Path, folder: Path, n: int) -> int:
-    """Saves `n` images of each domain of a dataset, fewer where there are not so many.
-
-    Returns:
-        how many were saved.
-    """
+    """Saves `n` images of each domain of a dataset, or all if there are fewer; returns how many."""
     import torch
     from torchvision.utils import save_image
 
@@ -53,7 +49,7 @@ def save(name: str, data_dir: Path, folder: Path, n: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Saves, and says how many of which dataset."""
+    """Saves images, and prints how many of each dataset."""
     args = build_parser().parse_args(argv)
     from domainbed_kd import datasets
 
@@ -61,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         name for name in datasets.DATASETS
         if (there := datasets.facts(name).FOLDER) and (args.data_dir / there).is_dir()]
     if not names:
-        raise ValueError(f"{args.data_dir} holds the folder of no dataset. Name one with "
-                         "--datasets, or choose another --data_dir.")
+        raise ValueError(f"{args.data_dir} does not hold the folder of any dataset. Name a dataset "
+                         "with --datasets, or choose another --data_dir.")
     if args.n < 1:
         raise ValueError(f"--n is {args.n}; it takes a number from 1 up.")
     args.output_dir.mkdir(parents=True, exist_ok=True)

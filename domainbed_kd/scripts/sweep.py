@@ -1,12 +1,12 @@
 """Launches the many runs behind a table, counts them, or deletes incomplete ones.
 
-`launch` runs what is not done, in the order of the list (DomainBed shuffles it without a seed,
-which only changes who waits for whom), and goes on with what was interrupted or failed.
-A sweep that was launched once is known by its folder: `sweep status DIR`, `sweep launch DIR`.
+`launch` runs what is not done, in the order of the list, and continues what was interrupted or
+failed. (DomainBed shuffles the list without a seed, which only changes the order.)
+Once launched, a sweep is known by its folder: `sweep status DIR`, `sweep launch DIR`.
 Methods that learn from a trained network wait for the ERM run of the same dataset, trial and
-test domains, which is added where it is missing.
-Flags may stand in a file, given as @FILE: any number a line, quoted as in a shell, with #
-comments; flags after it on the command line win.
+test domains, which is added if it is missing.
+Flags can be read from a file, given as @FILE: any number on a line, quoted as in a shell, with
+# comments. Flags after it on the command line override those in the file.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from domainbed_kd.sweep.jobs import Job
 
 
 def build_parser() -> flags.SweepParser:
-    """The parser; its help names what there is."""
+    """The parser; its help lists the known names."""
     return flags.build_parser(__doc__, "\n".join(
         f"{kind}: {', '.join([*known, *extensions.names(kind)])}"
         for kind, known in (("algorithms", algorithms.ALGORITHMS),
@@ -29,9 +29,9 @@ def build_parser() -> flags.SweepParser:
 
 
 def load_names(launches: list[argparse.Namespace]) -> None:
-    """Loads plug-ins and puts each name as it is registered.
+    """Loads plug-ins and replaces names by those that are registered.
 
-    Of plug-ins that only the folder names, a command that trains nothing runs no code.
+    A command that trains nothing runs no code of plug-ins that only the folder names.
     """
     plugins = dict.fromkeys(plugin for args in launches for plugin in args.plugin)
     extensions.load(plugins, [name for args in launches for name in (
@@ -45,7 +45,7 @@ def load_names(launches: list[argparse.Namespace]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses, lists the jobs, and launches, deletes or counts them."""
+    """Parses, lists the jobs, and launches, deletes, counts or prices them."""
     args, launches = flags.parse(build_parser(), argv)
     load_names(launches)
     if args.command in ("status", "delete_incomplete") and not os.path.isdir(args.output_dir):

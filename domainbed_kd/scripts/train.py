@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Loads plug-ins and refuses unknown names; without plug-ins this needs no torch."""
+    """Loads plug-ins and refuses unknown names; needs torch only for plug-ins."""
     from domainbed_kd import algorithms, datasets, extensions
 
     extensions.load(args.plugin, [args.algorithm, args.dataset])
@@ -34,7 +34,8 @@ def check_names(args: argparse.Namespace) -> None:
                 f"the flag out, or choose one of {taught}, or name runs in the hparam teachers.")
         if n_runs != len(args.teacher):
             raise ValueError(f"--teacher names {len(args.teacher)} folders, and {args.algorithm} "
-                             f"learns from {n_runs} here. Name one for each, in their order.")
+                             f"learns from {n_runs} runs here. Name one folder for each, in their "
+                             "order.")
     if args.auto_lr:
         algorithms.check_auto_lr([args.algorithm])
     cls = datasets.get_dataset_class(args.dataset, args.data_dir)
@@ -44,7 +45,7 @@ def check_names(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, in a folder that is this process's own."""
+    """Trains in a folder that this process holds."""
     check_names(args)
     from domainbed_kd.run import training
 
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.check_run(args)
     folder = Path(args.output_dir)
     if not folder.exists():
-        check_names(args)  # a typing error makes no folder
+        check_names(args)  # a mistyped name must not leave a folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with claims.held(folder, args.wait), output.kept_in(folder):

@@ -207,16 +207,6 @@ class Job:
         """Whether somebody stopped it: it has not failed, and can continue."""
         return self.exit_status in (STOPPED, BUSY)
 
-    @property
-    def was_taken(self) -> bool:
-        """Whether another process was at work in its folder when it was started."""
-        return self.exit_status == BUSY
-
-    def keep_reason(self) -> None:
-        """Writes why it ended to the file `failed`, unless it did so itself or was stopped."""
-        if self.state_now() != self.FAILED and not self.was_stopped:
-            files.note_failure(self.output_dir, self.why_failed())
-
     @staticmethod
     def launch(jobs: list["Job"], launcher_fn: Callable, later: list["Job"] | tuple = ()
                ) -> list["Job"]:
@@ -247,8 +237,9 @@ class Job:
             job.exit_status = status
         failed = [job for job in jobs if job.exit_status != 0
                   and job.state_now() not in (job.DONE, job.RUNNING)]
-        for job in failed:
-            job.keep_reason()
+        for job in failed:  # one that was killed could not say why
+            if job.state_now() != job.FAILED and not job.was_stopped:
+                files.note_failure(job.output_dir, job.why_failed())
         return failed
 
     @staticmethod

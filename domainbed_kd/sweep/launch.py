@@ -225,7 +225,8 @@ def run_all(new: list[Job], launcher: Callable, is_blocking: bool, retry: int) -
         print(f"{len(errors)} of {len(new)} jobs failed:", file=sys.stderr)
         for job in errors:
             print(f"  {job.output_dir}: {job.why_failed()}", file=sys.stderr)
-    others = not_done([job for job in new if job.was_taken and job not in failed])
+    others = not_done([job for job in new
+                       if job.exit_status == claims.BUSY and job not in failed])
     return bool(failed or others or waiting)
 
 

@@ -177,7 +177,7 @@ def test_a_data_set_without_published_results_says_so(vlcs, capsys):
 
 
 def test_what_domainbed_prints_has_no_published_rows(vlcs):
-    with pytest.raises(ValueError, match="--published goes without --upstream"):
+    with pytest.raises(ValueError, match="--published does not go with --upstream"):
         collect_results.main(["--input_dir", str(vlcs), "--published", "--upstream"])
 
 

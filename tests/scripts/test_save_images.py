@@ -64,5 +64,5 @@ def test_without_names_it_takes_what_is_there_and_refuses_an_empty_folder(data, 
     assert save_images.main(["--data_dir", str(data), "--output_dir", str(tmp_path / "out"),
                              "--n", "1"]) == 0
     assert capsys.readouterr().out == "PACS: 4 images\n"
-    with pytest.raises(ValueError, match="holds the folder of no dataset.*--datasets"):
+    with pytest.raises(ValueError, match="does not hold the folder of any dataset.*--datasets"):
         save_images.main(["--data_dir", str(tmp_path / "out"), "--output_dir", str(tmp_path)])
