@@ -22,7 +22,7 @@ from domainbed_kd.results import (
     tables,
 )
 from domainbed_kd.results.records import Grid
-from domainbed_kd.results.significance import Difference
+from domainbed_kd.results.significance import Comparison, Difference
 
 TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
 #: The selection method behind the answer and all plots.
@@ -41,14 +41,6 @@ class Section(NamedTuple):
     remark: str = ""
 
 
-class Comparison(NamedTuple):
-    """All other algorithms against one, selected by `SELECTION`."""
-
-    reference: str
-    differences: list[Difference]
-    ranking: significance.Ranking | None
-
-
 class Answer(NamedTuple):
     """The best method, its lead, and whether that is significant."""
 
@@ -58,23 +50,6 @@ class Answer(NamedTuple):
     verdict: str
     #: The header, then the methods, best first.
     rows: list[list[str]]
-
-
-def compare(found: list[Curve], grid: Grid, reference: str | None, rows: list[str]
-            ) -> Comparison | None:
-    """The comparison, None if no algorithm has scores; `rows` are the algorithms in order.
-
-    The reference is by default ERM, or the first algorithm with scores if ERM has none.
-    """
-    scores = significance.by_pair(selection.outcomes(searches(found), grid, SELECTION))
-    scores = {name: scores[name] for name in rows if name in scores}
-    if not reference:
-        reference = next((name for name in ("ERM", *scores) if name in scores), None)
-    if reference is None:
-        return None
-    reference = significance.key_of(reference, scores)
-    return Comparison(reference, significance.differences(scores, reference),
-                      significance.ranking(scores))
 
 
 def answer(made: list[tables.Table], grid: Grid, comparison: Comparison | None) -> Answer | None:

@@ -80,6 +80,14 @@ class Ranking(NamedTuple):
         return found
 
 
+class Comparison(NamedTuple):
+    """All other algorithms against one, the reference."""
+
+    reference: str
+    differences: list[Difference]
+    ranking: Ranking | None
+
+
 def by_pair(outcomes: dict) -> dict[str, dict[tuple, float]]:
     """{algorithm: {(dataset, test env, trial): accuracy}} of `selection.outcomes`."""
     found = {}
@@ -138,27 +146,35 @@ def ranking(scores: dict[str, dict[tuple, float]]) -> Ranking | None:
                    float(q * np.sqrt(k * (k + 1) / (6 * n))))
 
 
+def compare(searches: dict, grid: Grid, method: type[SelectionMethod],
+            reference: str | None = None) -> Comparison | None:
+    """All other algorithms against one, in the order of tables; None if none has scores.
+
+    The reference is named as in tables; by default it is ERM, or the first that has scores.
+    """
+    scores = by_pair(selection.outcomes(searches, grid, method))
+    scores = {name: scores[name] for name in tables.row_order(scores)}
+    if not reference:
+        reference = next((name for name in ("ERM", *scores) if name in scores), None)
+        if reference is None:
+            return None
+    reference = {display_name(name): name for name in scores}.get(reference, reference)
+    return Comparison(reference, differences(scores, reference), ranking(scores))
+
+
 def of_sweep(found: list[Curve], grid: Grid, methods: Iterable[type[SelectionMethod]],
              reference: str) -> dict[type[SelectionMethod], Strings]:
     """{selection method: the table that compares others with `reference`}, where possible."""
-    reference = key_of(reference, dict.fromkeys(grid.algorithms))
     searches = curves.searches(found)
     compared = {}
     for method in methods:
-        if tables.needs_pairs(method, grid):
-            continue
-        scores = by_pair(selection.outcomes(searches, grid, method))
-        scores = {name: scores[name] for name in tables.row_order(scores)}
-        found_here = differences(scores, reference)
-        compared[method] = Strings(
-            f"Differences to {display_name(reference)}, model selection method: {method.name}",
-            limits(found_here), rows(found_here), describe(ranking(scores)))
+        if not tables.needs_pairs(method, grid):
+            made = compare(searches, grid, method, reference)
+            compared[method] = Strings(
+                f"Differences to {display_name(made.reference)}, model selection method: "
+                f"{method.name}", limits(made.differences), rows(made.differences),
+                describe(made.ranking))
     return compared
-
-
-def key_of(shown: str, scores: dict[str, dict]) -> str:
-    """The algorithm with scores that tables show under this name; else the name itself."""
-    return {display_name(name): name for name in scores}.get(shown, shown)
 
 
 def rows(found: list[Difference]) -> list[list[str]]:

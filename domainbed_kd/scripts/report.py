@@ -7,7 +7,8 @@ from pathlib import Path
 
 from domainbed_kd import console, extensions
 from domainbed_kd.console import Parser, run_main
-from domainbed_kd.results import notes, published, records, selection, tables
+from domainbed_kd.folder.curves import searches
+from domainbed_kd.results import notes, published, records, selection, significance, tables
 from domainbed_kd.scripts import collect_results
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     failures = notes.why_failed(folder, grid)
     made = tables.of_sweep(found, grid, selection.METHODS)
     chosen = made[pages.SELECTION]
-    comparison = pages.compare(found, grid, args.compare, list(chosen[0].rows))
+    comparison = significance.compare(searches(found), grid, pages.SELECTION, args.compare)
     sections = list(pages.sections(args.input_dir, found, chosen, comparison))
     sections += [pages.Section(f"trust{i}", each.title, each.lead, [], each.rows,
                                remark=each.remark)

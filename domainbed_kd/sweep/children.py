@@ -115,14 +115,23 @@ def stop_orphans(processes: list) -> None:
     with console.lifted():
         print(f"The server that starts jobs died. Its {len(orphans)} jobs are interrupted, and "
               "continue with a new one.", file=sys.stderr)
-    for pid in orphans:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+    _end(orphans)
     _wait_for(orphans)
-    for pid in orphans:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-    _wait_for(orphans)
+
+
+def _end(pids: list[int]) -> None:
+    """Tells jobs to save and end; after GRACE_S seconds kills them and what they started."""
+    try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        _wait_for(pids)
+    finally:
+        for pid in pids:
+            # Each job leads a process group, which outlives it if it left workers behind.
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(pid, signal.SIGKILL)
 
 
 def _wait_for(pids: list[int]) -> None:
@@ -164,20 +173,14 @@ def interruptible() -> Iterator[None]:
 
 
 def stop(processes: list) -> None:
-    """Tells jobs to save and end; after GRACE_S seconds kills them and what they started."""
+    """Stops jobs, which save first."""
     if not processes:
         return
     print(f"Stopping {len(processes)} jobs. Ctrl-C again kills them at once.", file=sys.stderr)
     try:
-        for process in processes:
-            process.terminate()
-        _wait_for([process.pid for process in processes])
+        _end([process.pid for process in processes])
     finally:
         for process in processes:
-            # Each job leads a process group, which outlives it if it left workers behind.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
             process.join()
 
 

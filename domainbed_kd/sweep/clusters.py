@@ -126,7 +126,7 @@ def _array(executor, commands: list[str], n_before: int, n_all: int) -> list[int
                               file=sys.stderr)
                     del pending[i]
                     n_done = n_before + len(jobs) - len(pending)
-                    workers.report(commands[i], statuses[i], n_done, n_all)
+                    workers.report(workers.words(commands[i]), statuses[i], n_done, n_all)
         except BaseException:
             print(f"Cancelling {len(pending)} jobs.", file=sys.stderr)
             for job in pending.values():
@@ -258,7 +258,7 @@ def _tasks(library, task: Callable, commands: list[str]) -> list[int]:
                     continue
                 statuses[i] = 1
             n_done += 1
-            workers.report(commands[i], statuses[i], n_done, len(commands))
+            workers.report(workers.words(commands[i]), statuses[i], n_done, len(commands))
     except BaseException:
         for ref in pending:
             library.cancel(ref, force=True)

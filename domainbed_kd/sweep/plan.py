@@ -1,7 +1,8 @@
-"""A sweep's cost so far, and a forecast of the rest, from what its jobs measured."""
+"""A sweep's cost so far and a forecast of the rest, from what its jobs measured."""
 
 import argparse
 import heapq
+import itertools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -68,7 +69,7 @@ def kind_of(job: Job) -> tuple[str, str]:
 
 
 def wall_seconds(jobs: list[Job], seconds: dict[int, float], slots: int) -> float:
-    """How long jobs take in order, `slots` at a time, by the seconds of each by its id.
+    """Seconds in which jobs run in order, `slots` at a time; `seconds` has those of each by id.
 
     Students begin after all teachers.
     """
@@ -82,22 +83,8 @@ def wall_seconds(jobs: list[Job], seconds: dict[int, float], slots: int) -> floa
     return total
 
 
-def trimmed(n_trials: int, n_hparams: int, fits: Callable[[int, int], bool]
-            ) -> tuple[int, int] | None:
-    """The most trials and seeds of hparams that fit, shrunk evenly; None if none do.
-
-    It is the pair with the largest smaller share of what was asked for, then with the most runs,
-    then with the most trials.
-    """
-    pairs = [(trials, hparams) for trials in range(1, n_trials + 1)
-             for hparams in range(1, n_hparams + 1)]
-    pairs.sort(key=lambda pair: (min(pair[0] / n_trials, pair[1] / n_hparams),
-                                 pair[0] * pair[1], pair[0]), reverse=True)
-    return next((pair for pair in pairs if fits(*pair)), None)
-
-
 def in_words(seconds: float) -> str:
-    """A duration as a person says it."""
+    """A duration in words."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -105,7 +92,7 @@ def in_words(seconds: float) -> str:
 
 
 def slots(args: argparse.Namespace, launcher: str) -> int:
-    """How many jobs a launcher runs at a time; 1 where that is not known."""
+    """How many jobs a launcher runs at a time; 1 if that is not known."""
     per_device = args.jobs_per_device or 1
     if launcher == "multi_gpu":
         return max(1, len(machine.gpus())) * per_device
@@ -178,19 +165,24 @@ def _print_own_lengths(all_jobs: list[Job]) -> None:
 
 def _fit_budget(launches: list[argparse.Namespace], all_jobs: list[Job],
                 hours: Callable[[list[Job]], float]) -> int:
-    """Prints the flags of the largest part of a sweep that fits its budget; 1 if none does."""
+    """Prints the most trials and seeds of hparams that fit the budget; 1 if none do.
+
+    Both are reduced evenly: the pair with the largest smaller share of what was asked for counts,
+    then the one with the most runs, then with the most trials.
+    """
     budget = launches[-1].budget
     teachers = {id(teacher) for job in all_jobs for teacher in job.teachers}
     first = min(each.n_hparams_from for each in launches)
-
-    def fits(n_trials: int, n_hparams: int) -> bool:
-        return hours([job for job in all_jobs if job.train_args["trial_seed"] < n_trials and (
-            id(job) in teachers or job.train_args["hparams_seed"] < first + n_hparams)]) <= budget
-
-    chosen = trimmed(max(each.n_trials for each in launches),
-                     max(each.n_hparams for each in launches) - first, fits)
-    if chosen is None:
-        print(f"{budget:g} hours do not suffice for one trial with one seed of hparams.")
-        return 1
-    print(f"within {budget:g} hours: --n_trials {chosen[0]} --n_hparams {first + chosen[1]}")
-    return 0
+    most = (max(each.n_trials for each in launches),
+            max(each.n_hparams for each in launches) - first)
+    pairs = itertools.product(*(range(1, n + 1) for n in most))
+    for n_trials, n_hparams in sorted(pairs, reverse=True, key=lambda pair: (
+            min(pair[0] / most[0], pair[1] / most[1]), pair[0] * pair[1], pair[0])):
+        kept = [job for job in all_jobs if job.train_args["trial_seed"] < n_trials and (
+            id(job) in teachers or job.train_args["hparams_seed"] < first + n_hparams)]
+        if hours(kept) <= budget:
+            print(f"within {budget:g} hours: --n_trials {n_trials} --n_hparams "
+                  f"{first + n_hparams}")
+            return 0
+    print(f"{budget:g} hours do not suffice for one trial with one seed of hparams.")
+    return 1

@@ -177,10 +177,8 @@ class _Pool:
         if job.errors:
             with job.errors:
                 last_line = job.errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-        outcome = _outcome(self.argvs[job.index], status,
-                           f"({time.monotonic() - job.start:.0f} s)", last_line.strip())
-        with console.lifted():
-            print(f"[{n_done}/{len(self.argvs)}] {outcome}", file=sys.stderr)
+        report(self.argvs[job.index], status, n_done, len(self.argvs),
+               f"({time.monotonic() - job.start:.0f} s)", last_line.strip())
 
 
 def words(command: str) -> list[str]:
@@ -189,20 +187,19 @@ def words(command: str) -> list[str]:
     return [sys.executable if argv[0] == "python" else argv[0], *argv[1:]]
 
 
-def _outcome(argv: list[str], status: int, took: str = "", error: str = "") -> str:
-    """How a job ended, in a line; `error` is the last line of its stderr."""
+def report(argv: list[str], status: int, n_done: int, n_all: int, took: str = "", error: str = ""
+           ) -> None:
+    """Prints on stderr how a job ended; `error` is the last line of its own stderr."""
     what = "  ".join(filter(None, [_label_of(argv), took]))
     if status == 0:
-        return f"done  {what}"
-    if status == claims.BUSY:
-        return f"left  {what}  another process trains it"
-    why = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-    return f"failed  {what}  {': '.join(filter(None, [why, error]))}"
-
-
-def report(command: str, status: int, n_done: int, n_all: int) -> None:
-    """Prints on stderr how a job that ran elsewhere ended."""
-    print(f"[{n_done}/{n_all}] {_outcome(words(command), status)}", file=sys.stderr)
+        outcome = f"done  {what}"
+    elif status == claims.BUSY:
+        outcome = f"left  {what}  another process trains it"
+    else:
+        why = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        outcome = f"failed  {what}  {': '.join(filter(None, [why, error]))}"
+    with console.lifted():
+        print(f"[{n_done}/{n_all}] {outcome}", file=sys.stderr)
 
 
 def label(command: str) -> str:
