@@ -65,6 +65,24 @@ def losses_in_double(algorithm, batches, device: str) -> list[dict]:
 
 
 @pytest.fixture
+def launched(monkeypatch):
+    """The commands given to a launcher called `pretend`, which finishes each job at once."""
+    from launches import command_of
+
+    from domainbed_kd import command_launchers
+
+    commands = []
+
+    def pretend(received):
+        commands.extend(received)
+        for command in received:
+            (Path(command_of(command)["output_dir"][0]) / "done").write_text("done")
+
+    monkeypatch.setitem(command_launchers.REGISTRY, "pretend", pretend)
+    return commands
+
+
+@pytest.fixture
 def pacs() -> Path:
     """The folder that holds real PACS images; the test skips where there is none."""
     if not (SHARED_DATA / "PACS").is_dir():
