@@ -64,9 +64,8 @@ class Folder:
             self._note_look([name for name in runs
                              if os.path.exists(f"{self.path}/{name}/{files.SEALED}")])
         self.without_results = [name for name, found in runs.items() if not found]
-        curves.say_skipped(skipped[:_MOST_WARNINGS])
-        if len(skipped) > _MOST_WARNINGS:
-            curves.say_skipped([f"{len(skipped) - _MOST_WARNINGS} more in {self.path}"])
+        more = len(skipped) - _MOST_WARNINGS
+        curves.say_skipped(skipped[:_MOST_WARNINGS] + [f"{more} more in {self.path}"] * (more > 0))
         return [curve for name in (self.listing if as_listed else runs) for curve in runs[name]]
 
     def _note_look(self, names: list[str]) -> None:
@@ -207,10 +206,9 @@ class Grid:
     """The runs that a sweep has, and those that it would have if it were complete.
 
     A complete sweep has every combination of trial seed, hparams seed, algorithm and dataset that
-    occur anywhere, with every environment held out, and every pair of them if any pair occurs. A
-    run has finished when its last record is at step `args.steps - 1` or, without that argument, at
-    the last step of the longest run on its dataset. `planned` are the args of runs without records,
-    which count too.
+    occur, with every environment held out, and every pair of them if any pair occurs. A run has
+    finished when its last record is at step `args.steps - 1` or, without that argument, at the last
+    step of the longest run on its dataset. `planned` are the args of runs without records.
 
     `trained` are (run, curve) pairs: several for a run in several folders or with several settings.
     `n_steps` is that of the longest run on each dataset.
