@@ -61,7 +61,7 @@ def _teach(name: str, module: ModuleType) -> None:
     except Exception as error:
         where = os.path.dirname(getattr(module, "__file__", None) or name)
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"domainbed_kd: the fork in {where} goes on without our methods: {reason} For more, "
+        print(f"domainbed_kd: the fork in {where} runs without our methods: {reason} For more, "
               "run `python -m domainbed_kd.plugin doctor` there.", file=sys.stderr)
     finally:
         if collects:

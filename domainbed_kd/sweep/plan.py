@@ -18,7 +18,7 @@ class Rates:
 
     Args:
         jobs: the sweep's; those that have begun count, evaluations included.
-        stated: seconds of a run of which no job has measured the algorithm on the dataset.
+        stated: seconds of a run whose algorithm no job has measured on its dataset.
     """
 
     def __init__(self, jobs: Iterable[Job], stated: float | None = None):
@@ -35,12 +35,12 @@ class Rates:
         self._timings: dict[tuple[str, str], measure.Timing | None] = {}
 
     def time(self, jobs: Iterable[Job]) -> None:
-        """Runs those of the jobs for a few steps of whose kind none has been measured."""
+        """Times a few steps of those jobs whose kind no job has measured."""
         unknown = [job for job in jobs if kind_of(job) not in self._per_step]
         self._timings = dict(zip(map(kind_of, unknown), measure.measure(unknown)))
 
     def of_run(self, job: Job) -> tuple[float | None, str]:
-        """Seconds of a whole run, None if unknown; and where they are from."""
+        """Seconds of a whole run, None if unknown, and their source."""
         kind = kind_of(job)
         if kind in self._per_step:
             return self._per_step[kind] * job.n_steps, "measured"
