@@ -1,19 +1,19 @@
-"""What our work costs: every figure as a ratio of two things measured in turn, in one run.
+"""Measures costs: every figure as a ratio of two things measured alternately, in one run.
 
-start: importing the package, help and building the digits that ship, against importing torch.
-updates: each method takes turns with ERM on the same images and threads. The floor of a method is
-what it cannot do without: ERM's update of its student, or that of the algorithm below its teachers;
-for LFME, whose experts are as large, two of them; and one forward pass of its teacher. Memory (on
-Linux) is how much more a process holds at most during updates than before the first.
-sweep: a Debug28 sweep of 12 jobs of 3 steps, against the same jobs in processes of their own.
-collect: collect_results on a made-up sweep, the first time and again.
-crops: how many training images of PACS a loader gives per CPU second, on one thread.
+start: importing the package, help and building DigitsDG, compared with importing torch.
+updates: each method alternates with ERM on the same images and threads. A method's floor is its
+unavoidable cost: ERM's update of its student, or the update of the algorithm under added teachers
+(two updates for LFME, whose experts are as large), and one forward pass of its teacher. Memory (on
+Linux) is the increase of a process's peak over its memory before the first update.
+sweep: a Debug28 sweep of 12 jobs of 3 steps, compared with the same jobs in separate processes.
+collect: collect_results on an artificial sweep, the first time and again.
+crops: how many training images of PACS a loader reads per CPU second, on one thread.
 pacs: 30 steps of ResNet-18 on PACS at 224 pixels, 8 images per domain, and 2 evaluations, on all
-cores or on OMP_NUM_THREADS, against the plain loop of tools/plain_loop.py. Processes and memory (on
-Linux) are peaks of a run of 3 steps that is not timed, and that builds the cache of decoded images.
-Like crops, it needs --data_dir.
+cores or on OMP_NUM_THREADS, compared with the plain loop of tools/plain_loop.py. Processes and
+memory (on Linux) are peaks of an untimed run of 3 steps, which also builds the cache of decoded
+images. Like crops, it needs --data_dir.
 
-With --peer DIR, a DomainBed checkout does the work of sweep and collect too, in turn with us.
+With --peer DIR, a DomainBed checkout does the work of sweep and collect too, alternating with us.
 """
 
 import contextlib
@@ -44,27 +44,24 @@ METHODS = ("ERM", "CORAL", "SWAD", "KD", "KDDG", "SCMD", "RISE", "MosaicKD", "Fo
 # Methods whose student is CLIP's image network.
 TOWERS = ("VL2VSD", "CLIPood")
 ROOT = Path(__file__).parents[1]
-# Names that any DomainBed knows, so that a peer can read the made-up sweep too.
+# Names that every DomainBed knows, so that a peer can read the artificial sweep too.
 MADE_UP = {"datasets": ("VLCS", "PACS"),
            "algorithms": ("ERM", "IRM", "GroupDRO", "Mixup", "MLDG", "CORAL", "MMD", "DANN",
                           "CDANN", "MTL")}
-# Debug28 has three test envs, and four draws of hparams: 12 jobs. Its 13 images per split are
-# fewer than DomainBed's own batches, for which it would wait forever.
+# Three test envs of Debug28 and four draws of hparams: 12 jobs. The batch size is smaller than the
+# default, as DomainBed waits forever for a batch larger than Debug28's 13 images per split.
 SWEEP = ["--datasets", "Debug28", "--algorithms", "ERM", "--n_trials", "1", "--n_hparams", "4",
          "--single_test_envs", "--steps", "3", "--hparams", '{"batch_size": 4}',
          "--data_dir", "none", "--skip_confirmation"]
-
-
-# What methods cost.
 
 
 def build(name: str, batch_size: int, student: str = ""):
     """(algorithm, minibatches) on DigitsDG with the last domain held out.
 
     Args:
-        name: of an algorithm, after which " + KD(ERM)" puts a teacher on top.
+        name: of an algorithm; a following " + KD(ERM)" adds a teacher.
         batch_size: images per domain.
-        student: the method whose student ERM has; its own by default.
+        student: the method whose student ERM trains; ERM's own by default.
     """
     import torch
     from torch import nn
@@ -101,21 +98,21 @@ def build(name: str, batch_size: int, student: str = ""):
 
 
 def build_floor(name: str, batch_size: int):
-    """(algorithm, minibatches) of the update below which a method's own cannot be."""
+    """(algorithm, minibatches) of the update that a method's own cannot be cheaper than."""
     if name == "XDED":  # without its loss, which leaves its network: ERM with UniStyle
         return build(name, batch_size, student=name)
     return build(name.partition(" + ")[0] if " + " in name else "ERM", batch_size, student=name)
 
 
 def timed(function, *args) -> float:
-    """Seconds that a call takes."""
+    """The seconds that a call takes."""
     start = time.perf_counter()
     function(*args)
     return time.perf_counter() - start
 
 
 def cost(name: str, batch_size: int, repeats: int) -> dict:
-    """A method's update in ms, and its ratio to ERM's in turn with it and to its floor."""
+    """A method's update in ms, and its ratios to ERM's, measured alternately, and to its floor."""
     import torch
 
     torch.set_num_threads(1)
@@ -137,7 +134,7 @@ def cost(name: str, batch_size: int, repeats: int) -> dict:
 
 
 def memory(name: str, batch_size: int, is_floor: bool) -> float:
-    """MB that updates need of a method, or of its floor."""
+    """The MB that updates of a method, or of its floor, need."""
     import torch
 
     torch.set_num_threads(1)
@@ -145,8 +142,8 @@ def memory(name: str, batch_size: int, is_floor: bool) -> float:
     x = torch.cat([x for x, _ in minibatches])
     has_teacher = is_floor and method.teacher_is_ready()
     updated = build_floor(name, batch_size)[0] if is_floor else method
-    ctypes.CDLL(None).malloc_trim(0)  # what building has freed must not hide what updates take
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed by building must not hide that of updates
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     for _ in range(3):
         updated.update(minibatches)
@@ -156,22 +153,22 @@ def memory(name: str, batch_size: int, is_floor: bool) -> float:
 
 
 def resident(name: str) -> float:
-    """MB that this process holds (VmRSS), or held at most (VmHWM)."""
+    """This process's current memory (VmRSS) or peak memory (VmHWM) in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition(f"{name}:")[2].split()[0]) / 1024
 
 
 def apart(function: Callable, *arguments):
-    """What a function returns in a process of its own.
+    """What a function returns in a separate process.
 
-    This one must stay small, as what it holds counts as held by the commands that it starts.
+    This process must stay small, as its memory counts as that of the commands that it starts.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def updates(args) -> list[dict]:
-    """Each method's cost; every figure is of a process of its own."""
+    """Each method's cost; every figure is from a separate process."""
     rows, erm = [], apart(memory, "ERM", args.batch_size, False)
     for name in args.methods:
         row = apart(cost, name, args.batch_size, args.repeats)
@@ -180,17 +177,14 @@ def updates(args) -> list[dict]:
     return rows
 
 
-# What processes cost.
-
-
 def run(argv: list[str], folder: Path = ROOT, threads: int = 1) -> dict:
-    """Runs a command with `folder` as its place and first on its path.
+    """Runs a command in `folder`, which is also first on its path.
 
-    Returns wall seconds, and of it and the children it waited for (not of a fork server), CPU
-    seconds and the most MB that one process held.
+    Returns wall seconds, and for the command and the children it waited for (not for a fork
+    server) CPU seconds and the peak MB of a process.
 
     Raises:
-        RuntimeError: if it fails, with the last line that it printed on stderr.
+        RuntimeError: if it fails, with its last line on stderr.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads),
                    "PYTHONPATH": str(folder.resolve())}
@@ -214,9 +208,9 @@ def python(*words: str) -> list[str]:
 
 
 def compare(ways: dict[str, Callable[[], dict]], repeats: int) -> list[dict]:
-    """A row per way of doing the same work: medians of its measures, taken in turn.
+    """A row per way of doing the same work: medians of its measures, taken alternately.
 
-    `of first` is the way's wall time as a multiple of the first way's.
+    `of first` is its wall time as a multiple of the first way's.
     """
     measured = {name: [] for name in ways}
     for _ in range(repeats):
@@ -230,7 +224,7 @@ def compare(ways: dict[str, Callable[[], dict]], repeats: int) -> list[dict]:
 
 
 def seconds_inside(setup: str, statement: str) -> float:
-    """Seconds that a statement takes in a process of its own, after a setup."""
+    """The seconds that a statement takes in a separate process, after a setup."""
     code = "\n".join(["import time", setup, "began = time.perf_counter()", statement,
                       "print(time.perf_counter() - began)"])
     return float(subprocess.run(
@@ -238,7 +232,7 @@ def seconds_inside(setup: str, statement: str) -> float:
 
 
 def start(args) -> list[dict]:
-    """What is waited for before work begins, and the bars that it must stay below."""
+    """Waiting times before work begins, and their limits."""
     ways = {
         "import torch": (
             "-", lambda: seconds_inside("", "import torch")),
@@ -259,7 +253,7 @@ def start(args) -> list[dict]:
 
 
 def train_apart(folder: Path) -> dict:
-    """The sweep's jobs, each in a process of its own, one after another; sums (MB: the most)."""
+    """The sweep's jobs in separate processes, one after another; sums (for MB the largest)."""
     sweep = python("-m", "domainbed_kd.scripts.sweep", "launch", *SWEEP, "--output_dir",
                    str(folder), "--command_launcher", "dummy")
     printed = subprocess.run(sweep, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -271,14 +265,14 @@ def train_apart(folder: Path) -> dict:
 
 
 def launch(folder: Path, place: Path = ROOT, package: str = "domainbed_kd") -> dict:
-    """The sweep by the local launcher, in a folder that is emptied first."""
+    """Runs the sweep with the local launcher, in a folder that is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     return run(python("-m", f"{package}.scripts.sweep", "launch", *SWEEP, "--output_dir",
                       str(folder), "--command_launcher", "local"), place)
 
 
 def numbers(folder: Path) -> list[dict]:
-    """All records below a folder, without times and places, in order of folder and line."""
+    """All records below a folder, without times and paths, in order of folder and line."""
     found = []
     for path in sorted(folder.glob("*/results.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -313,7 +307,7 @@ def sweep(args) -> list[dict]:
 
 
 def make_sweep(folder: Path, n_runs: int, n_records: int = 5) -> None:
-    """Fills a folder with runs as DomainBed leaves them, of random accuracies and 1 kB a record."""
+    """Fills a folder with runs like DomainBed's: random accuracies, 1 kB a record."""
     from domainbed_kd import hparams_registry
 
     each = sum(len(listing.test_env_sets(4, False)) * 20 for _ in MADE_UP["datasets"]) * len(
@@ -358,9 +352,6 @@ def collect(args) -> list[dict]:
         return compare(ways, args.process_repeats)
 
 
-# What images cost.
-
-
 def count_crops(data_dir: Path, cache: str | None, fast: bool, batch_size: int,
                 n_batches: int = 12) -> float:
     """Augmented images of PACS per CPU second, after each domain's first batch."""
@@ -392,7 +383,7 @@ def count_crops(data_dir: Path, cache: str | None, fast: bool, batch_size: int,
 
 
 def count_all_crops(data_dir: Path, repeats: int, batch_size: int) -> dict[str, float]:
-    """Medians of `count_crops` by way of reading, which take turns."""
+    """Medians of `count_crops` by way of reading, measured alternately."""
     with tempfile.TemporaryDirectory() as cache:
         ways = {"files": (None, False), "image cache": (cache, False),
                 "files, fast": (None, True), "image cache, fast": (cache, True)}
@@ -411,16 +402,16 @@ def crops(args, batch_size: int = 32) -> list[dict]:
 
 
 def footprint(argv: list[str], threads: int) -> dict:
-    """The most processes that a command is at a time, and the most MB that they hold together.
+    """A command's largest number of simultaneous processes, and their peak memory together in MB.
 
-    A page that several hold counts once, and so does shared memory that none of them has mapped.
+    A page that several share counts once, and so does shared memory that none has mapped.
     """
     def shared_memory():
         used = os.statvfs("/dev/shm")
         return (used.f_blocks - used.f_bfree) * used.f_frsize / 1024**2
 
     most, before = {"processes": 0, "MB of all": 0.0}, shared_memory()
-    own = descendants(os.getpid())  # such as what Python leaves to track a pool's resources
+    own = descendants(os.getpid())  # such as Python's resource tracker
     with multiprocessing.pool.ThreadPool(1) as pool:
         ended = pool.apply_async(run, (argv, ROOT, threads))
         while not ended.ready():
@@ -435,7 +426,7 @@ def footprint(argv: list[str], threads: int) -> dict:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that these did."""
+    """A process's children, their children, and so on."""
     children = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
@@ -448,7 +439,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def own_memory(pid: int) -> float:
-    """MB that a process holds, of shared pages its share, without shared memory; 0 if it ended."""
+    """A process's MB with its share of shared pages, without shared memory; 0 if it has ended."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         fields = dict(line.split(":") for line in
                       Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
@@ -457,7 +448,7 @@ def own_memory(pid: int) -> float:
 
 
 def pacs(args) -> list[dict]:
-    """Whole short runs: the plain loop, exact mode with what it may use, and fast mode."""
+    """Whole short runs: the plain loop, exact mode and fast mode, both with an image cache."""
     hparams = json.dumps({"resnet18": True, "resnet50_augmix": False, "weights": "none",
                           "batch_size": 8})
     data_dir = str(args.data_dir.resolve())
@@ -502,26 +493,26 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures section by section; prints tables, writes them and JSON."""
+    """Measures each section; prints the tables, and writes them and JSON."""
     parser = Parser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS,
-                        help=f"default: {' '.join(SECTIONS)}; without --data_dir, those that "
-                             "need none")
+                        help=f"default: {' '.join(SECTIONS)}, or those without images if there "
+                             "is no --data_dir")
     parser.add_argument("--data_dir", type=Path, metavar="DIR",
                         help="folder that holds PACS, for crops and pacs")
     parser.add_argument("--pacs_steps", type=int, default=30, metavar="N",
                         help="updates of a run of pacs; default: 30")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME",
-                        help=f"of updates; default: {' '.join(METHODS)}")
+                        help=f"for updates; default: {' '.join(METHODS)}")
     parser.add_argument("--batch_size", type=int, default=16,
-                        help="images per domain, of three, in updates; default: 16")
+                        help="images for each of three domains, in updates; default: 16")
     parser.add_argument("--repeats", type=int, default=30, help="timed updates; default: 30")
     parser.add_argument("--process_repeats", type=int, default=3, metavar="N",
                         help="how often each process is timed; default: 3")
     parser.add_argument("--runs", type=int, default=20_000,
                         help="runs of the sweep that collect reads; default: 20000")
     parser.add_argument("--peer", type=Path, metavar="DIR",
-                        help="a DomainBed checkout that does the same work in turn")
+                        help="a DomainBed checkout that does the same work alternately")
     parser.add_argument("--output", type=Path, default=Path("bench"),
                         help="OUTPUT.json and OUTPUT.md are written; default: bench")
     args = parser.parse_args(argv)

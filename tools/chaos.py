@@ -1,12 +1,12 @@
-"""Kills a sweep's jobs and launchers at random moments, and compares what is left with a quiet one.
+"""Kills a sweep's jobs and launchers at random moments; compares with an undisturbed sweep.
 
-With Ray, nodes are lost too: all that runs on one is killed at once, and another takes its place.
-With submitit's local executor, jobs are told that their time is up, as Slurm does.
+With Ray, nodes are lost too: all processes on a node are killed at once, and another node replaces
+it. With submitit's local executor, jobs get Slurm's signal that their time is up.
 
-Exits with 0 if the sweep that was killed ends in the same tables, in byte-identical models and in
-records that differ in times and memory alone, whatever launched it; if each job ran to its end
-once; and if neither a process nor a stray file is left. Times are of this machine; the seed fixes
-the kills' order, not what they meet.
+Exits with 0 if the killed sweep ends in the same tables, byte-identical models, and records that
+differ only in times and memory, whatever launched it; if each job ran to its end exactly once; and
+if no process or stray file is left. The seed fixes the order of the kills, not which state they
+meet.
 """
 
 import argparse
@@ -23,28 +23,28 @@ from pathlib import Path
 HPARAMS = {"batch_size": 8, "wrn_depth": 10, "wrn_widen": 1, "mosaic_kd_steps": 1,
            "mosaic_width": 8, "mosaic_batch": 16, "clip_backbone": "tiny"}
 NOT_COMPARED = ("step_time", "mem_gb")
-# What a finished run may hold; TensorBoard's events have a number per attempt.
+# A finished run's files, without TensorBoard's events, whose names have a number per attempt.
 FILES = {"args.json", "done", "err.txt", "memory.json", "model.pkl", "out.txt", "results.jsonl"}
-# Two jobs at a time by each launcher, and the shares of what happens to it.
+# Two jobs at a time for each launcher, and how often each kind of harm happens to it.
 FLAGS = {
     "local": ["--jobs_per_device", "2"],
     "ray": ["--command_launcher", "ray"],
     "slurm": ["--command_launcher", "slurm", "--slurm_cluster", "local", "--slurm_gpus", "0",
-              # submitit takes a signal in a job's last ten minutes for a time-out: here, any.
+              # submitit takes a signal in a job's last ten minutes, here any, for a time-out.
               "--slurm_time", "5", "--slurm_parallel", "2"]}
 KILLS = {
     "local": {"job": 6, "launcher": 3, "server": 3, "tracker": 1},
     "ray": {"node": 6, "job": 2, "launcher": 2},
     "slurm": {"time-out": 6, "job": 2, "launcher": 2}}
-# What multiprocessing runs beside a launcher: the server that starts jobs, and who cleans up.
+# Multiprocessing's helpers of a launcher: the server that starts jobs, and the resource tracker.
 HELPERS = {"server": b"forkserver", "tracker": b"resource_tracker"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Flags; on DigitsDG there are 4 jobs for each algorithm, trial and seed of hparams."""
+    """The flags; DigitsDG has 4 jobs for each algorithm, trial and seed of hparams."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("chaos"),
-                        help="where the two sweeps go; it must not exist (default: chaos)")
+                        help="folder for the two sweeps; it must not exist (default: chaos)")
     parser.add_argument("--launcher", choices=FLAGS, default="local",
                         help="ray: on a cluster of two nodes on this machine; slurm: submitit's "
                              "local executor (default: local)")
@@ -55,13 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=30, help="updates in a run (default: 30)")
     parser.add_argument("--kills", type=int, default=25, help="default: 25")
     parser.add_argument("--within_s", type=float, default=12,
-                        help="a kill comes up to so many seconds after the last (default: 12)")
+                        help="largest number of seconds between kills (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser
 
 
 def launch(args: argparse.Namespace, folder: Path, flags: list[str]) -> subprocess.Popen:
-    """Starts the launcher in a folder of its own; the sweep's paths are the same in each."""
+    """Starts the launcher in `folder`; the sweep's relative path is the same in every folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "launcher.log").open("ab") as log:
         return subprocess.Popen(
@@ -75,14 +75,14 @@ def launch(args: argparse.Namespace, folder: Path, flags: list[str]) -> subproce
 
 
 def processes(folder: Path) -> list[int]:
-    """The processes of a folder's sweep: those whose working directory it is."""
+    """The processes of a folder's sweep: those with this working directory."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if os.readlink(process / "cwd") == str(folder.resolve()):
                 found.append(int(process.name))
         except OSError:
-            continue  # it has ended, or is another user's
+            continue  # the process has ended, or is another user's
     return found
 
 
@@ -115,11 +115,11 @@ class RayCluster:
 
     @property
     def flags(self) -> list[str]:
-        """By which a launcher finds it."""
+        """Flags by which a launcher finds the cluster."""
         return ["--ray_address", self.cluster.address]
 
     def lose_node(self) -> None:
-        """Kills all that runs on the node at once, as if its power failed, and adds another."""
+        """Kills all processes on the node at once, as if its power failed, and adds another."""
         raylet = self.node.all_processes["raylet"][0].process.pid
         for pid in [raylet, *descendants(raylet)]:
             kill(pid)
@@ -128,7 +128,7 @@ class RayCluster:
 
 
 def children(pid: int, module: bytes) -> list[int]:
-    """The children of a process in which a module of multiprocessing's runs."""
+    """The children of a process that run a module of multiprocessing."""
     try:
         return [int(child) for task in Path(f"/proc/{pid}/task").glob("*")
                 for child in (task / "children").read_text().split()
@@ -138,14 +138,14 @@ def children(pid: int, module: bytes) -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that they did."""
+    """A process's children, their children, and so on."""
     children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*")
                 for child in (task / "children").read_text().split()]
     return children + [pid for child in children for pid in descendants(child)]
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> bool:
-    """Whether the process was still there."""
+    """Sends a signal; False if the process has ended."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -154,7 +154,7 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
 
 
 def submissions(folder: Path) -> list[int]:
-    """The processes in which submitit has a job."""
+    """The processes in which submitit runs a job."""
     found = []
     for pid in processes(folder):
         try:
@@ -168,7 +168,7 @@ def submissions(folder: Path) -> list[int]:
 
 def strike(kind: str, r: random.Random, folder: Path, launcher: subprocess.Popen,
            cluster: RayCluster | None) -> bool:
-    """Does the sweep a harm of that kind; False if there was nothing to harm."""
+    """Harms the sweep in this way; False if there was nothing to harm."""
     if kind == "node":
         cluster.lose_node()
         return True
@@ -182,10 +182,10 @@ def strike(kind: str, r: random.Random, folder: Path, launcher: subprocess.Popen
 
 
 class Watched:
-    """A sweep whose jobs' ends are watched.
+    """Records when a sweep's jobs end.
 
     Args:
-        folder: that holds the folder `sweep`.
+        folder: contains the folder `sweep`.
     """
 
     def __init__(self, folder: Path):
@@ -193,12 +193,12 @@ class Watched:
         self.ends: dict[str, set[int]] = {}
 
     def look(self) -> None:
-        """Notes when each job's `done` was written, as of now."""
+        """Records when each job's `done` was last written."""
         for path in self.folder.glob("sweep/*/done"):
             self.ends.setdefault(path.parent.name, set()).add(path.stat().st_mtime_ns)
 
     def wait(self, seconds: float) -> None:
-        """Watches for so long."""
+        """Watches for this many seconds."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self.look()
@@ -213,10 +213,10 @@ class Watched:
 
 
 def until_done(args: argparse.Namespace, folder: Path, cluster: RayCluster | None) -> Watched:
-    """Launches again and again until the launcher is satisfied, with that many kills before.
+    """Launches repeatedly, with kills, until the launcher reports that all jobs are done.
 
     Raises:
-        SystemExit: if the sweep does not get done although nobody kills any more.
+        SystemExit: if the sweep is not done after several launches without kills.
     """
     r, launcher, launches, sweep = random.Random(args.seed), None, 0, Watched(folder)
     flags = FLAGS[args.launcher] + (cluster.flags if cluster else [])
@@ -227,7 +227,7 @@ def until_done(args: argparse.Namespace, folder: Path, cluster: RayCluster | Non
                 break
             launcher = launch(args, folder, flags)
             launches += 1
-        if r.random() >= 0.1:  # in nine of ten cases after a job has begun
+        if r.random() >= 0.1:  # in nine of ten cases, wait until a job has begun
             while launcher.poll() is None and not jobs_at_work(folder):
                 sweep.wait(0.1)
         sweep.wait(r.uniform(0, args.within_s))
@@ -238,15 +238,15 @@ def until_done(args: argparse.Namespace, folder: Path, cluster: RayCluster | Non
     print(", ".join(f"{n} x {kind}" for kind, n in killed.items()) + f"; {launches} launches",
           flush=True)
     for _ in range(5):
-        while jobs_at_work(folder):  # saving, as their launcher is gone
+        while jobs_at_work(folder):  # jobs without a launcher save their state and end
             sweep.wait(0.2)
         if sweep.wait_for(launch(args, folder, flags)) == 0:
             return sweep
-    sys.exit(f"{folder} does not get done; see {folder / 'launcher.log'}.")
+    sys.exit(f"{folder} is not done after 5 launches; see {folder / 'launcher.log'}.")
 
 
 def comparable(line: str) -> str:
-    """A record's line without what depends on the machine."""
+    """A record's line without times and memory."""
     record = json.loads(line)
     return json.dumps({k: v for k, v in record.items() if k not in NOT_COMPARED})
 
@@ -260,7 +260,7 @@ def tables(folder: Path) -> str:
 
 
 def differences(quiet: Path, killed: Path) -> list[str]:
-    """What the sweep that was killed lacks, has too much of, or has otherwise; in words."""
+    """How the killed sweep differs from the undisturbed one, in words."""
     found = []
     names = [sorted(os.listdir(folder / "sweep")) for folder in (quiet, killed)]
     if names[0] != names[1]:
@@ -285,7 +285,7 @@ def differences(quiet: Path, killed: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """A quiet sweep, a killed one, and their differences."""
+    """Runs an undisturbed and a killed sweep, and prints their differences."""
     args = build_parser().parse_args(argv)
     if args.folder.exists():
         print(f"error: {args.folder} exists. Delete it, or choose another --folder.",

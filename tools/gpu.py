@@ -1,22 +1,22 @@
-"""What this machine's GPU gives and what we make of it, in one command without a network.
+"""Measures how well we use this machine's GPU, in one command without a network.
 
     make gpu [DATA=DIR] [PEER=DIR]       or       python tools/gpu.py --data_dir DIR --peer DIR
 
 tests: the tests marked `cuda`.
-card: the bounds, on images that are on the card already: ERM's update and forward pass with a
-ResNet-50, 3 x 32 images of 224 pixels, in float32 (convolutions in TF32, torch's default) and in
-bfloat16 with channels last.
-pacs: a run of `train` on PACS of 300 steps and 2 evaluations, exact and with --fast; then steps and
-evaluations of such runs, with all cores and with four, against these bounds. With --peer, a
-DomainBed checkout makes the same run, and the exact run's records must be its records, but for
+card: the bounds, with images already on the card: ERM's update and forward pass with a ResNet-50,
+3 x 32 images of 224 pixels, in float32 (convolutions in TF32, torch's default) and in bfloat16 with
+channels last.
+pacs: a run of `train` on PACS with 300 steps and 2 evaluations, exact and with --fast; then steps
+and evaluations of such runs, with all cores and with four, compared with these bounds. With --peer,
+a DomainBed checkout makes the same run; the exact run's records must equal its records, except for
 times and memory.
-teachers: updates of methods with a frozen teacher, in fast mode, against ERM's fast update plus the
-teacher's own forward pass.
+teachers: updates of methods with a frozen teacher, in fast mode, compared with ERM's fast update
+plus the teacher's own forward pass.
 sweep: four jobs with `multi_gpu`, one, two and four at a time.
-small: a DigitsDG sweep of 36 jobs, twelve at a time, against as many runs one after another.
+small: a DigitsDG sweep of 36 jobs, twelve at a time, compared with as many runs one after another.
 
-Every ratio is of two figures from this one run. Writes gpu.json and gpu.md. pacs and teachers need
---data_dir, which holds PACS; what is skipped is named.
+Every ratio's two figures are from this run. Writes gpu.json and gpu.md. pacs needs --data_dir,
+the folder that holds PACS; skipped measurements are listed.
 """
 
 import argparse
@@ -42,12 +42,12 @@ SECTIONS = ("tests", "card", "pacs", "teachers", "sweep", "small")
 # DomainBed's plain ResNet-50, with weights from the folder that `offline_weights` fills.
 PLAIN = {"resnet50_augmix": False}
 TEACHERS = ("KD", "SCMD", "RISE")
-# What no two runs have in common.
+# Keys in which the records of two equal runs differ.
 UNLIKE = ("step_time", "mem_gb", "args")
 
 
 class Sizes:
-    """How much is measured; --quick is for trying the tool where there is no GPU."""
+    """How much is measured; --quick is for trying the tool without a GPU."""
 
     def __init__(self, quick: bool):
         self.side, self.batch_size, self.steps = (64, 2, 2) if quick else (224, 32, 300)
@@ -56,15 +56,15 @@ class Sizes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a CUDA test or a job fails or the peer's records differ."""
+    """Measures, prints and writes; 1 if a CUDA test or job fails, or the peer's records differ."""
     parser = Parser(prog="python tools/gpu.py", description=__doc__)
     parser.add_argument("--data_dir", metavar="DIR", help="folder that holds PACS")
-    parser.add_argument("--peer", metavar="DIR", help="a DomainBed checkout to run beside ours")
+    parser.add_argument("--peer", metavar="DIR", help="a DomainBed checkout to compare with")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS),
                         help="what to measure; default: everything")
-    parser.add_argument("--output", metavar="DIR", default=".", help="where gpu.json and gpu.md go")
+    parser.add_argument("--output", metavar="DIR", default=".", help="folder for gpu.json, gpu.md")
     parser.add_argument("--quick", action="store_true",
-                        help="a few small steps on whatever device there is: tries the tool")
+                        help="a few small steps on any device, to try the tool")
     args = parser.parse_args(argv)
     import torch
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Report:
-    """The figures as rows of (what, figure, unit, bound, ratio, bar), and what failed."""
+    """The figures as rows of (what, figure, unit, bound, ratio, bar), failures and omissions."""
 
     def __init__(self, device):
         import torch
@@ -102,7 +102,7 @@ class Report:
 
     def add(self, key: str, what: str, figure: float, unit: str, of: str | None = None,
             bar: str = "") -> None:
-        """A row; `of` is the key of the figure that it is a multiple of, if that was measured."""
+        """Adds a row; the ratio is to the figure with the key `of`, if that was measured."""
         self.found[key] = figure
         ratio = figure / self.found[of] if of in self.found else None
         self.rows.append({"key": key, "what": what, "figure": figure, "unit": unit, "of": of,
@@ -111,17 +111,17 @@ class Report:
               + (f", {ratio:.2f} of {of}" if ratio is not None else ""), file=sys.stderr)
 
     def fail(self, what: str) -> None:
-        """Something that must hold and does not."""
+        """Reports a failure."""
         self.failures.append(what)
         print(f"FAILED: {what}", file=sys.stderr)
 
     def skip(self, what: str) -> None:
-        """Something that could not be measured here."""
+        """Reports something that could not be measured here."""
         self.skipped.append(what)
         print(f"skipped: {what}", file=sys.stderr)
 
     def write(self, folder: Path) -> None:
-        """gpu.json, and gpu.md, which is also printed."""
+        """Writes gpu.json and gpu.md, and prints the latter."""
         names = {row["key"]: row["what"] for row in self.rows}
         lines = [", ".join(f"{name} {value}" for name, value in self.about.items()), "",
                  "| what | figure | ratio | bar |", "|---|---|---|---|"]
@@ -143,7 +143,7 @@ class Report:
 
 @contextlib.contextmanager
 def offline_weights(folder: Path, sizes: Sizes) -> Iterator[None]:
-    """Inside, torchvision finds ResNet weights on disk: random ones, as there is no network."""
+    """Inside, torchvision finds random ResNet weights on disk, so that it needs no network."""
     import torch
     from torchvision import models
 
@@ -173,7 +173,7 @@ def python(*words: str, cwd: Path = ROOT) -> tuple[float, str, int]:
 
 
 def seconds_each(call: Callable[[], object], n: int, device) -> float:
-    """Seconds per call, of n in a row after a few others; the card has finished both times."""
+    """Seconds per call, over n calls after a few others; waits for the card before and after."""
     import torch
 
     def wait():
@@ -188,9 +188,6 @@ def seconds_each(call: Callable[[], object], n: int, device) -> float:
         call()
     wait()
     return (time.perf_counter() - start) / n
-
-
-# What is measured.
 
 
 def measure_tests(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
@@ -208,7 +205,7 @@ def measure_tests(report: Report, args, sizes: Sizes, device, folder: Path) -> N
 
 
 def erm(sizes: Sizes, fast: bool, device):
-    """(algorithm, minibatches, precision): ERM as `train` builds it, on images that are there."""
+    """(algorithm, minibatches, precision): ERM as `train` builds it, with images on the device."""
     import torch
 
     from domainbed_kd.run import precision
@@ -228,13 +225,13 @@ def erm(sizes: Sizes, fast: bool, device):
 
 
 def update(algorithm, minibatches, autocast) -> None:
-    """One update."""
+    """Makes one update."""
     with autocast():
         algorithm.update(minibatches)
 
 
 def forward(predict: Callable, x, autocast) -> None:
-    """One pass without gradients."""
+    """Makes one pass without gradients."""
     import torch
 
     with torch.no_grad(), autocast():
@@ -242,7 +239,7 @@ def forward(predict: Callable, x, autocast) -> None:
 
 
 def measure_card(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
-    """ERM's update and forward pass on resident images: what no loop can be quicker than."""
+    """ERM's update and forward pass on images on the device, which bound every loop."""
     import torch
 
     for fast, words in ((False, "float32"), (True, "bfloat16, channels last")):
@@ -260,7 +257,7 @@ def measure_card(report: Report, args, sizes: Sizes, device, folder: Path) -> No
 
 
 def hparams_of(sizes: Sizes) -> str:
-    """What runs on PACS override."""
+    """The --hparams of runs on PACS."""
     hparams = PLAIN | {"resnet18": sizes.backbone == "resnet18", "batch_size": sizes.batch_size}
     return json.dumps(hparams | ({} if sizes.side == 224 else {"image_size": sizes.side}))
 
@@ -276,7 +273,7 @@ def train_pacs(args, sizes: Sizes, output: Path, *flags: str) -> tuple[float, li
 
 
 def pacs_flags(args, sizes: Sizes) -> list[str]:
-    """What the peer's `train` takes as well."""
+    """Flags that the peer's `train` has too."""
     return ["--data_dir", os.path.abspath(args.data_dir), "--dataset", "PACS", "--algorithm", "ERM",
             "--test_envs", "3", "--steps", str(sizes.steps), "--checkpoint_freq", str(sizes.steps),
             "--skip_model_save"]
@@ -316,7 +313,7 @@ def measure_pacs(report: Report, args, sizes: Sizes, device, folder: Path) -> No
 
 def measure_loop(report: Report, args, sizes: Sizes, device, folder: Path, mode: str,
                  cores: int | None, bar: str) -> None:
-    """A run's step, loaders and all, and its evaluation, once it has warmed up."""
+    """A run's step, including loaders, and its evaluation, after a warm-up."""
     from domainbed_kd.folder import args as flags
     from domainbed_kd.run import build, evaluation, training
 
@@ -362,7 +359,7 @@ def measure_peer(report: Report, args, sizes: Sizes, folder: Path) -> None:
 
 
 def differences(ours: list[dict], theirs: list[dict]) -> list[str]:
-    """The names of what differs between two runs' records, but for what no two runs share."""
+    """The keys in which two runs' records differ, except those in UNLIKE."""
     if len(ours) != len(theirs):
         return [f"their number ({len(ours)} and {len(theirs)})"]
     names = dict.fromkeys(name for record in (*ours, *theirs) for name in record)
@@ -371,7 +368,7 @@ def differences(ours: list[dict], theirs: list[dict]) -> list[str]:
 
 
 def measure_teachers(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
-    """Fast updates of methods with a frozen teacher, against ERM's plus the teacher's forward."""
+    """Fast updates of methods with a frozen teacher, and ERM's plus the teacher's forward pass."""
     import open_clip
     import torch
 
@@ -406,14 +403,14 @@ def measure_teachers(report: Report, args, sizes: Sizes, device, folder: Path) -
 
 
 def digits(sizes: Sizes) -> list[str]:
-    """What a run and a sweep of small runs have in common."""
+    """Flags that a run and a sweep of small runs share."""
     return ["--steps", str(sizes.sweep_steps), "--checkpoint_freq", str(sizes.sweep_steps),
             "--hparams", '{"wrn_depth": 10, "wrn_widen": 1, "batch_size": 16}',
             "--skip_model_save"]
 
 
 def sweep(report: Report, sizes: Sizes, output: Path, device, *flags: str) -> float | None:
-    """Seconds of a DigitsDG sweep, all of whose jobs must end done."""
+    """Seconds of a DigitsDG sweep; None, and a failure, unless all jobs are done."""
     seconds, said, status = python(
         "-m", "domainbed_kd.scripts.sweep", "launch", "--datasets", "DigitsDG", "--n_trials", "1",
         "--single_test_envs", *digits(sizes), "--skip_confirmation", "--command_launcher",
@@ -426,7 +423,7 @@ def sweep(report: Report, sizes: Sizes, output: Path, device, *flags: str) -> fl
 
 
 def measure_sweep(report: Report, args, sizes: Sizes, device, folder: Path) -> None:
-    """Jobs at a time on one card."""
+    """Several jobs at a time on one card."""
     for n in (1, 2, 4):
         seconds = sweep(report, sizes, folder / f"four{n}", device, "--algorithms", "ERM",
                         "--n_hparams", "1", "--jobs_per_device", n)

@@ -3,8 +3,8 @@
     python tools/live_forks.py ~/DomainBed ~/swad --data_dir DATA > matrix.md
 
 Each DIR holds a fork's package domainbed. All runs are made in copies and take two or four steps
-(see `domainbed_kd.plugin.trials`); a fork takes 5 to 20 minutes on two cores. What a fork imports
-must be installed. The logs stay in --work_dir.
+(see `domainbed_kd.plugin.trials`); a fork takes 5 to 20 minutes on two cores. Packages that a fork
+imports must be installed. Logs stay in --work_dir.
 """
 
 import argparse
@@ -23,10 +23,10 @@ INSTALL = "\nimport domainbed_kd.plugin; domainbed_kd.plugin.install()\n"
 
 
 class LiveTrial(trials.Trial):
-    """What `doctor --try` tries, and sweeps, the line in a fork's source, and its methods here."""
+    """Adds to `doctor --try`: sweeps, the line in a fork's source, and its methods here."""
 
     def sweep(self) -> None:
-        """The fork's own sweep and table of ERM, RISE and KDDG on Debug28."""
+        """Runs the fork's own sweep and table of ERM, RISE and KDDG on Debug28."""
         if not (self.copy / "domainbed" / "scripts" / "sweep.py").exists():
             self.results["sweep", "launch"] = "the fork has no sweep"
             return
@@ -82,12 +82,12 @@ class LiveTrial(trials.Trial):
         self.results["--fork sweep", "table"] = "" if {"ERM", *good} <= rows else "a row is missing"
 
     def all(self, methods: list[str], on_pacs: list[str], parts: Container[str]) -> None:
-        """Everything that is asked for, in order; a fork that does not import is left at once.
+        """Tries everything requested, in order; stops at once if the fork cannot be imported.
 
         Args:
-            methods: what to train on Debug28, or on PACS where that is all the fork has.
-            on_pacs: what to train on PACS too.
-            parts: of PARTS.
+            methods: to train on Debug28, or on PACS if the fork only has that.
+            on_pacs: methods to train on PACS too.
+            parts: a selection of PARTS.
         """
         self.doctor()
         if self.results["doctor", "doctor"]:
@@ -105,7 +105,7 @@ class LiveTrial(trials.Trial):
 
 
 def matrix(tried: dict[str, LiveTrial]) -> str:
-    """A Markdown table, a column for each fork and a row for each thing tried, and the reasons."""
+    """A Markdown table with a column per fork and a row per trial, and the reasons of failures."""
     kinds = list(dict.fromkeys(key for trial in tried.values() for key in trial.results))
     lines = ["| | " + " | ".join(tried) + " |", "|---" * (len(tried) + 1) + "|"]
     notes = []
@@ -130,23 +130,23 @@ def matrix(tried: dict[str, LiveTrial]) -> str:
 
 
 def commit(folder: Path) -> str:
-    """The commit of a checkout, short."""
+    """A checkout's abbreviated commit."""
     process = subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"],
                              capture_output=True, text=True)
     return process.stdout.strip() or "no commit"
 
 
 def main() -> int:
-    """Tries each fork in turn; 0 however many of them fail."""
+    """Tries each fork; returns 0 even if some fail."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("forks", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--data_dir", type=Path, help="folder that holds PACS (random images)")
     parser.add_argument("--work_dir", type=Path, help="folder for copies and logs (temporary)")
     parser.add_argument("--methods", nargs="+", default=trials.METHODS, help="(all)")
     parser.add_argument("--on_pacs", nargs="+", default=trials.METHODS,
-                        help="methods to train on PACS beside Debug28 (all)")
+                        help="methods to train on PACS in addition to Debug28 (all)")
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS,
-                        help="what to try beside training and reloading (all)")
+                        help="what to try in addition to training and reloading (all)")
     args = parser.parse_args()
     work = args.work_dir or Path(tempfile.mkdtemp(prefix="live_forks_"))
     done = {}

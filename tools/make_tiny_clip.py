@@ -3,8 +3,8 @@
     python tools/make_tiny_clip.py [--out domainbed_kd/assets]
 
 writes tiny_clip.safetensors, tiny_clip.json and the card tiny_clip.md. The network and the loss are
-open_clip's. DigitsDG's images are read at the end, to measure zero-shot accuracy, and at no other
-time. The same seed, steps and number of threads give the same weights on the same machine.
+open_clip's. DigitsDG's images are used only at the end, to measure zero-shot accuracy. The same
+seed, steps and number of threads give the same weights on the same machine.
 """
 
 import argparse
@@ -28,12 +28,12 @@ N_PROMPTS = 3  # per step
 
 
 def config() -> dict:
-    """open_clip's model_cfg and preprocess_cfg, and the tokens that the text tower knows."""
+    """open_clip's model_cfg and preprocess_cfg, and the text tower's vocabulary."""
     bpe = open_clip.SimpleTokenizer()
     tokens = sorted({token for text in phrases() for token in bpe.encode(text)})
     start, end = bpe.all_special_ids[:2]
     words = [bpe.decoder[token] for token in (start, *tokens, end)]
-    # CLIP pools at the largest id, so that must be the end's.
+    # CLIP pools at the largest id, which must therefore be the end token's.
     vocabulary = ["<pad>", "<unknown>", *words]
     return {
         "model_cfg": {
@@ -49,9 +49,10 @@ def config() -> dict:
 def train(seed: int, steps: int, batch: int, lr: float) -> tuple[open_clip.CLIP, dict]:
     """The trained model and its config; progress goes to stderr.
 
-    A quarter of each batch has captions of their own, and open_clip's loss over all of them. The
-    rest comes in tens, a digit each, under the same prompt, and has the loss of each ten: where
-    captions differ in much else, the network learns that first and digits late.
+    A quarter of each batch has individual captions, with open_clip's loss over all of them. The
+    rest comes in groups of ten, one image of each digit with the same prompt, with the loss within
+    each group: otherwise the network learns other differences between captions first, and digits
+    late.
     """
     torch.manual_seed(seed)
     renderer, settings = Renderer(seed), config()
@@ -93,7 +94,7 @@ def train(seed: int, steps: int, batch: int, lr: float) -> tuple[open_clip.CLIP,
 
 
 def with_unknown_words(renderer: Renderer) -> str:
-    """One of PROMPTS; in one of five, a word in three is one that the tokenizer does not know."""
+    """One of PROMPTS; in one case of five, a third of its words are unknown to the tokenizer."""
     prompt = renderer.choice(PROMPTS)
     if renderer.choice((True, False, False, False, False)):
         prompt = " ".join("{}" if "{}" in word else renderer.choice((word, word, "zebra"))
@@ -102,7 +103,7 @@ def with_unknown_words(renderer: Renderer) -> str:
 
 
 def save(model: open_clip.CLIP, settings: dict, folder: Path) -> None:
-    """Writes the weights, those of more than one dimension in half precision, and the config."""
+    """Writes the config and the weights, in half precision if they have more than one dimension."""
     weights = {name: weight.half() if weight.ndim > 1 else weight
                for name, weight in model.state_dict().items()}
     (folder / "tiny_clip.safetensors").write_bytes(safetensors.save(weights))
@@ -112,7 +113,7 @@ def save(model: open_clip.CLIP, settings: dict, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(folder: Path) -> dict[str, float]:
-    """Zero-shot accuracy in [0, 1] of the files in a folder, on each domain of DigitsDG."""
+    """Zero-shot accuracy, in [0, 1], of the CLIP in a folder on each domain of DigitsDG."""
     model, tokenizer, _, mean, std = clip_teacher.tiny_clip(folder)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     digits = datasets.get_dataset_class("DigitsDG")(None, [], {})

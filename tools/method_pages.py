@@ -1,9 +1,9 @@
-"""Writes into each page of docs/methods its hparams, from the code, and its published numbers.
+"""Writes the tables of hparams and published numbers into the pages of docs/methods.
 
 `python tools/method_pages.py` updates all pages and their order on the site, which is that of
 docs/methods.md, and prints the tables of a method that has no page.
-The words in the last column of hparams are kept. A default or a draw that some datasets change is
-stated for most of them, then for these.
+The last column of hparams keeps its text. A default or a draw that depends on the dataset is stated
+for most datasets, then for the others.
 """
 
 import ast
@@ -25,7 +25,7 @@ NAVIGATION = re.compile(r"(?:      - methods/.*\n)+")
 HEAD = "| hparam | default | drawn from | |\n|---|---|---|---|\n"
 TABLE = re.compile(r"(?m)^\| hparam \|.*\n\|---.*\n(?:\|.*\n)*")
 NUMBERS = re.compile(r"(?m)^\| published as \|.*\n\|---.*\n(?:\|.*\n)*")
-# Rows of published.csv that are not the method's name, or that begin with more than it.
+# Names in published.csv that differ from the method's, or that continue it.
 PUBLISHED_AS = {"SMA": ("MA",), "CLIP": ("CLIP ViT",), "ERM": ("ERM", "ERM ("),
                 "SDViT": ("SDViT", "SDViT ("), "WAKD": ("WAKD", "WAKD ("),
                 "VL2VADiP": ("VL2V-ADiP",), "VL2VSD": ("VL2V-SD",)}
@@ -33,7 +33,7 @@ DATASETS = ("PACS", "VLCS", "OfficeHome", "TerraIncognita", "DomainNet", "Digits
 
 
 def page_of(method: str) -> Path:
-    """Where a method is described."""
+    """A method's page."""
     return PAGES / f"{method.lower()}.md"
 
 
@@ -43,7 +43,7 @@ def name_of(method: str) -> str:
 
 
 def rows(method: str) -> list[tuple[str, str, str]]:
-    """(name, default, draw) of each hparam of its own, as the page prints them."""
+    """(name, default, draw) of each of the method's own hparams, as the page prints them."""
     cls = algorithms.get_algorithm_class(method)
     spaces = {name: cls.search_space(name) for name in DATASETS if name in datasets.DATASETS}
 
@@ -56,7 +56,7 @@ def rows(method: str) -> list[tuple[str, str, str]]:
 
 
 def shown(value) -> str:
-    """A value as one would write it in --hparams; long lists by their number."""
+    """A value as in --hparams; of a long list, the number of sentences."""
     text = json.dumps(value, ensure_ascii=False)
     if isinstance(value, list) and len(text) > 40:
         return f"{len(value)} sentences"
@@ -64,7 +64,7 @@ def shown(value) -> str:
 
 
 def by_dataset(texts: dict[str, str]) -> str:
-    """The commonest text, then the others with the datasets that they are for."""
+    """The most frequent text, then the others with their datasets."""
     of = defaultdict(list)
     for name, text in texts.items():
         of[text].append(name)
@@ -82,7 +82,7 @@ def draw_of(entry: tuple) -> str:
 
 
 def formula(source: str, names: dict) -> str:
-    """Mathematics for what draws: `10 ** r.uniform(-1, 1)` is 10^U(−1, 1)."""
+    """A draw's code as mathematics: `10 ** r.uniform(-1, 1)` becomes 10^U(−1, 1)."""
     for name, value in names.items():
         source = re.sub(rf"\b{name}\b", str(value), source)
     source = re.sub(r"\bstr\((.*)\)$", r"\1", source)
@@ -94,7 +94,7 @@ def formula(source: str, names: dict) -> str:
 
 
 def _body(function) -> ast.expr:
-    """The expression that a lambda, or a function of one line, returns."""
+    """The expression that a lambda, or a one-line function, returns."""
     path = inspect.getsourcefile(function)
     for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Lambda, ast.FunctionDef)) and _is(node, function):
@@ -113,13 +113,13 @@ def _is(node, function) -> bool:
 
 
 def table(method: str, words: dict[str, str]) -> str:
-    """The whole table; `words` has the last column by hparam."""
+    """The whole table of hparams; `words` has the last column by hparam."""
     return HEAD + "".join(
         f"| {' | '.join(row)} | {words.get(row[0], '')} |\n" for row in rows(method))
 
 
 def numbers(method: str) -> str:
-    """What papers report of it, averages over domains in percent; empty where nothing is known."""
+    """Published averages over domains, in percent; empty if there are none."""
     names = PUBLISHED_AS.get(method, (method,))
     found = defaultdict(dict)
     for row in published.load(unverified=True):
@@ -136,7 +136,7 @@ def numbers(method: str) -> str:
 
 
 def words_of(page: str) -> dict[str, str]:
-    """{hparam: what the page says of it}."""
+    """{hparam: the page's text about it}."""
     found = TABLE.search(page)
     lines = [line.split(" | ") for line in found[0].splitlines()[2:]] if found else []
     return {cells[0][2:]: cells[-1].removesuffix("|").strip() for cells in lines}
@@ -148,7 +148,7 @@ def navigation(index: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Updates pages, or prints the tables of methods that have none yet."""
+    """Updates pages, and prints the tables of methods that have no page yet."""
     for method in argv or algorithms.SHIPPED:
         page = page_of(method)
         if page.exists():

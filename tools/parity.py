@@ -1,13 +1,12 @@
 """Compares a DomainBed checkout with this package.
 
-Seeds, hparam draws, job folders and the text tables of the sweep in tests/data must be equal to
-the bit. Every algorithm then trains here and there for a few updates on the CPU, at shapes, hparams
-and seeds that are drawn anew each time from the seed that is printed. Their values, logits and
-weights must agree to 1e-4. A case that does not, since some methods magnify the last bit, is run
-again in float64, and must agree to 1e-8 there. DomainBed's Fishr needs backpack-for-pytorch 1.3.0:
-later ones leave no grad_batch.
+Seeds, hparam draws, job folders and the text tables of the sweep in tests/data must be identical.
+Every algorithm then trains here and there for a few updates on the CPU, with shapes, hparams and
+seeds drawn from a seed that is printed. Their values, logits and weights must agree to 1e-4. As
+some methods amplify the last bit, a case that does not is repeated in float64, and must agree to
+1e-8 there. DomainBed's Fishr needs backpack-for-pytorch 1.3.0: later versions have no grad_batch.
 
-Exit status 0 if all agree, 1 if some differ, 2 if the checkout cannot be imported.
+The exit status is 0 if all agree, 1 if some differ, 2 if the checkout cannot be imported.
 """
 
 import argparse
@@ -38,13 +37,13 @@ SWEEP = Path(__file__).parents[1] / "tests" / "data" / "goldens" / "sweep_data"
 
 
 def import_checkout(folder: Path) -> dict:
-    """The modules of the checkout that are asked.
+    """The checkout's modules that are compared.
 
     Raises:
         ValueError: if they cannot be imported.
     """
     sys.path.insert(0, str(folder))
-    # BackPACK 1.3.0 imports it, for convolutions; Fishr asks it about linear layers only.
+    # BackPACK 1.3.0 imports it for convolutions; Fishr uses BackPACK for linear layers only.
     vars(torch.nn.grad).setdefault("_grad_input_padding", None)
     names = ("lib.misc", "hparams_registry", "algorithms", "scripts.sweep")
     try:
@@ -55,7 +54,7 @@ def import_checkout(folder: Path) -> dict:
 
 
 def differences(theirs: dict) -> Iterator[tuple[str, int, list[str]]]:
-    """(what was compared, how often, where it differs)."""
+    """Yields (what was compared, number of cases, cases that differ)."""
     arguments = [(i, name) for i in range(50) for name in ("lr", "batch_size", "ERM")]
     seed_hash = theirs["lib.misc"].seed_hash
     yield "seed_hash", len(arguments), [
@@ -94,7 +93,7 @@ def draw_case(algorithm: str, theirs, r: random.Random) -> dict:
     seed = r.choice([None, r.randrange(2**31)])
     hparams = (theirs.default_hparams(algorithm, "Debug28") if seed is None
                else theirs.random_hparams(algorithm, "Debug28", seed))
-    # A step of usual size would turn the last bit of a CNN's gradients into the fourth digit.
+    # With a usual lr, the last bit of a CNN's gradients would change the fourth digit.
     hparams |= {name: 1e-4 for name in ("lr", "lr_g", "lr_d") if is_image and name in hparams}
     hparams |= {name: r.randint(0, updates) for name in hparams if name.endswith("iters")}
     per_domain = r.randint(4, 8) if is_image else r.choice([4, 7, 16, 32, 40])
@@ -134,12 +133,12 @@ def compare_algorithm(ours: Callable, theirs: Callable, case: dict,
 
 def compare_algorithms(theirs: dict, seed: int, n: int) -> Iterator[
         tuple[str, int, float, float, list]]:
-    """(algorithm, cases, largest difference, that in float64, cases that differ) of all both have.
+    """Yields (algorithm, cases, largest difference, that in float64, cases that differ).
 
-    That in float64 is of the cases that had to be run in it, 0 if none.
+    The difference in float64 is over the cases that had to be repeated, 0 if there are none.
     """
-    torch.set_num_threads(1)  # another number sums in another order
-    if not torch.cuda.is_available():  # TRM and RDM ask for it
+    torch.set_num_threads(1)  # the order of sums depends on it
+    if not torch.cuda.is_available():  # TRM and RDM call .cuda()
         torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self
     for algorithm in (name for name in ALGORITHMS if name in theirs["algorithms"].ALGORITHMS):
         r = random.Random(f"{seed} {algorithm}")
@@ -160,7 +159,7 @@ def compare_algorithms(theirs: dict, seed: int, n: int) -> Iterator[
 
 
 def our_table() -> str:
-    """What our collect_results prints, as DomainBed would, on the sweep in tests/data."""
+    """The output of our collect_results --upstream on the sweep in tests/data."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as text:
         copy = shutil.copytree(SWEEP, Path(folder) / "sweep")  # results.txt is written there
         collect_results.main(["--input_dir", str(copy), "--upstream"])

@@ -1,8 +1,8 @@
-"""The plain way to train on PACS, which tools/bench.py compares ours with.
+"""A plain training loop on PACS, with which tools/bench.py compares ours.
 
-ERM in float32 with contiguous weights: every loader has eight worker processes of torch's
-DataLoader, which read ahead for ever, and both splits of every domain are evaluated, 64 images at
-a time.
+ERM in float32 with contiguous weights. Every loader is torch's DataLoader with eight worker
+processes that prefetch endlessly, and both splits of every domain are evaluated, 64 images at a
+time.
 """
 
 import itertools
@@ -19,14 +19,14 @@ N_WORKERS, HELD_OUT = 8, 3
 
 
 def endless(split, batch_size: int, drop_last: bool):
-    """Batches of shuffled passes over a split, without end."""
+    """Endless batches of shuffled passes over a split."""
     batches = BatchSampler(RandomSampler(split), batch_size, drop_last)
     passes = itertools.chain.from_iterable(itertools.repeat(batches))
     return iter(DataLoader(split, batch_sampler=passes, num_workers=N_WORKERS))
 
 
 def accuracy(algorithm, batches, n: int) -> float:
-    """Share of the next n batches' images whose class is found."""
+    """Accuracy on the next n batches."""
     correct = total = 0
     algorithm.eval()
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""Draws digits as many hands would, in many looks, each image with a caption.
+"""Draws varied handwritten digits in many looks, each image with a caption.
 
     python tools/render_digits.py sheet.png
 
-writes a sheet of examples and prints their captions. Nobody's handwriting went into it: a digit
-is a few strokes through points that were placed by hand, and every image moves the points.
+writes a sheet of examples and prints their captions. No handwriting data are used: a digit is a few
+strokes through points that were placed by hand, and every image moves the points.
 """
 
 import argparse
@@ -26,8 +26,8 @@ COLOURS = GREYS | {
     "yellow": (0.95, 0.9, 0.2), "orange": (0.95, 0.55, 0.1), "purple": (0.45, 0.1, 0.55),
     "pink": (0.95, 0.6, 0.75), "brown": (0.4, 0.25, 0.1), "cyan": (0.2, 0.8, 0.85),
 }
-# What a caption may say, by what the image shows.
-PROMPTS = (  # of any digit, whatever it looks like; among them are the methods' own
+# Parts of captions, by what the image shows.
+PROMPTS = (  # for any digit in any look; they include the methods' own
     "{}", "a {}", "a {}.", "the digit {}", "the number {}", "a photo of a {}", "a photo of a {}.",
     "a photo of the {}.", "a photo of the digit {}", "a photo of the number {}",
     "this is a photo of a {}", "itap of a {}.", "a origami {}.", "a {} in a video game.",
@@ -48,21 +48,21 @@ GROUNDS = ("", "", " on a {} background", " on {}")
 
 
 def phrases() -> list[str]:
-    """Everything that captions are made of."""
+    """All texts that captions are made of."""
     filled = (text.format("") for text in (*PROMPTS, *DIGITS, *GROUNDS))
     return [*WORDS, *NUMERALS, *PATTERNS, *COLOURS, *sum(MEDIA.values(), ()), *PENS, *QUALITIES,
             *filled, "plain"]
 
 
 def arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> list:
-    """Points of an ellipse, one each 30 degrees or so; degrees run from right over below."""
+    """Points of an ellipse, about 30 degrees apart; angles run clockwise from the right."""
     n = max(2, round(abs(end - start) / 30))
     angles = [math.radians(start + (end - start) * i / n) for i in range(n + 1)]
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
 
 def corner(x: float, y: float) -> list:
-    """A point at which the pen turns sharply."""
+    """A point where the pen turns sharply."""
     return [(x, y)] * 2
 
 
@@ -124,7 +124,7 @@ SHAPES = {
 
 
 def path(strokes: list) -> Tensor:
-    """Points (64, 2), evenly spaced along Catmull and Rom's splines through the strokes' points."""
+    """Points (64, 2), evenly spaced along Catmull-Rom splines through the strokes' points."""
     pieces = []
     for stroke in strokes:
         points = torch.tensor([stroke[0], *stroke, stroke[-1]])
@@ -154,15 +154,15 @@ class Renderer:
         self.counts, self.first = counts, counts.cumsum(0) - counts
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        """Of that shape, uniform in [low, high)."""
+        """A tensor of that shape, uniform in [low, high)."""
         return low + (high - low) * torch.rand(*shape, generator=self.random)
 
     def chance(self, share: float, n: int) -> Tensor:
-        """(n, 1, 1, 1), true with that probability."""
+        """Booleans (n, 1, 1, 1), true with probability `share`."""
         return torch.rand(n, 1, 1, 1, generator=self.random) < share
 
     def integers(self, low: int, high: int, n: int) -> Tensor:
-        """(n,) from low up to high - 1."""
+        """Integers (n,) from low to high - 1."""
         return torch.randint(low, high, (n,), generator=self.random)
 
     def choice(self, options: Sequence) -> object:
@@ -170,26 +170,26 @@ class Renderer:
         return options[torch.randint(len(options), (), generator=self.random)]
 
     def batch(self, n: int) -> tuple[Tensor, Tensor, list[dict]]:
-        """Images (n, 3, 32, 32) in [0, 1], labels (n,), 0 to 9 in turn, and facts for captions."""
+        """Images (n, 3, 32, 32) in [0, 1], labels (n,), 0 to 9 repeatedly, and captions' facts."""
         labels = torch.arange(n) % 10
         facts = [{} for _ in range(n)]
         images = self.paint(self.place(self.ink(labels), facts), facts)
         return images, labels, facts
 
     def ink(self, labels: Tensor) -> Tensor:
-        """Ink in [0, 1], (n, 1, 32, 32), of digits by n different hands, filling the square.
+        """Ink in [0, 1], (n, 1, 32, 32), of n varied digits that fill the square.
 
-        Most pass through 8 or 16 pixels and back, as a coarse scanner would have it.
+        Most are reduced to 8x8 pixels and enlarged again, as if by a coarse scanner.
         """
         n = len(labels)
         shape = self.first[labels] + (self.uniform(0, 1, n) * self.counts[labels]).long()
         last = N_POINTS - 1
-        start = (6 * self.uniform(-1, 1, n, 1)).long().clamp(min=0)  # some begin late, end early
+        start = (6 * self.uniform(-1, 1, n, 1)).long().clamp(min=0)  # some start late or end early
         end = last - (6 * self.uniform(-1, 1, n, 1)).long().clamp(min=0)
         kept = torch.minimum(torch.maximum(torch.arange(N_POINTS), start), end)
         points = self.paths[shape].gather(1, kept[..., None].expand(-1, -1, 2))  # (n, 64, 2)
 
-        # The hand bends the square, and trembles along the way.
+        # The whole digit is bent, and its path trembles.
         wobble = torch.zeros_like(points)
         for cycles in (0.5, 1, 2, 3):
             bend = self.uniform(-1, 1, n, 2, 2) * math.pi * cycles
@@ -221,7 +221,7 @@ class Renderer:
         return torch.sigmoid(contrast * (ink - half))
 
     def place(self, ink: Tensor, facts: list[dict]) -> Tensor:
-        """The digits turned, slanted, scaled and shifted."""
+        """Rotates, slants, scales and shifts the digits."""
         n = len(ink)
         angle = self.uniform(-0.15, 0.15, n) * torch.where(self.chance(0.1, n).flatten(), 4, 1)
         scale = self.uniform(0.7, 1.1, n)
@@ -235,7 +235,7 @@ class Renderer:
         return F.grid_sample(ink, grid, align_corners=False)
 
     def paint(self, ink: Tensor, facts: list[dict]) -> Tensor:
-        """Pen and ground, flat or with a pattern, in colour or grey: (n, 3, 32, 32) in [0, 1]."""
+        """Paints pen and ground, flat or patterned, coloured or grey: (n, 3, 32, 32) in [0, 1]."""
         n = len(ink)
         pattern = self.integers(-3, len(PATTERNS), n).clamp(min=0)  # flat: 40 %
         tool = self.integers(-5, len(PENS), n).clamp(min=0)  # filled: two thirds
@@ -264,9 +264,9 @@ class Renderer:
         return images
 
     def colours(self, facts: list[dict]) -> Tensor:
-        """Of the pen and two of the ground, both darker than it or both brighter: (3, n, 3, 1, 1).
+        """The pen's colour and two of the ground, both darker or both brighter: (3, n, 3, 1, 1).
 
-        Three in ten images have greys alone.
+        Three images in ten have greys only.
         """
         light = {c: 0.3 * r + 0.6 * g + 0.1 * b for c, (r, g, b) in COLOURS.items()}
         chosen = []

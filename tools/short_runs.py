@@ -1,8 +1,8 @@
-"""A short run of an algorithm from one seed, and how far two such runs are apart.
+"""A short run of an algorithm from one seed, and the difference between two such runs.
 
-A case says how: `input_shape`, `num_classes`, `num_domains`, `per_domain` (images per domain and
-update), `updates`, `evaluate_after`, `seed`, `data_seed`, `hparams`. No seed is set between
-construction and update, so a draw too many shows.
+A case has `input_shape`, `num_classes`, `num_domains`, `per_domain` (images per domain and update),
+`updates`, `evaluate_after`, `seed`, `data_seed` and `hparams`. No seed is set between construction
+and update, so that an additional draw is noticed.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def inputs(case: dict) -> tuple[list, Tensor]:
-    """The minibatches of each update, and the images that are predicted."""
+    """The minibatches of each update, and the images for predictions."""
     generator = torch.Generator().manual_seed(case["data_seed"])
     shape = case["input_shape"]
 
@@ -30,7 +30,7 @@ def inputs(case: dict) -> tuple[list, Tensor]:
 
 
 def next_draws() -> dict[str, list[int]]:
-    """What the three random streams would give next; they stay as they are."""
+    """The next draws of the three random streams, which stay unchanged."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     drawn = {"torch": torch.randint(2**31 - 1, (3,)).tolist(),
              "numpy": np.random.randint(2**31 - 1, size=3).tolist(),
@@ -85,7 +85,7 @@ def _gap(one: float, other: float) -> float:
 
 
 def _of_values(ours: list[dict], theirs: list[dict]) -> float:
-    """Relative; values near 0 relative to the median of their key."""
+    """The largest relative difference; for values near 0, relative to the median of their key."""
     if [values.keys() for values in ours] != [values.keys() for values in theirs]:
         return math.inf
     median = {
@@ -97,7 +97,7 @@ def _of_values(ours: list[dict], theirs: list[dict]) -> float:
 
 
 def _of_tensors(ours: dict, theirs: dict) -> float:
-    """Of the sums, relative to the sum of absolute values."""
+    """The largest difference of sums, relative to the sum of absolute values."""
     def apart(name):
         total, size, n = theirs[name]
         if name not in ours or ours[name][2] != n:
@@ -105,23 +105,23 @@ def _of_tensors(ours: dict, theirs: dict) -> float:
         found = max(_gap(ours[name][0], total), _gap(ours[name][1], size))
         return found and found / (size or 1)
 
-    # A scratch copy of DomainBed's Fish, and counts of batches, which decide nothing.
+    # Without the temporary network of DomainBed's Fish, and counts of batches.
     return max((apart(name) for name in theirs if not name.startswith("network_inner.")
                 and "num_batches_tracked" not in name), default=0.0)
 
 
 def _of_logits(ours: list, theirs: list) -> float:
-    """Relative to the largest."""
+    """The largest difference, relative to the largest logit."""
     ours, theirs = np.ravel(ours), np.ravel(theirs)
     found = max(map(_gap, ours, theirs))
     return found and found / abs(theirs).max()
 
 
 def differences(ours: dict, theirs: dict) -> dict[str, float]:
-    """The largest of each kind; that of random streams is 0 if they are alike, else infinite."""
+    """The largest difference of each kind; for random streams 0 if they are equal, or infinite."""
     alike = all(ours[when] == theirs[when]
                 for when in ("streams_after_construction", "streams_after_updates"))
-    # GroupDRO's q has its size from the start here, so that a checkpoint can be loaded.
+    # Here GroupDRO's q has its size from the start, so that checkpoints can be loaded.
     initial = {name: sums for name, sums in theirs.get("initial", {}).items() if sums[2]}
     return {
         "values": _of_values(ours["values"], theirs["values"]),

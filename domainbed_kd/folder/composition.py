@@ -71,17 +71,16 @@ def teacher_of_method(hparams: dict) -> Teacher | None:
 
 def _teacher(asked) -> Teacher:
     if isinstance(asked, dict):
-        hparams, steps = asked.get("hparams", {}), asked.get("steps")
-        swapped = asked.get("swapped", False)
-        if (not isinstance(asked.get("run"), str) or not isinstance(swapped, bool)
-                or not asked.keys() <= {"run", "hparams", "steps", "swapped"}
-                or not isinstance(hparams, dict) or not isinstance(steps, (int, type(None)))):
-            raise ValueError(f"teachers: {asked!r} is none; {_FORMS}.")
-        changes = {name: value for name, value in hparams.items() if name not in OWN}
-        shown = [_row(asked["run"], hparams), *(f"{name} {value}" for name, value in (
-            changes | ({} if steps is None else {"steps": steps})).items()),
-            *["swapped"] * swapped]
-        return Teacher("run", asked["run"], hparams, steps, swapped, ", ".join(shown))
+        run, hparams = asked.get("run"), asked.get("hparams", {})
+        steps, swapped = asked.get("steps"), asked.get("swapped", False)
+        if (isinstance(run, str) and isinstance(hparams, dict) and isinstance(swapped, bool)
+                and isinstance(steps, (int, type(None)))
+                and asked.keys() <= {"run", "hparams", "steps", "swapped"}):
+            changes = {name: value for name, value in hparams.items() if name not in OWN}
+            changes |= {} if steps is None else {"steps": steps}
+            shown = [_row(run, hparams), *(f"{name} {value}" for name, value in changes.items()),
+                     *["swapped"] * swapped]
+            return Teacher("run", run, hparams, steps, swapped, ", ".join(shown))
     if not isinstance(asked, str):
         raise ValueError(f"teachers: {asked!r} is none; {_FORMS}.")
     kind, colon, name = asked.partition(":")

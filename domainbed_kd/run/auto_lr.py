@@ -115,9 +115,9 @@ def next_stage(run: Run) -> Run | None:
 
 def _second_stage(run: Run, rates: list[float], updates_before: int) -> Run:
     # Nothing is seeded here: random streams continue from the first stage, as in DomainBed.
-    parts = splits.hold_nothing_out(
-        run.dataset, run.args["test_envs"], run.args["trial_seed"],
-        run.args["uda_holdout_fraction"])
+    parts = splits.make_splits(
+        run.dataset, run.args["test_envs"], run.args["trial_seed"], run.args["holdout_fraction"],
+        run.args["uda_holdout_fraction"], holds_out=False)
     loaders = build.make_loaders(run.dataset, parts, run.args, run.hparams, run.readers)
     algorithm = build.make_algorithm(run.args, run.hparams, run.dataset, run.device)
     second = dataclasses.replace(run, splits=parts, loaders=loaders, algorithm=algorithm)

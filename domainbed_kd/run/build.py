@@ -307,18 +307,16 @@ def make_algorithm(args: dict, hparams: dict, dataset, device: torch.device) -> 
 def _check_fits_pixels(args: dict, hparams: dict) -> None:
     """Refuses algorithms, hparams and flags that do not work with a label per pixel."""
     cls = algorithms.get_algorithm_class(args["algorithm"])
-    why = {cls.display_name or cls.__name__: cls.needs_image_labels} | {
-        name: reason for name, reason in (
-            ("class_balanced", "an image has no class to balance by"),
-            ("class_groups", "an image has no class to group by"),
-            ("canonical_view", "it would keep a prediction for every pixel"))
-        if hparams.get(name)} | {
-        f"--{name}": reason for name, reason in (
-            ("save_logits", "it would keep a prediction for every pixel"),
-            ("diagnostics", "what it measures is of images"),
-            ("auto_lr", "the loss that it follows is of images"))
-        if args.get(name)}
-    for name, reason in why.items():
-        if reason:
+    kept = "it would keep a prediction for every pixel"
+    for name, asked, reason in (
+            (cls.display_name or cls.__name__, cls.needs_image_labels, cls.needs_image_labels),
+            ("class_balanced", hparams.get("class_balanced"),
+             "an image has no class to balance by"),
+            ("class_groups", hparams.get("class_groups"), "an image has no class to group by"),
+            ("canonical_view", hparams.get("canonical_view"), kept),
+            ("--save_logits", args.get("save_logits"), kept),
+            ("--diagnostics", args.get("diagnostics"), "what it measures is of images"),
+            ("--auto_lr", args.get("auto_lr"), "the loss that it follows is of images")):
+        if asked:
             raise ValueError(f"{name}: needs one label per image, and {args['dataset']} has one "
                              f"per pixel: {reason}.")

@@ -79,18 +79,6 @@ def looked_up(x: Tensor, table: Tensor) -> Tensor:
     return table.view(-1).index_select(0, place.flatten()).view(x.shape)
 
 
-class Finished:
-    """Resized images, uint8 (N, 3, H, W), and the table of a transform's last steps."""
-
-    def __init__(self, pixels: Tensor, table: Tensor):
-        self.pixels, self.table = pixels, table
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Images, float32 (B, 3, H, W), whose numbers are the first column of rows (B, 2)."""
-        numbers = augmentation.sent(rows[:, 0], self.pixels.device)
-        return looked_up(self.pixels[numbers], self.table)
-
-
 class Originals:
     """Images at their original sizes, in one row of pixels.
 
@@ -197,7 +185,8 @@ def _settle_finished(dataset, domains: list, finish: Finish, room: int) -> None:
         return
     pixels = torch.empty(shape, dtype=torch.uint8, device=finish.device)
     _fill(pixels, domains, lambda image: np.asarray(resize(image)).transpose(2, 0, 1)[None])
-    finish.store = Finished(pixels, finish.table)
+    finish.store = lambda rows: looked_up(
+        pixels[augmentation.sent(rows[:, 0], pixels.device)], finish.table)
     _replace(dataset, domains)
 
 

@@ -66,18 +66,21 @@ def split_dataset(dataset, n: int, seed: int = 0, names: tuple[str, str] = ("", 
 
 
 def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction: float,
-                uda_holdout_fraction: float = 0) -> Splits:
+                uda_holdout_fraction: float = 0, holds_out: bool = True) -> Splits:
     """The splits of every environment, as DomainBed makes them.
 
     The out-split is `holdout_fraction` of an environment, unless its `n_train` says how many of
-    its items are for training; see `_as_published`. `uda_holdout_fraction` of a test environment's
+    its items are for training; see `_as_published`. Without `holds_out`, for --auto_lr's last
+    stage, in-splits have all images, in their order. `uda_holdout_fraction` of a test environment's
     in-split becomes its unlabeled images; even a fraction of 0 reorders the in-split.
     """
     splits = Splits([], [], [])
     for i, env in enumerate(dataset):
         seed = seed_hash(trial_seed, i)
         names = f"The out-split of environment {i}", f"The in-split of environment {i}"
-        if getattr(env, "n_train", None) is None:
+        if not holds_out:
+            out, in_ = SplitDataset(env, [], ""), SplitDataset(env, range(len(env)), "")
+        elif getattr(env, "n_train", None) is None:
             out, in_ = split_dataset(env, int(len(env) * holdout_fraction), seed, names)
         else:
             out, in_ = _as_published(env, i in test_envs, names)
@@ -85,7 +88,7 @@ def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction
         if i in test_envs:
             names = f"The unlabeled split of environment {i}", names[1]
             uda, in_ = split_dataset(in_, int(len(in_) * uda_holdout_fraction), seed, names)
-        for split in (out, in_):
+        for split in (out, in_) if holds_out else ():
             if len(split) == 0:
                 raise ValueError(
                     f"{split.name} is empty: it has {len(env)} images, --holdout_fraction is "
@@ -93,24 +96,6 @@ def make_splits(dataset, test_envs: list[int], trial_seed: int, holdout_fraction
                     "Choose other fractions.")
         splits.in_.append(in_)
         splits.out.append(out)
-        splits.uda.append(uda or None)
-    return splits
-
-
-def hold_nothing_out(dataset, test_envs: list[int], trial_seed: int,
-                     uda_holdout_fraction: float = 0) -> Splits:
-    """The splits of --auto_lr's last stage: in-splits have all images, in their order.
-
-    `uda_holdout_fraction` of a test environment is unlabeled; even a fraction of 0 reorders it.
-    """
-    splits = Splits([], [], [])
-    for i, env in enumerate(dataset):
-        in_, uda = SplitDataset(env, range(len(env)), ""), None
-        if i in test_envs:
-            uda, in_ = split_dataset(
-                env, int(len(env) * uda_holdout_fraction), seed_hash(trial_seed, i))
-        splits.in_.append(in_)
-        splits.out.append(SplitDataset(env, [], ""))
         splits.uda.append(uda or None)
     return splits
 
