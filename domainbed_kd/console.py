@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager
 USER_ERRORS = (ValueError, OSError, NotImplementedError)
 # Advice on errors of the system.
 HINTS = {
-    errno.ENOSPC: ". Free some space there; the same command goes on from what is whole.",
-    errno.EDQUOT: ". Free some space there; the same command goes on from what is whole.",
+    errno.ENOSPC: ". Free some space there; the same command then continues.",
+    errno.EDQUOT: ". Free some space there; the same command then continues.",
     errno.EROFS: ". Choose a folder in which you may write.",
 }
 

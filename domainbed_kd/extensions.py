@@ -77,13 +77,13 @@ def _register_entry_point(kind: str, entry_point: importlib.metadata.EntryPoint)
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{who}: {error}") from error
     if kind != "launchers" and getattr(value, "__name__", None) != entry_point.name:
-        raise ValueError(f"{who}: the entry point must be called as the class is.")
+        raise ValueError(f"{who}: the entry point must have the class's name.")
     _register(kind, entry_point.name, value, who)
 
 
 def _register(kind: str, name: str, value, who: str) -> None:
     if not _is_a(kind, value):
-        raise ValueError(f"{who}: {name} is none of the {kind}.")
+        raise ValueError(f"{who}: {name} is not one of the {kind}.")
     registry, get, add = {
         "algorithms": (algorithms.ALGORITHMS, algorithms.get_algorithm_class, algorithms.register),
         "datasets": (datasets.DATASETS, datasets.get_dataset_class, datasets.register),
@@ -91,7 +91,7 @@ def _register(kind: str, name: str, value, who: str) -> None:
                       lambda f: command_launchers.REGISTRY.setdefault(name, f)),
     }[kind]
     if name in registry and get(name) is not value:
-        raise ValueError(f"{who}: there is {name} among the {kind} already; choose another name.")
+        raise ValueError(f"{who}: {name} is already one of the {kind}; choose another name.")
     add(value)
 
 
@@ -110,8 +110,8 @@ def _is_a(kind: str, value) -> bool:
 def _import(name: str):
     """The module of a dotted name or a .py file."""
     if not name.endswith(".py") and not all(part.isidentifier() for part in name.split(".")):
-        raise ValueError(f"--plugin or --fork {name!r}: the one takes a .py file or a module's "
-                         "dotted name, the other a folder that holds a package domainbed.")
+        raise ValueError(f"--plugin or --fork {name!r}: the former takes a .py file or a module's "
+                         "dotted name, the latter a folder that holds a package domainbed.")
     try:
         if not name.endswith(".py"):
             if os.getcwd() not in sys.path:  # as with `python -m`; console scripts lack it

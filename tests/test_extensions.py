@@ -99,10 +99,10 @@ def test_a_file_named_as_a_library_hides_nothing(folder):
     ("x = 1", "defines no Algorithm"),
     ("import no_such_library", "No module named 'no_such_library'"),
     ("def f(:", "invalid syntax"),
-    (PLUGIN.replace("Mine", "SWAD"), "there is SWAD among the algorithms already"),
-    (PLUGIN.replace("Debug29", "PACS"), "there is PACS among the datasets already"),
-    (PLUGIN.replace('"shout":', '"local":'), "there is local among the launchers already"),
-    ("LAUNCHERS = {'mine': 3}", "mine is none of the launchers")])
+    (PLUGIN.replace("Mine", "SWAD"), "SWAD is already one of the algorithms"),
+    (PLUGIN.replace("Debug29", "PACS"), "PACS is already one of the datasets"),
+    (PLUGIN.replace('"shout":', '"local":'), "local is already one of the launchers"),
+    ("LAUNCHERS = {'mine': 3}", "mine is not one of the launchers")])
 def test_a_module_of_no_use_is_refused_by_name(content, message, name, folder):
     (folder / "my_broken.py").write_text(content)
     with pytest.raises(ValueError, match=f"--plugin {name}.*{message}"):
@@ -133,7 +133,7 @@ def test_entry_points_are_listed_without_import_and_imported_when_wanted(folder,
 
 
 @pytest.mark.parametrize("entry, message", [
-    ("Other = installed_methods:Mine", "called as the class"),
+    ("Other = installed_methods:Mine", "must have the class's name"),
     ("Debug29 = installed_methods:Debug29", "none of the algorithms"),
     ("Mine = installed_methods:Nothing", "Nothing")])
 def test_an_entry_point_of_another_kind_is_refused_by_name(entry, message, folder, monkeypatch):

@@ -4,9 +4,8 @@ With Ray, nodes are lost too: all processes on a node are killed at once, and an
 it. With submitit's local executor, jobs get Slurm's signal that their time is up.
 
 Exits with 0 if the killed sweep ends in the same tables, byte-identical models, and records that
-differ only in times and memory, whatever launched it; if each job ran to its end exactly once; and
-if no process or stray file is left. The seed fixes the order of the kills, not which state they
-meet.
+differ only in times and memory, with any launcher; if each job ran to its end exactly once; and if
+no process or stray file is left. The seed fixes the order of the kills, not which state they meet.
 """
 
 import argparse

@@ -82,7 +82,7 @@ def fetch_drive(file_id: str, path: Path) -> None:
         gdown.download(id=file_id, output=str(path), quiet=not sys.stderr.isatty(), resume=True)
     except (FileURLRetrievalError, OSError) as error:
         raise OSError(
-            f"Google Drive does not give {path.name} ({error}). Download https://drive.google.com/"
+            f"Google Drive refuses {path.name} ({error}). Download https://drive.google.com/"
             f"uc?id={file_id} in a browser, save it as {path}, and run the same command again."
         ) from error
 

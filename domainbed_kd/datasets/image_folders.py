@@ -105,7 +105,7 @@ class ImageFolders(MultipleDomainDataset):
                 if only:
                     raise ValueError(
                         f"{type(self).__name__}: {folder / here} has classes that "
-                        f"{folder / there} has not: {', '.join(sorted(only))}. Domains must have "
+                        f"{folder / there} lacks: {', '.join(sorted(only))}. Domains must have "
                         "the same classes: add images, or remove the class everywhere.")
 
     def _check_images(self, domain) -> None:

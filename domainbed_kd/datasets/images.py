@@ -36,8 +36,8 @@ def load_image(path: str, whole: bool = False):
             return rgb
         mode = image.mode
     kind = "floats" if mode == "F" else "integers of 32 bits"
-    raise ValueError(f"{path} holds {kind}, and nothing says which is white. Convert it to 8 or "
-                     "16 bits per channel.")
+    raise ValueError(f"{path} holds {kind} of unknown range. Convert it to 8 or 16 bits per "
+                     "channel.")
 
 
 @contextlib.contextmanager
@@ -57,8 +57,8 @@ def opened(path: str, what: str = "an image") -> Iterator:
         with io.BufferedReader(files.open_regular(path)) as file, Image.open(file) as image:
             yield image
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there any more. Put the images back: the same "
-                                "command goes on from the run's last state.") from None
+        raise FileNotFoundError(f"{path} no longer exists. Put the images back: the same command "
+                                "continues from the run's last state.") from None
     except (OSError, SyntaxError, ValueError, RuntimeError,
             Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno:  # from the system, not from Pillow

@@ -28,7 +28,7 @@ def install(name: str, data_dir: Path) -> bool:
     cls = datasets.get_dataset_class(name)
     source, folder = cls.SOURCE, cls.folder(data_dir)
     if folder != data_dir and folder.exists():
-        print(f"{name}: {folder} is there already. Delete it to fetch it again.", file=sys.stderr)
+        print(f"{name}: {folder} exists already. Delete it to fetch it again.", file=sys.stderr)
     elif source.via not in FETCHERS:
         print(f"{name} cannot be fetched by this script. Get it from {source.page} and unpack it "
               f"as {folder / source.layout}. {source.note}".rstrip())

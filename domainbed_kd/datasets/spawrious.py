@@ -16,8 +16,8 @@ class _Spawrious(MultipleDomainDataset):
     """Four breeds of dogs, whose backgrounds change between training and test.
 
     Lynch et al., "Spawrious", 2023, https://arxiv.org/abs/2303.05470. Images are read from
-    `<data_dir>/{0|1}/<background>/<breed>/`. The first domain is the test, whatever `test_envs`
-    says. Files are taken in the order of their names; DomainBed takes them as the disk lists them.
+    `<data_dir>/{0|1}/<background>/<breed>/`. The first domain is the test domain, regardless of
+    `test_envs`. Files are sorted by name; DomainBed uses the disk's order.
     """
 
     ENVIRONMENTS = ["Test", "SC_group_1", "SC_group_2"]

@@ -187,11 +187,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--seal keeps accuracies by step, and --auto_lr counts steps twice. Leave "
                          "one out.")
     if args.compile and not args.fast:
-        raise ValueError("--compile needs --fast: compiled networks round otherwise than exact "
-                         "mode must. Pass both, or neither.")
+        raise ValueError("--compile needs --fast, as compiled networks round differently from "
+                         "exact mode. Pass both, or neither.")
     if args.teacher_cache is not None and not hparams.get("canonical_view"):
         raise ValueError(
-            "--teacher_cache keeps what teachers make of images without augmentation, which "
+            "--teacher_cache keeps teachers' outputs on images without augmentation, which "
             "changes results. Ask for that too: --hparams '{\"canonical_view\": true}'.")
 
 

@@ -82,7 +82,7 @@ def _teacher(asked) -> Teacher:
                      *["swapped"] * swapped]
             return Teacher("run", run, hparams, steps, swapped, ", ".join(shown))
     if not isinstance(asked, str):
-        raise ValueError(f"teachers: {asked!r} is none; {_FORMS}.")
+        raise ValueError(f"teachers: {asked!r} is not a teacher; {_FORMS}.")
     kind, colon, name = asked.partition(":")
     if colon and not name:
         raise ValueError(f"teachers: {asked!r} names nothing after the colon; {_FORMS}.")

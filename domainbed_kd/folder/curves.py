@@ -35,7 +35,7 @@ class Curve(NamedTuple):
     hparams: dict
     #: How to choose among the records: "last" (SWAD), or None.
     selection: str | None
-    #: {"step": one value for each record, "env0_in_acc": likewise, in [0, 1], ...}.
+    #: {"step": one value for each record, "env0_in_acc": values in [0, 1], ...}.
     columns: dict[str, tuple]
     #: The problem of a bad teacher that was accepted; None if there was none.
     teacher_problem: str | None = None
@@ -114,7 +114,7 @@ def problem(record, may_be_sealed: bool = False) -> str:
     Accuracies must be finite numbers in [0, 1]. ERM++'s second stage has only `fd_` accuracies.
 
     Args:
-        record: the content of a line, whatever it is.
+        record: the content of a line, of any type.
         may_be_sealed: accept a record of `train --seal`, which lacks its test domains.
     """
     unlike = "not a record like DomainBed's"

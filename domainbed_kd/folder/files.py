@@ -280,8 +280,8 @@ def failure(folder: str | Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        return f"why cannot be read ({error.strerror})"
-    return " ".join(text.split()) or "no space was left on the disk to say why"
+        return f"the reason cannot be read ({error.strerror})"
+    return " ".join(text.split()) or "the disk was too full to write the reason"
 
 
 def note_failure(folder: str | Path, reason: str) -> None:

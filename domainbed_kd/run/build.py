@@ -214,7 +214,7 @@ def check_view(dataset: type, hparams: dict, is_fast: bool) -> None:
                          "augmented. Leave it out.")
     if asked and is_fast and images.differs_in_colour(hparams):
         raise ValueError(f"{', '.join(asked)}: --fast distorts and normalizes colours as DomainBed "
-                         "does. Leave that flag out, or these hparams but for view_crop.")
+                         "does. Leave out that flag, or these hparams except view_crop.")
 
 
 def training_envs(dataset, args: dict) -> list[int]:

@@ -116,8 +116,8 @@ def _source(dataset) -> Iterator[str]:
     elif hasattr(plain, "tensors"):
         yield from _digests({"images": plain.tensors[0]})
     else:
-        raise ValueError(f"--teacher_cache: a {type(plain).__name__} does not tell whether its "
-                         "images have changed. Leave the flag out: each run finds out for itself.")
+        raise ValueError(f"--teacher_cache: changes to the images of a {type(plain).__name__} "
+                         "cannot be detected. Leave the flag out.")
 
 
 def _kept(folder: Path | None, teacher, dataset, batches: Callable, about: list[str]) -> np.ndarray:
@@ -134,8 +134,8 @@ def _kept(folder: Path | None, teacher, dataset, batches: Callable, about: list[
         files.open_regular(path).close()
         outputs = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
-        raise ValueError(f"--teacher_cache: {path} is damaged ({error}). Delete it, and it is "
-                         "made again.") from None
+        raise ValueError(f"--teacher_cache: {path} is damaged ({error}). Delete it; it will be "
+                         "computed again.") from None
     return outputs
 
 

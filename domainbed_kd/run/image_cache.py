@@ -113,8 +113,8 @@ def _opened(dataset_name: str, paths: list[str], folder: Path) -> ImageCache:
             images = _decoded(root, stamps, cache, cut)
             files.write_atomically(path, lambda beside: _write(beside, stamps, images))
             if cut:
-                print(f"{len(cut)} of its {len(stamps)} image files are cut short or damaged, and "
-                      "are used as far as they can be read, as in DomainBed: "
+                print(f"{len(cut)} of its {len(stamps)} image files are truncated or damaged. The "
+                      "part that can be read is used, as in DomainBed: "
                       f"{', '.join(cut[:3])}{', ...' if cut[3:] else '.'}", file=sys.stderr)
             cache = ImageCache(path, root)
     return cache

@@ -120,8 +120,8 @@ def loss_said() -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "A loader process ended early. The same command goes on from the run's last state; if "
-            "memory ran out, pass a smaller --loader_processes or batch_size.") from error
+            "A loader process ended early. The same command continues from the run's last state. "
+            "If memory ran out, pass a smaller --loader_processes or batch_size.") from error
 
 
 _datasets: list = []  # in a reading process: the datasets by number

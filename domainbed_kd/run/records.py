@@ -102,9 +102,8 @@ class Pending:
         """Warns once on stderr if the run has diverged."""
         if self.diverged and not self._is_told:
             self._is_told = True
-            print(f"{self.algorithm} has diverged: {self.diverged}. The run goes on, as "
-                  "DomainBed's would. Try a smaller lr, or less extreme hparams.",
-                  file=sys.stderr)
+            print(f"{self.algorithm} has diverged: {self.diverged}. The run continues, as in "
+                  "DomainBed. Try a smaller lr, or less extreme hparams.", file=sys.stderr)
 
 
 def as_floats(values: Iterable[float | Tensor]) -> list[float]:

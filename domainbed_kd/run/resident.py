@@ -22,9 +22,9 @@ from domainbed_kd.datasets.images import opened
 from domainbed_kd.run import augmentation
 from domainbed_kd.run.image_cache import ImageCache
 
-# Pixels that are resized together: a bound on memory.
+# How many pixels are resized together, which bounds memory.
 _AT_ONCE = 2**25
-# Images that are read before they are sent: likewise.
+# How many images are read before they are sent to the device, for the same reason.
 _SENT = 256
 
 

@@ -401,7 +401,7 @@ def test_an_empty_class_is_named(shapes):
 @pytest.mark.parametrize("domain", ["blurred", "o'clock"])
 def test_a_class_that_only_one_domain_has_is_named(domain, shapes):
     save_image(shapes / "my shapes" / domain / "Square" / "1.png")
-    with pytest.raises(ValueError, match=f"{domain} has classes that .* has not: Square") as error:
+    with pytest.raises(ValueError, match=f"{domain} has classes that .* lacks: Square") as error:
         datasets.get_dataset_class("Folder:my shapes")(shapes, [0], AUGMENTED)
     assert one_line(error)
 

@@ -153,8 +153,8 @@ def test_images_that_are_cut_short_are_counted_once_and_read_as_without_a_cache(
         assert_same(pictures(read(root, tmp_path / "cache")), plain)
     _, line = capsys.readouterr().err.splitlines()
     assert line == (
-        f"2 of its {n_images} image files are cut short or damaged, and are used as far as they "
-        f"can be read, as in DomainBed: {cut / 'cut.jpg'}, {cut / 'cut.png'}.")
+        f"2 of its {n_images} image files are truncated or damaged. The part that can be read is "
+        f"used, as in DomainBed: {cut / 'cut.jpg'}, {cut / 'cut.png'}.")
 
 
 def test_a_file_in_place_of_the_folder_is_refused(root, tmp_path):

@@ -366,7 +366,7 @@ def test_a_data_folder_that_is_deleted_ends_the_run_which_goes_on_when_it_is_bac
 
     with monkeypatch.context() as patched:
         patched.setattr(files, "append_record", append_and_delete)
-        refused(command, "is not there any more. Put the images back", capsys)
+        refused(command, "no longer exists. Put the images back", capsys)
     first = results.read_text()
     assert first.count("\n") == 1
     (tmp_path / "deleted").rename(folder)

@@ -191,7 +191,7 @@ def test_a_job_that_found_no_space_to_say_why_says_that(tmp_path):
     (Path(job.output_dir) / "out.txt").touch()
     (Path(job.output_dir) / "failed").touch()
     assert job.state_now() == "Failed"
-    assert job.why_failed() == "no space was left on the disk to say why"
+    assert job.why_failed() == "the disk was too full to write the reason"
 
 
 @pytest.mark.parametrize("status, reason", [

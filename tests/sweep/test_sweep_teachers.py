@@ -93,7 +93,7 @@ def test_a_swapped_teacher_trains_on_what_its_student_holds_out(tmp_path):
     assert {job.teachers[0].train_args["hparams"] for job in students} == {
         '{"lr": 0.1, "batch_size": 2}'}
     assert composition.row("KD", {"teacher": teacher}) == "KD(ERM, batch_size 2, swapped)"
-    with pytest.raises(ValueError, match="is none; a teacher is"):
+    with pytest.raises(ValueError, match="is not a teacher; a teacher is"):
         planned(tmp_path, args_of(tmp_path, ["KD"], {"teacher": teacher | {"swapped": 1}}))
 
 
