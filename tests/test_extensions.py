@@ -134,7 +134,7 @@ def test_entry_points_are_listed_without_import_and_imported_when_wanted(folder,
 
 @pytest.mark.parametrize("entry, message", [
     ("Other = installed_methods:Mine", "must have the class's name"),
-    ("Debug29 = installed_methods:Debug29", "none of the algorithms"),
+    ("Debug29 = installed_methods:Debug29", "not one of the algorithms"),
     ("Mine = installed_methods:Nothing", "Nothing")])
 def test_an_entry_point_of_another_kind_is_refused_by_name(entry, message, folder, monkeypatch):
     install(folder, f"[domainbed_kd.algorithms]\n{entry}\n")
