@@ -114,7 +114,7 @@ def test_every_other_base_is_refused_in_one_line_before_anything_is_built(name):
     ("ERM", {"distill": "logit"}, "distill needs teachers"),
     ("ERM", {"teachers": "clip"}, "it takes a list"),
     ("ERM", {"teachers": ["run:"]}, "names nothing after the colon"),
-    ("ERM", {"teachers": [3]}, "3 is none"),
+    ("ERM", {"teachers": [3]}, "3 is not a teacher"),
     ("ERM", {"teachers": [{"run": "ERM", "lr": 1}]}, "is not a teacher; a teacher is"),
     ("ERM", {"teachers": ["clip"], "distill": "logits"}, "it takes logit, feature"),
     ("ERM", {"teachers": ["clip"], "distill": []}, "once"),
