@@ -204,30 +204,6 @@ def test_an_unknown_reading_is_refused_with_those_that_are_known(name, value):
         make("KDDG", **{name: value})
 
 
-def test_the_weights_distance_is_the_sum_of_the_steps_lengths():
-    def flat(algorithm):
-        return torch.cat([p.detach().flatten().double() for p in algorithm.network.parameters()])
-
-    algorithm = make("KDDG", kddg_weight_distance=True)
-    assert algorithm.weight_distance == 0
-    path, logged = [flat(algorithm)], []
-    for batch in minibatches(5):
-        logged.append(algorithm.update(batch)["weight_distance"])
-        path.append(flat(algorithm))
-    steps = [np.linalg.norm(b - a) for a, b in zip(path, path[1:])]
-    np.testing.assert_allclose(logged, np.cumsum(steps), rtol=1e-5)
-    assert logged == sorted(logged)
-    assert logged[-1] >= np.linalg.norm(path[-1] - path[0])
-
-
-def test_measuring_the_distance_changes_no_weight():
-    batches = minibatches(3)
-    measured, plain = make("KDDG", kddg_weight_distance=True), make("KDDG")
-    run(measured, batches)
-    assert all("weight_distance" not in values for values in run(plain, batches))
-    assert same_bits(bits(measured.network), bits(plain.network))
-
-
 def test_features_that_are_the_labels_hold_all_their_information():
     y = torch.arange(90) % 3
     x = 10 * F.one_hot(y, 3).float()
