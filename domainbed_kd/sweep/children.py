@@ -72,6 +72,7 @@ def start(context, argv: list[str], environment: dict, threads: int | None, erro
             to_child.send((argv, errors))
             return process, to_child
         to_child.close()
+        time.sleep(0.1)  # until the system says that the server is dead
     raise OSError("The server that starts jobs died several times. If this machine runs out of "
                   "memory, lower --jobs_per_device.")
 
