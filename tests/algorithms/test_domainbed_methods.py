@@ -197,7 +197,7 @@ def test_the_inverse_hessian_of_trm_is_the_truncated_series():
 def test_rdm_refuses_domains_of_unequal_batches():
     batches = minibatches()
     batches[1] = tuple(part[:4] for part in batches[1])
-    with pytest.raises(ValueError, match=r"RDM: .* of one size, and these have \[4, 8\] images"):
+    with pytest.raises(ValueError, match=r"RDM: .* the same size, but they have \[4, 8\] images"):
         build("RDM").update(batches)
 
 
