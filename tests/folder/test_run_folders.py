@@ -67,4 +67,4 @@ def test_the_reason_of_a_failure_is_a_line_even_if_the_disk_was_full(folder):
     (folder / "failed").write_text("error: No memory.\n")
     assert files.failure(folder) == "error: No memory."
     (folder / "failed").write_text("")
-    assert "no space was left" in files.failure(folder)
+    assert "the disk was too full" in files.failure(folder)
