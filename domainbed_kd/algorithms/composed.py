@@ -79,7 +79,8 @@ def _obstacles(cls: type, hparams: dict, on_top: list[composition.Teacher]
         yield words != ["logit"], (
             f'where each pixel has a label, distill takes "logit" alone, not {words}')
         yield cls.rearranges_images, (
-            "the images of its loss are not its minibatches', so the ignored pixels are not known")
+            "the images of its loss are not its minibatches', so that nothing tells which pixels "
+            "are ignored")
     yield (not words or any(word not in known or words.count(word) > 1 for word in words),
            f"distill is {hparams.get('distill')!r}; it takes {', '.join(known)}, or a list of "
            "them, each once")
