@@ -59,12 +59,6 @@ def or_null(takes: Takes) -> Takes:
     return Takes(lambda value: value is None or takes.fits(value), f"{takes.words}, or null")
 
 
-def list_of(takes: Takes, words: str) -> Takes:
-    """Lists of such values."""
-    return Takes(lambda value: isinstance(value, list) and all(map(takes.fits, value)),
-                 f"a list of {words}")
-
-
 @contextlib.contextmanager
 def forked_rng() -> Iterator[None]:
     """Leaves the global random streams as they were, whatever is drawn inside.
@@ -135,7 +129,6 @@ class Algorithm(networks.CountsOnCPU):
         "lr": at_least(0), "weight_decay": at_least(0), "resnet_dropout": between(0, 1),
         "vit_dropout": between(0, 1), "optimizer": one_of("adam", "sgd", "adamw"),
         "schedule": one_of("none", "step", "cosine"),
-        "schedule_drops": list_of(between(0, 1), "shares of the run, such as [0.8]"),
         "base_weight": at_least(0), "distill_weight": at_least(0), "distill_temperature": above(0)}
 
     #: The part that predicts, and the optimiser that trains it.

@@ -40,7 +40,8 @@ def assembled(algorithm_class: type, hparams: dict) -> type:
         algorithm_class = type(algorithm_class.__name__, (Composed, algorithm_class), {})
     if hparams.get("schedule", "none") != "none":
         algorithm_class = type(
-            algorithm_class.__name__, (scheduled.Scheduled, algorithm_class), {})
+            algorithm_class.__name__, (scheduled.Scheduled, algorithm_class),
+            {"takes": algorithm_class.takes | scheduled.TAKES})
     return averaging.averaged(algorithm_class, hparams.get("averaging"))
 
 

@@ -11,8 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from domainbed_kd import checkpoints, networks
+from domainbed_kd.algorithms.base import Takes, between
 
 DROPS = (0.8,)
+TAKES = {"schedule_drops": Takes(
+    lambda value: isinstance(value, list) and all(map(between(0, 1).fits, value)),
+    "a list of shares of the run, such as [0.8]")}
 
 
 def factor(kind: str, step: int, n_steps: int, drops: Sequence[float] = DROPS) -> float:
