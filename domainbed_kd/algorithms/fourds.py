@@ -177,7 +177,8 @@ def stage_widths(featurizer: nn.Module, input_shape, who: str) -> list[int]:
         ValueError: if it has no stages that return maps, naming `who` it is.
     """
     x = torch.zeros(1, *input_shape, device=next(featurizer.parameters()).device)
-    maps = featurizer.eval().maps(x) if isinstance(featurizer, networks.Staged) else []
+    featurizer.eval()  # which returns None in many forks
+    maps = networks.Staged.maps(featurizer, x) if hasattr(featurizer, "stages") else []
     if not maps or any(m.ndim != 4 for m in maps):
         raise ValueError(f"4Ds: the {who}'s {type(featurizer).__name__} has no convolution stages, "
                          "whose feature maps 4Ds compares. Choose a convolutional network.")
@@ -250,7 +251,7 @@ class FourDs(Taught):
         given = self.teacher
         with forked_rng():
             network = teachers.layers_of(given, input_shape)
-        if network is None or len(network) != 2 or not isinstance(network[0], networks.Staged):
+        if network is None or len(network) != 2 or not hasattr(network[0], "stages"):
             raise ValueError(f"4Ds: the teacher, a {type(given.module).__name__}, does not predict "
                              "by a featurizer with stages and a classifier. Name a run of ERM.")
         adapt = self.hparams["fourds_teacher_bn"] == "adapt"
@@ -286,8 +287,7 @@ class FourDs(Taught):
         guesses = self.pseudo_labels(unlabeled)
         batches = [*minibatches] if self.hparams["fourds_source"] else []
         x, y = (torch.cat(part) for part in zip(*batches, (unlabeled, guesses)))
-        share = (guesses != UNKNOWN).float().mean()
-        return self.distill(x, y) | {"pseudo_labels": share}
+        return self.distill(x, y) | {"pseudo_labels": (guesses != UNKNOWN).float().mean()}
 
     @torch.no_grad()
     def pseudo_labels(self, x):
@@ -304,7 +304,7 @@ class FourDs(Taught):
         """
         cls, div, beta, temperature = (
             self.hparams[f"fourds_{name}"] for name in ("cls", "div", "beta", "temperature"))
-        maps = self.featurizer.maps(x)
+        maps = networks.Staged.maps(self.featurizer, x)
         logits = self.classifier(self.featurizer.pool(maps[-1]))
         adapted, phases = self._adapted(x)
 

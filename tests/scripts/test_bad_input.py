@@ -77,7 +77,7 @@ def contents(folder):
     (TRAIN, ["--testenv=1"], "unrecognized arguments: --testenv=1. Did you mean --test_envs?"),
     (TRAIN, ["1"], "unrecognized arguments: 1."),
     (TRAIN, ["--plugin", "no_such_plugin"], "no_such_plugin"),
-    (TRAIN, ["--plugin", "../.."], "takes a .py file or a module's dotted name, the other"),
+    (TRAIN, ["--plugin", "../.."], "takes a .py file or a module's dotted name, the latter"),
     (TRAIN, ["--plugin", "absent.py"], "there is no such file"),
     (LAUNCH, ["--algorithms", "erm", "rise"], "Did you mean ERM?"),
     (LAUNCH, ["--algorithms", "ERM", "RISSE"], "Did you mean RISE?"),

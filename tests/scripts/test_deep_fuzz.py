@@ -71,12 +71,15 @@ def place(tmp_path_factory):
                 Image.fromarray(pixels).save(Path("mine", domain, label, f"{i}.png"))
     Path("plugin.py").write_text(PLUGIN)
     shutil.copytree(GOLDENS / "sweep_data", "results")
+    known = algorithms.ALGORITHMS.copy(), algorithms._REGISTERED.copy()
     command_launchers.REGISTRY["here"] = here
     command_launchers.BLOCKING += (here,)
     os.environ["HF_HUB_OFFLINE"] = "1"
     assert run(["sweep", "launch", "--output_dir", "sweep", *SWEEP])[0] == 0
     yield folder
     os.chdir(before)
+    # The plug-in's method would meet those of other tests.
+    algorithms.ALGORITHMS[:], algorithms._REGISTERED = known
     del command_launchers.REGISTRY["here"]
     command_launchers.BLOCKING = command_launchers.BLOCKING[:-1]
 
