@@ -100,6 +100,11 @@ class KDDG(Taught):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.count_updates()
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As nn.Module's; runs of earlier versions hold how far their weights have come too."""
+        known = {name: value for name, value in state_dict.items() if name != "weight_distance"}
+        return super().load_state_dict(known, *args, **kwargs)
+
     def distill(self, x, y):
         """One step on the filtered mix; its loss is 0 if the whole batch is filtered."""
         logits = self.network(x)

@@ -227,3 +227,10 @@ def test_the_information_is_entropy_less_the_cross_entropy_of_sklearns_probe():
     share = np.bincount(y[200:]) / 200
     expected = -(share * np.log(share)).sum() - log_loss(y[200:], probe.predict_proba(x[200:]))
     assert found == pytest.approx(expected, abs=5e-3)
+
+
+def test_a_student_of_an_earlier_version_is_loaded_without_the_distance_of_its_weights():
+    old, new = make("KDDG"), make("KDDG")
+    run(old, minibatches())
+    new.load_state_dict(old.state_dict() | {"weight_distance": torch.tensor(0.5)})
+    assert same_bits(bits(old), bits(new))
