@@ -749,3 +749,18 @@ def test_a_default_of_null_takes_any_kind_of_value():
     assert hparams_registry.override(hparams, json.dumps(changes)) == hparams | changes
     taught = hparams_registry.default_hparams("KD", "PACS")
     assert hparams_registry.override(taught, '{"teacher_steps": 7}')["teacher_steps"] == 7
+
+
+def test_parts_that_do_not_fit_together_are_not_the_layers_of_a_teacher():
+    class MTLs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.featurizer, self.classifier = nn.Flatten(), nn.Linear(24, 3)
+
+        def forward(self, x):
+            features = self.featurizer(x)
+            return self.classifier(torch.cat([features, 0 * features], dim=1))
+
+    assert teachers.layers_of(networks.Frozen(MTLs()), (3, 2, 2)) is None
+    fitting = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    assert teachers.layers_of(networks.Frozen(fitting), (3, 2, 2)) is fitting
