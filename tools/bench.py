@@ -79,8 +79,6 @@ def build(name: str, batch_size: int, student: str = ""):
         "vl2v_align_steps": 0}  # the stage in which the student learns
     if student == "SDViT":
         hparams["backbone"] = "small_vit"
-    if student == "XDED":
-        hparams["xded_weight"] = 0.0
     if on_top:
         hparams["teachers"] = ["run:ERM"]
     if on_top or algorithms.learns_from_run(name):
@@ -99,8 +97,6 @@ def build(name: str, batch_size: int, student: str = ""):
 
 def build_floor(name: str, batch_size: int):
     """(algorithm, minibatches) of the update that a method's own cannot be cheaper than."""
-    if name == "XDED":  # without its loss, which leaves its network: ERM with UniStyle
-        return build(name, batch_size, student=name)
     return build(name.partition(" + ")[0] if " + " in name else "ERM", batch_size, student=name)
 
 

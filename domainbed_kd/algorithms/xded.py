@@ -35,9 +35,14 @@ def domains_of_class(labels: list[Tensor], n_classes: int) -> Tensor:
 
 
 def standardized(x: Tensor) -> Tensor:
-    """Feature maps (B, c, h, w) with mean 0 and variance 1 in each channel of each image."""
-    variance, mean = torch.var_mean(x, dim=(2, 3), keepdim=True)
-    return (x - mean) / (variance + 1e-6).sqrt()  # 1e-6: authors' value
+    """Feature maps (B, c, h, w) with mean 0 and variance 1 in each channel of each image.
+
+    The variance is the sample's, over h w - 1, as in the authors' code; torch's fused kernel
+    divides by h w, so its epsilon and its result are scaled.
+    """
+    n_channels, ratio = x.shape[1], 1 - 1 / x[0, 0].numel()
+    scale = x.new_full((n_channels,), ratio ** 0.5)
+    return F.group_norm(x, n_channels, scale, eps=1e-6 * ratio)  # 1e-6: authors' value
 
 
 class UniStyle(nn.Module):
