@@ -62,7 +62,7 @@ def start(context, argv: list[str], environment: dict, threads: int | None, erro
     Raises:
         OSError: if the server dies again and again.
     """
-    for _ in range(MAX_LOST):
+    for i in range(MAX_LOST):
         jobs, to_child = context.Pipe()
         process = context.Process(target=_work, args=(jobs, environment, threads))
         with contextlib.suppress(EOFError, OSError), jobs:
@@ -72,7 +72,7 @@ def start(context, argv: list[str], environment: dict, threads: int | None, erro
             to_child.send((argv, errors))
             return process, to_child
         to_child.close()
-        time.sleep(0.1)  # until the system says that the server is dead
+        time.sleep(0.1 * 2 ** i)  # until the system says that the server is dead
     raise OSError("The server that starts jobs died several times. If this machine runs out of "
                   "memory, lower --jobs_per_device.")
 
