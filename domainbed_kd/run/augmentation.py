@@ -70,9 +70,10 @@ def resized(x: Tensor, heights: Tensor, widths: Tensor, side: int) -> Tensor:
     """
     n, height, width, _ = x.shape
     kind = torch.float16 if x.is_cuda else torch.float32
-    x = _weights(heights, height, side).to(kind) @ x.view(n, height, -1).to(kind)
-    x = x.view(n, side, width, 3).transpose(2, 3).reshape(n, 3 * side, width)
-    x = x @ _weights(widths, width, side).to(kind).mT
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round 255.5 to 256
+        x = _weights(heights, height, side).to(kind) @ x.view(n, height, -1).to(kind)
+        x = x.view(n, side, width, 3).transpose(2, 3).reshape(n, 3 * side, width)
+        x = x @ _weights(widths, width, side).to(kind).mT
     x = x.view(n, side, 3, side).transpose(1, 2).add(0.5).clamp_(0, 255.5).to(torch.uint8)
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -129,7 +130,9 @@ def distorted(x: Tensor) -> Tensor:
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; a GPU copies it while the CPU continues."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    if device.type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)  # pins only what is not yet pinned
+    return x
 
 
 def _distort(jitter: "Jitter", x: Tensor, out: Tensor, flip: bool, gray: bool, order: list[int],

@@ -115,17 +115,15 @@ class Run:
     def to_device(self, batch) -> list:
         """An (x, y) pair on the device, its transform finished there."""
         x, y = batch
-        y = y.to(self.device, non_blocking=True)
-        return [self.finish(x) if self.finish.takes(x)
-                else x.to(self.device, non_blocking=True), y]
+        return [self.finish(x) if self.finish.takes(x) else augmentation.sent(x, self.device),
+                augmentation.sent(y, self.device)]
 
     def minibatches(self, batches: list) -> list:
         """The same for several batches, finished together."""
         if not all(self.finish.takes(x) for x, _ in batches):
             return [self.to_device(batch) for batch in batches]
-        x = self.finish(torch.cat([x for x, _ in batches])).split([len(y) for _, y in batches])
-        return [[part, y.to(self.device, non_blocking=True)]
-                for part, (_, y) in zip(x, batches)]
+        x = self.finish(*(x for x, _ in batches)).split([len(y) for _, y in batches])
+        return [[part, augmentation.sent(y, self.device)] for part, (_, y) in zip(x, batches)]
 
 
 def build(args: dict, loader_processes: int | None = None, cache_folder: str | None = None,

@@ -1,5 +1,6 @@
 """A run's evaluations: accuracies, logits, diagnostics, and the audit of its teacher."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from domainbed_kd import datasets, tasks, teachers
 from domainbed_kd.algorithms.base import forked_rng
 from domainbed_kd.folder import files
-from domainbed_kd.run import diagnostics, records
+from domainbed_kd.run import augmentation, diagnostics, records
 from domainbed_kd.run.build import Run
 from domainbed_kd.run.readers import read
 from domainbed_kd.seeds import seed_hash
@@ -37,20 +38,29 @@ class Evaluator:
         self.diagnostics = None
         if run.args.get("diagnostics") and run.holds_out:
             self.diagnostics = diagnostics.Diagnostics(
-                run.algorithm, out, run.training, self.in_order)
+                run.algorithm, out, run.training, self.held_out)
+        self._held_out: dict = {}  # {out-split: its batches, on the device}
         self._teacher: dict | None = None
         self._by_class: dict = {}
 
     def in_order(self, split) -> Iterator[tuple[Tensor, Tensor]]:
         """A split's (x, y), 64 images at a time, not augmented; uses no random stream."""
-        whole = DataLoader(datasets.plain(split), batch_size=64, generator=torch.Generator())
-        return map(self.run.to_device, whole)
+        return map(self.run.to_device, _whole(split))
+
+    def held_out(self, split) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same for an out-split, whose images in exact mode stay on a GPU if they fit."""
+        run = self.run
+        if split not in self._held_out and not run.is_fast and run.finish.reserve(
+                len(split) * math.prod(run.dataset.input_shape)):
+            self._held_out[split] = [[augmentation.sent(part, run.device) for part in batch]
+                                     for batch in _whole(split)]
+        return map(run.to_device, self._held_out.get(split) or _whole(split))
 
     def audit_teacher(self) -> None:
         """Prints the teacher's audit on the training domains; the first record includes it."""
         run = self.run
         run.algorithm.eval()
-        batches = (batch for i in run.training for batch in self.in_order(run.splits.out[i]))
+        batches = (batch for i in run.training for batch in self.held_out(run.splits.out[i]))
         self._teacher = teachers.audit(
             run.algorithm, batches, run.args.get("allow_bad_teacher", False))
         run.algorithm.train()
@@ -95,7 +105,7 @@ class Evaluator:
             for i in run.training:
                 split = run.splits.out[i]
                 total, n = 0, 0
-                for x, y in self.in_order(split):
+                for x, y in self.held_out(split):
                     logits = tasks.at_size_of(predict(x), y)
                     total += F.cross_entropy(logits, y, reduction="sum").item()
                     n = n + tasks.n_labels(y)
@@ -120,6 +130,10 @@ class Evaluator:
                     run.to_device(read(run.splits.in_[i], [next(s) for _ in range(batch_size)]))
                     for i, s in samplers.items()]
             yield minibatches
+
+
+def _whole(split) -> DataLoader:
+    return DataLoader(datasets.plain(split), batch_size=64, generator=torch.Generator())
 
 
 def measure(run: Run, loader, kept: list | None = None):

@@ -7,6 +7,7 @@ image's number and whether to augment it.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,21 +52,27 @@ class Finish:
     """Turns a batch into images, on the device.
 
     uint8 images are distorted if the run `is_fast`; otherwise they are looked up in `table`.
+    `room` is the number of bytes that further images may take there.
     """
 
     def __init__(self, device: torch.device, is_fast: bool):
-        self.device, self.is_fast = device, is_fast
+        self.device, self.is_fast, self.room = device, is_fast, 0
         self.table: Tensor | None = None
         self.store: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Images, float32 (B, 3, H, W), of a batch: uint8 images or numbers of resident ones."""
-        if x.dtype == torch.int64 and self.store:
-            return self.store(x)
-        if x.dtype != torch.uint8:
-            return x
-        x = x.to(self.device, non_blocking=True)
+    def __call__(self, *batches: Tensor) -> Tensor:
+        """Images, float32 (B, 3, H, W), of batches: uint8 images or numbers of resident ones."""
+        if batches[0].dtype == torch.int64:
+            return self.store(torch.cat(batches))
+        # Joined on the device: on the host the result would not be in pinned memory.
+        x = torch.cat([augmentation.sent(part, self.device) for part in batches])
         return augmentation.distorted(x) if self.is_fast else looked_up(x, self.table)
+
+    def reserve(self, n_bytes: int) -> bool:
+        """Whether there was room for this much, which is then taken."""
+        fits = n_bytes <= self.room
+        self.room -= n_bytes * fits
+        return fits
 
     def takes(self, x: Tensor) -> bool:
         """Whether the batch needs this."""
@@ -142,10 +149,11 @@ def settle(dataset, finish: Finish, room: int) -> None:
     if len(domains) < len(dataset):
         return
     finish.table = _table(domains[0].plain_transform.transforms[-2:]).to(finish.device)
+    finish.room = room
     if finish.is_fast:
-        _settle_originals(dataset, domains, finish, room)
+        _settle_originals(dataset, domains, finish)
         return
-    _settle_finished(dataset, domains, finish, room)
+    _settle_finished(dataset, domains, finish)
     # Domains may share a transform, and it may be the plain one too; splits compare the two.
     for transform in {id(t): t for domain in domains
                       for t in (domain.transform, domain.plain_transform)}.values():
@@ -158,30 +166,35 @@ def _table(last: list) -> Tensor:
     return T.Compose(last)(Image.fromarray(values))[:, 0].contiguous()
 
 
-def _settle_originals(dataset, domains: list, finish: Finish, room: int) -> None:
+def _settle_originals(dataset, domains: list, finish: Finish) -> None:
     crops = {id(d.transform): d.transform.geometry for d in domains if d.transform.is_augmented}
     plain = domains[0].plain_transform.geometry
     if len(plain) != 1 or not isinstance(plain[0], T.Resize) or any(
             len(steps) != 1 or not isinstance(steps[0], T.RandomResizedCrop)
             for steps in crops.values()):
         return
-    sizes = torch.tensor([size for domain in domains for size in _sizes(domain)])
-    if 3 * sizes.prod(dim=1).sum() > room:
-        return
-    pixels = torch.empty(int(sizes.prod(dim=1).sum()), 3, dtype=torch.uint8, device=finish.device)
+    sizes, n_pixels = [], 0
+    for height, width in itertools.chain.from_iterable(map(_sizes, domains)):
+        sizes.append((height, width))
+        n_pixels += height * width
+        if 3 * n_pixels > finish.room:  # before all files of a large dataset are opened
+            return
+    finish.reserve(3 * n_pixels)
+    pixels = torch.empty(n_pixels, 3, dtype=torch.uint8, device=finish.device)
     _fill(pixels, domains, lambda image: np.asarray(image).reshape(-1, 3))
     crop = next((steps[0] for steps in crops.values()), None)
-    finish.store = Originals(pixels, sizes, plain[0].size[0], crop, finish.table)
+    finish.store = Originals(
+        pixels, torch.tensor(sizes), plain[0].size[0], crop, finish.table)
     _replace(dataset, domains)
 
 
-def _settle_finished(dataset, domains: list, finish: Finish, room: int) -> None:
+def _settle_finished(dataset, domains: list, finish: Finish) -> None:
     domains = [domain for domain in domains if domain.transform is domain.plain_transform]
     if not domains:
         return
     resize = T.Compose(domains[0].plain_transform.geometry)
     shape = (sum(map(len, domains)), 3, *dataset.input_shape[1:])
-    if np.prod(shape, dtype=np.int64) > room:
+    if not finish.reserve(math.prod(shape)):
         return
     pixels = torch.empty(shape, dtype=torch.uint8, device=finish.device)
     _fill(pixels, domains, lambda image: np.asarray(resize(image)).transpose(2, 0, 1)[None])

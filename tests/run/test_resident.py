@@ -9,7 +9,7 @@ from torchvision import transforms as T
 
 from domainbed_kd import datasets
 from domainbed_kd.folder import files
-from domainbed_kd.run import augmentation, resident
+from domainbed_kd.run import augmentation, evaluation, precision, resident
 from domainbed_kd.scripts import train
 
 CPU = torch.device("cpu")
@@ -56,6 +56,20 @@ def test_an_exact_run_reads_test_images_once(root, tmp_path, monkeypatch, on_dev
     assert counts["b"] == {1} and min(counts["a"]) >= 2
 
 
+def test_an_exact_run_reads_images_for_a_validation_loss_once(
+        root, tmp_path, monkeypatch, on_device):  # noqa: F811
+    whole, read_splits = evaluation._whole, []
+    monkeypatch.setattr(evaluation, "_whole",
+                        lambda split: (read_splits.append(id(split)), whole(split))[1])
+    flags = ("--algorithm", "SWAD", "--hparams", json.dumps(
+        {"batch_size": 4, "image_size": 32, "weights": "none", "swad_interval": 1}))
+    trained(tmp_path / "kept", root, *flags)
+    assert read_splits and len(read_splits) == len(set(read_splits))
+    read_splits.clear()
+    trained(tmp_path / "read", root, *flags, "--gpu_image_gb", "0")
+    assert len(read_splits) > len(set(read_splits))
+
+
 def test_a_fast_run_that_was_stopped_ends_in_the_same_bits(
         root, tmp_path, monkeypatch, on_device):  # noqa: F811
     whole = trained(tmp_path / "whole", root, "--fast")
@@ -79,7 +93,8 @@ def test_images_that_are_not_augmented_are_those_of_pillow(root, fast):  # noqa:
     dataset, finish = settled(root, fast)
     for domain, theirs in ((datasets.plain(dataset[0]), datasets.plain(wanted[0])),
                            (dataset[1], wanted[1])):
-        found = torch.cat([finish(domain[i][0][None]) for i in range(len(domain))])
+        with precision.autocast(CPU, fast):  # as when they are evaluated
+            found = torch.cat([finish(domain[i][0][None]) for i in range(len(domain))])
         images = torch.stack([theirs[i][0] for i in range(len(theirs))])
         assert [domain[i][1] for i in range(len(domain))] == theirs.targets
         if fast:  # resized without Pillow's rounding between the two axes
