@@ -118,8 +118,8 @@ OURS = (
                              "0, but on a GPU one for each thread of the run, up to 8 for each "
                              "training domain; results do not depend on it",
          int, on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "N"}),
-    Flag("gpu_image_gb", "GPU memory for images, in GB, so that they are read once; 0 keeps none "
-                         "there; default: 8; see docs/speed.md",
+    Flag("gpu_image_gb", "GPU memory for images, in GB, so that they are read once; each job on a "
+                         "GPU may take as much; 0 keeps none there; default: 8; see docs/speed.md",
          float, on_record=NEVER, in_sweep=IF_GIVEN, options={"metavar": "GB"}),
     Flag("format", "also write model.safetensors: tensors by name, and the rest of model.pkl as "
                    "JSON in the file's metadata",

@@ -1,12 +1,12 @@
 """Keeps a run's output, and the reason for a failure, in its folder."""
 
 import contextlib
-import re
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from domainbed_kd import machine
 from domainbed_kd.console import USER_ERRORS, one_line
 from domainbed_kd.folder import files
 
@@ -67,18 +67,6 @@ def kept_in(folder: Path) -> Iterator[None]:
             raise
 
 
-# Parts of torch's messages about the machine, and advice.
-_OF_THE_MACHINE = {
-    "out of memory|can't allocate memory":
-        "memory ran out; lower batch_size or jobs_per_device",
-    "no kernel image": "this PyTorch was not built for this GPU; install a build that was, or set "
-                       "CUDA_VISIBLE_DEVICES to nothing to train on the CPU",
-    "driver version is insufficient|driver on your system is too old":
-        "the GPU's driver is too old for this PyTorch; update it, or install a PyTorch for an "
-        "older CUDA",
-}
-
-
 @contextlib.contextmanager
 def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
     """Inside, failures with --hparams are reported in one line; without, they are our bugs.
@@ -93,9 +81,8 @@ def hparams_blamed(algorithm: str, hparams: str | None) -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        for pattern, advice in _OF_THE_MACHINE.items():
-            if re.search(pattern, reason):
-                raise OSError(f"{algorithm}: {advice} ({reason}).") from error
+        if advice := machine.advice_on(reason):
+            raise OSError(f"{algorithm}: {advice} ({reason}).") from error
         if hparams is None:
             raise
         raise BlamedOnHparams(f"{algorithm} fails with --hparams {hparams} ({reason}). Its "

@@ -135,7 +135,7 @@ def build(args: dict, loader_processes: int | None = None, cache_folder: str | N
     records.print_settings("Args", dict(sorted(args.items())))
     records.print_settings("HParams", dict(sorted(hparams.items())))
     seed_everything(args["seed"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = machine.device()
     dataset = make_dataset(args, hparams, cache_folder)
     if dataset.TASK.per_pixel:
         _check_fits_pixels(args, hparams)

@@ -4,7 +4,10 @@ from domainbed_kd.folder import output
 
 # As CUDA's runtime and torch say it.
 MESSAGES = {
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79 GiB": "lower batch_s",
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79 GiB": "gpu_image_gb",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": "gpu_image_gb",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED": "gpu_image_gb",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`": "memory is full",
     "DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes": "lower batch_s",
     "CUDA error: no kernel image is available for execution on the device": "not built for this",
     "CUDA driver version is insufficient for CUDA runtime version": "driver is too old",
