@@ -55,18 +55,16 @@ class CLIP(networks.Frozen):
         super().__init__(model)
         self.tokenizer, self.size = tokenizer, size
         self.mean, self.std = mean, std
-        self.student_mean, self.student_std = student_mean, student_std
         self.renormalize = renormalize
         self.weights_loaded = weights_loaded
-
-    @property
-    def preprocessing(self) -> str:  # type: ignore[override]
-        """How the student's images are changed first, in words."""
-        size = f"3 channels, {self.size} x {self.size} pixels"
-        if not self.renormalize:
-            return f"{size}, normalization as the student's"
-        return (f"mean {self.student_mean} and std {self.student_std} undone; {size}; mean "
-                f"{self.mean}, std {self.std}")
+        self.normalization = networks.Normalization(mean, std)
+        self.students = networks.Normalization(student_mean, student_std)
+        self.preprocessing = f"3 channels, {size} x {size} pixels"
+        if renormalize:
+            self.preprocessing = (f"mean {student_mean} and std {student_std} undone; "
+                                  f"{self.preprocessing}; mean {mean}, std {std}")
+        else:
+            self.preprocessing += ", normalization as the student's"
 
     @torch.no_grad()
     def sentences(self, templates: Sequence[str], names: Sequence[str]) -> Tensor:
@@ -78,16 +76,13 @@ class CLIP(networks.Frozen):
 
     def preprocess(self, x: Tensor) -> Tensor:
         """Turns the student's images (B, c, h, w) into CLIP's (B, 3, size, size)."""
-        def per_channel(values: Sequence[float]) -> Tensor:
-            return torch.as_tensor(values, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
-
         if self.renormalize:
-            x = x * per_channel(self.student_std) + per_channel(self.student_mean)
+            x = self.students.undo(x)
         if x.shape[1] != 3:  # one channel is gray; of two, the third is empty
             x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else F.pad(x, (0, 0, 0, 0, 0, 1))[:, :3]
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
-        return (x - per_channel(self.mean)) / per_channel(self.std) if self.renormalize else x
+        return self.normalization(x) if self.renormalize else x
 
     def look(self, x: Tensor) -> Tensor:
         """Embeddings (B, D), not normalized, of the student's images."""

@@ -16,8 +16,8 @@ from domainbed_kd.backbones import DINOv2, ResNet, Staged, refuse_contradictions
 from domainbed_kd.segmenters import DeepLab, UNet
 
 __all__ = ["MLP", "MNIST_CNN", "Classifier", "ContextNet", "CosineClassifier", "CountsOnCPU",
-           "DINOv2", "DeepLab", "Featurizer", "Frozen", "ResNet", "Staged", "UNet", "WideResNet",
-           "featurizer_and_classifier"]
+           "DINOv2", "DeepLab", "Featurizer", "Frozen", "Normalization", "ResNet", "Staged", "UNet",
+           "WideResNet", "featurizer_and_classifier"]
 
 
 def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Module:
@@ -101,6 +101,30 @@ class CosineClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C)."""
         return self.scale * F.normalize(x, dim=-1) @ self.text.T
+
+
+class Normalization(nn.Module):
+    """Normalizes images (B, C, H, W) in [0, 1] by a mean and a deviation per channel.
+
+    These are in the state dict only if they are `saved`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], saved: bool = False):
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1),
+                                 persistent=saved)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized images, in the precision of x."""
+        return (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        return x * self.std.to(x.dtype) + self.mean.to(x.dtype)
 
 
 class Frozen(nn.Module):
