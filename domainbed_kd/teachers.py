@@ -55,6 +55,22 @@ _NOT_TRAINED = ("The teacher {} is a run that a sweep trains first. Launch this 
                 "or name its folder: --teacher FOLDER.")
 
 
+def is_taught_by_target(algorithm_class: type, hparams: dict[str, Any]) -> bool:
+    """Whether with these hparams its teacher may see the domains that it is tested on."""
+    # A plug-in's method that is not loaded declares nothing.
+    declared = getattr(algorithm_class, "taught_by_target", {})
+    return any(hparams.get(name) == value for name, value in declared.items())
+
+
+def may_know_target(algorithm: str, hparams: dict[str, Any]) -> bool:
+    """Whether a run's teacher, or any of theirs, may have seen the domains that it is tested on."""
+    from domainbed_kd import algorithms
+
+    return (is_taught_by_target(algorithms.get_algorithm_class(algorithm), hparams)
+            or any(may_know_target(each.name, each.hparams_of_run(hparams))
+                   for each in composition.runs(hparams)))
+
+
 def in_two(teacher: composition.Teacher, hparams: dict[str, Any], num_classes: int,
            input_shape: Sequence[int], folders: Iterator[str | nn.Module], needs_features: bool
            ) -> tuple[networks.Frozen, networks.Frozen]:
@@ -120,8 +136,9 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
 
     Raises:
         FileNotFoundError: if the run has not finished or saved no model.
-        ValueError: if it trained on another dataset, on a domain the student is tested on, on
-            images of another shape or on other classes, or if its weights do not all fit.
+        ValueError: if it trained on another dataset, on images of another shape or on other
+            classes, if it or a teacher of its own may have seen a domain the student is tested on,
+            or if its weights do not all fit.
     """
     from domainbed_kd import algorithms
 
@@ -143,6 +160,11 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
         raise ValueError(
             f"The teacher in {folder} trained on environments {seen}, on which the student is "
             "tested. Name a teacher that held them out.")
+    if test_envs and may_know_target(args["algorithm"], model["model_hparams"]):
+        raise ValueError(
+            f"The teacher in {folder}, a run of {args['algorithm']}, learned from a teacher that "
+            "may have trained on its test environments, on which the student is tested too. Name "
+            "a teacher whose own teachers held them out.")
     if num_classes not in (None, model["model_num_classes"]):
         raise ValueError(f"The teacher in {folder} knows {model['model_num_classes']} classes, "
                          f"the student's dataset has {num_classes}. Name another teacher.")

@@ -362,6 +362,30 @@ def test_a_run_that_does_not_suit_the_student_is_refused_in_one_line(finished, a
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("algorithm, hparams, is_refused", [
+    ("FourDs", {"fourds_protocol": "target"}, True),
+    ("FourDs", {"fourds_protocol": "generalization"}, False),
+    ("MosaicKD", {"mosaic_role": "ood"}, True),
+    ("KD", {"teacher": {"run": "4Ds", "hparams": {"fourds_protocol": "target"}}}, True),
+    ("ERM", {"teachers": [{"run": "CORAL", "hparams": {"teachers": ["run:MosaicKD"]}}],
+             "mosaic_role": "ood"}, True),
+    ("ERM", {"teachers": ["clip", "run:4Ds"]}, False),
+])
+def test_a_teacher_that_learned_from_one_of_the_held_out_domain_is_refused_over_any_number_of_links(
+        algorithm, hparams, is_refused, finished, tmp_path):
+    model = checkpoints.load(finished / "model.pkl")
+    model["args"]["algorithm"] = algorithm
+    defaults = hparams_registry.default_hparams(algorithm, "Debug28")
+    model["model_hparams"] = defaults | model["model_hparams"] | hparams
+    model["model_dict"] = {}
+    checkpoints.save(tmp_path / "model.pkl", model)
+    (tmp_path / "done").touch()
+    words = "may have trained on its test environments" if is_refused else "does not load into"
+    with pytest.raises(ValueError, match=words) as error:
+        teachers.from_run(tmp_path, "Debug28", [1], 2, (3, 28, 28))
+    assert "\n" not in str(error.value)
+
+
 def test_a_teacher_may_have_held_out_more_than_the_student_is_tested_on(tmp_path):
     folder = train_one(tmp_path / "run", "--test_envs", "0", "1")
     teachers.from_run(folder, "Debug28", [1])

@@ -105,6 +105,8 @@ class Algorithm(networks.CountsOnCPU):
     mends = False
     #: True if the sweep trains a teacher for it first: ERM with default hparams.
     learns_from_run = False
+    #: {hparam: its value with which the teacher may have seen the domains that it is tested on}.
+    taught_by_target: dict[str, str] = {}
     #: True if `train --auto_lr` may choose the learning rate of its `optimizer`.
     takes_auto_lr = False
     #: True while an optimiser other than `optimizer` trains it.

@@ -56,6 +56,8 @@ def check(algorithm_class: type, hparams: dict) -> None:
     if of_method and not algorithm_class.learns_from_run:
         raise ValueError(f"{name} does not learn from a run: leave out the hparam teacher, or put "
                          'the run on top of it: "teachers": [...].')
+    if not teachers.is_taught_by_target(algorithm_class, hparams):
+        _check_leaks(name, hparams)
     if hparams.get("task") == SEGMENTATION.name:
         _check_maps(name, on_top if of_method is None else [*on_top, of_method])
     if on_top:
@@ -98,6 +100,20 @@ def _obstacles(cls: type, hparams: dict, on_top: list[composition.Teacher]
 
 def _refuse(name: str, reason: str) -> NoReturn:
     raise ValueError(f"{name}: teachers do not go with this: {reason}.")
+
+
+def _check_leaks(name: str, hparams: dict) -> None:
+    """Refuses teachers that have seen, or learned from, the domains that the student is tested on.
+
+    Those that a sweep trains are known by their hparams; of a folder, `teachers.from_run` knows.
+    """
+    for teacher in composition.runs(hparams):
+        if teacher.swapped:
+            raise ValueError(f"{name}: the teacher {teacher.shown} trains on the domains on which "
+                             f'{name} is tested. Leave out "swapped".')
+        if teachers.may_know_target(teacher.name, teacher.hparams_of_run(hparams)):
+            raise ValueError(f"{name}: the teacher {teacher.shown} learns from a teacher that may "
+                             f"have seen the domains on which {name} is tested. Name another.")
 
 
 def _check_maps(name: str, asked: list[composition.Teacher]) -> None:

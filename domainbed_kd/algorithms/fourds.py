@@ -197,6 +197,7 @@ class FourDs(Taught):
     needs_image_labels = "its adapters end in one vector per image"
     display_name = "4Ds"
     needs_same_view = "its teacher's adapters learn with every batch"
+    taught_by_target = {"fourds_protocol": "target"}
     takes = Taught.takes | {
         **{f"fourds_{name}": at_least(0) for name in ("cls", "div", "beta", "adapter_lr")},
         **{f"fourds_{share}": between(0, 1) for share in ("ramp", "confidence")},
@@ -219,8 +220,6 @@ class FourDs(Taught):
             **{name: fixed(known[0]) for name, known in OPTIONS.items()}}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
-        if hparams["fourds_protocol"] == "target":
-            hparams = {**hparams, "test_envs": None}  # the teacher may have seen some of them
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.count_updates()
         self.steps = max(1, self.total_steps - int(self.warm_up_left))

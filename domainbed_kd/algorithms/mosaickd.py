@@ -143,6 +143,7 @@ class MosaicKD(Taught):
     """
 
     needs_same_view = "its teacher judges images that the generator has just made"
+    taught_by_target = {"mosaic_role": "ood"}
     takes = Taught.takes | {
         **{f"mosaic_{weight}": at_least(0) for weight in (
             "kd", "ce", "local", "align", "adversarial", "balance", "lr_g")},
@@ -178,11 +179,8 @@ class MosaicKD(Taught):
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         _check(hparams)
-        in_domain = hparams["mosaic_role"] == "ood"
-        super().__init__(input_shape, num_classes, num_domains,
-                         hparams | {"test_envs": None} if in_domain else hparams)
-        self.hparams = hparams
-        if in_domain:
+        super().__init__(input_shape, num_classes, num_domains, hparams)
+        if hparams["mosaic_role"] == "ood":
             self._check_teacher_is_in_domain()
         with forked_rng():
             self.generator = Generator(

@@ -32,7 +32,10 @@ class Taught(ERM):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.register_buffer("warm_up_left", torch.tensor(0))
         with forked_rng():
-            self.teacher = teachers.given(hparams, num_classes, input_shape)
+            known = hparams
+            if teachers.is_taught_by_target(type(self), hparams):
+                known = hparams | {"test_envs": None}  # the teacher may have seen some of them
+            self.teacher = teachers.given(known, num_classes, input_shape)
             if self.teacher is not None:
                 return
             self.teacher = nn.Sequential(

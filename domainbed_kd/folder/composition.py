@@ -69,6 +69,13 @@ def teacher_of_method(hparams: dict) -> Teacher | None:
     return None  # a folder or, in Python, a module
 
 
+def runs(hparams: dict) -> list[Teacher]:
+    """The teachers that a sweep trains first, in order, without a method's ERM run."""
+    if asked := teacher_of_method(hparams):
+        return [asked]
+    return [each for each in teachers(hparams) if each.kind == "run"]
+
+
 def _teacher(asked) -> Teacher:
     if isinstance(asked, dict):
         run, hparams = asked.get("run"), asked.get("hparams", {})

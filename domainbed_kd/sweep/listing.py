@@ -69,11 +69,7 @@ def teachers_args(train_args: dict) -> list[dict]:
     """
     text = train_args.get("hparams")
     hparams = parse_hparams(text) if text else {}
-    if asked := composition.teacher_of_method(hparams):
-        asked = [asked]
-    else:
-        asked = [each for each in composition.teachers(hparams) if each.kind == "run"]
-    if asked:
+    if asked := composition.runs(hparams):
         return [_teacher_args(train_args, each, hparams) for each in asked]
     if not algorithms.learns_from_run(train_args["algorithm"]):
         return []

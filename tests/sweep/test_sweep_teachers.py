@@ -18,6 +18,9 @@ from domainbed_kd.scripts import collect_results, sweep, train
 from domainbed_kd.sweep import flags, jobs
 from domainbed_kd.sweep.plan import wall_seconds
 
+SWAPPED = {"run": "ERM", "swapped": True}
+TARGET = {"run": "FourDs", "hparams": {"fourds_protocol": "target", "teacher": SWAPPED}}
+
 
 def args_of(folder, algorithms, hparams=None, *more):
     """The flags of a sweep on Debug28."""
@@ -110,6 +113,12 @@ def test_a_timm_network_is_taught_by_its_linear_probe(tmp_path):
     (["ERM"], {"teachers": [{"run": "Fish", "hparams": {"teachers": ["clip"]}}]}, "Fish: teachers"),
     (["SCMD"], {"teachers": ["run:ERM"]}, "brings its own teacher"),
     (["CORAL"], {"teacher": "run:ERM"}, "CORAL does not learn from a run"),
+    (["CORAL"], {"teachers": [TARGET]}, "target learns from a teacher"),
+    (["KD"], {"teacher": {"run": "CORAL", "hparams": {"teachers": [TARGET]}}}, "learns from a"),
+    (["KD", "4Ds"], {"teacher": "run:4Ds", "fourds_protocol": "target"}, "KD: the teacher 4Ds "),
+    (["ERM"], {"teachers": ["run:MosaicKD"], "mosaic_role": "ood"}, "MosaicKD learns from a"),
+    (["CORAL"], {"teachers": [SWAPPED]}, "ERM, swapped trains on the domains on which CORAL is"),
+    (["4Ds"], {"teacher": SWAPPED}, "4Ds: the teacher ERM, swapped trains on the domains"),
 ])
 def test_what_has_no_meaning_is_refused_before_any_teacher_is_trained(
         algorithms, hparams, words, tmp_path):
