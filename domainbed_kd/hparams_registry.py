@@ -20,7 +20,7 @@ from domainbed_kd.seeds import seed_hash
 # Hparams that only --hparams sets, as they are never drawn: {name: meaning (default)}.
 OPTIONAL = {
     "image_size": "side in pixels of an image folder's images (224)",
-    "weights": "initial weights: a file, 'none', or a torchvision name such as IMAGENET1K_V2",
+    "weights": "initial weights: a file, 'none', or with resnet50_augmix false torchvision's name",
     "backbone": "any timm model, by name; 'small_vit' for images under 32 pixels",
     "wrn_depth": "depth of the network for 32-pixel images (16)",
     "wrn_widen": "width factor of the network for 32-pixel images (2)",

@@ -7,8 +7,8 @@ Departures that `scmd_published` undoes: CLIP gets its own normalization (`clip_
 this alone); selection ends and the average begins after shares of the run's steps, not of a literal
 5,000; the logit scale has no weight decay. Other departures: everything runs in the precision of
 the inputs, not in half; lr, weight decay, batch size and the student are DomainBed's, so BatchNorm
-learns unless `freeze_bn`, and the ImageNet weights are torchvision's V1 unless `weights` is
-IMAGENET1K_V2.
+learns unless `freeze_bn`, and its ImageNet weights are timm's AugMix ones. Theirs are torchvision's
+second: `weights` IMAGENET1K_V2 with `resnet50_augmix` false.
 As in their code, the pass that finds the hardest samples runs in train mode. So BatchNorm, unless
 frozen, learns from the whole batch in that pass and from the kept samples in the step.
 """

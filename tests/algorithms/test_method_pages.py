@@ -87,6 +87,18 @@ def test_a_method_that_keeps_a_defect_of_domainbeds_says_how_to_repair_it(method
     assert ('`"mended": true`' in section(page, "Departures from the paper")) == keeps
 
 
+def test_torchvisions_weights_are_named_beside_what_they_need():
+    """With resnet50_augmix true, its default, they are refused."""
+    named = []
+    for path in (ROOT / "docs").rglob("*.md"):
+        named += re.findall(r"`[^`]*IMAGENET1K_V[^`]*`", path.read_text(encoding="utf-8"))
+    for path in (ROOT / "domainbed_kd" / "algorithms").glob("*.py"):
+        named += re.findall(r"[^.:]*IMAGENET1K_V[^.]*", path.read_text(encoding="utf-8"))
+    assert named
+    assert [words for words in named if '"weights"' in words or "`weights`" in words
+            if "resnet50_augmix" not in words] == []
+
+
 def test_the_index_leads_to_every_page():
     index = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     pages = {path.name for path in (ROOT / "docs" / "methods").glob("*.md")}
