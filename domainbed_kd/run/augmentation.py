@@ -4,8 +4,9 @@ Random parameters have torchvision's distributions. Results differ from Pillow's
 Pillow does after each operation.
 """
 
-import importlib.util
+import functools
 import math
+import sys
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def distorted(x: Tensor) -> Tensor:
     flips, grays = torch.rand(n, 1) < 0.5, torch.rand(n, 1) < 0.1
     orders = torch.rand(n, 4).argsort(dim=1)
     factors = torch.empty(n, 4).uniform_(0.7, 1.3) - torch.tensor([0, 0, 0, 1])
-    if x.is_cuda and importlib.util.find_spec("triton"):
+    if x.is_cuda and kernels_run(x.device, x.shape[1:]):
         from domainbed_kd.run import kernels
 
         settings = torch.cat([orders, factors, flips, grays], dim=1)
@@ -123,9 +124,32 @@ def distorted(x: Tensor) -> Tensor:
     with torch.inference_mode():  # less work for each of some sixty small operations
         jitter = Jitter(x[:1])  # an image at a time stays in the cache between operations
         for i, (flip, gray, order, values) in enumerate(zip(
-                flips, grays, orders.tolist(), factors.tolist())):
+                *(each.tolist() for each in (flips[:, 0], grays[:, 0], orders, factors)))):
             _distort(jitter, x[i:i + 1], out[i:i + 1], flip, gray, order, values)
     return out
+
+
+@functools.cache
+def kernels_run(device: torch.device, shape: torch.Size) -> bool:
+    """Whether kernels.py works on images (3, H, W) on a device; prints why not, once.
+
+    Triton compiles kernels when they first run, and needs a C compiler and Python's headers, which
+    containers made for running often lack.
+    """
+    try:
+        from domainbed_kd.run import kernels
+
+        x = torch.zeros(1, *shape, dtype=torch.uint8, device=device)
+        kernels.distort(x.contiguous(memory_format=torch.channels_last),
+                        torch.zeros(1, 10, device=device), datasets.IMAGENET_MEAN,
+                        datasets.IMAGENET_STD)
+    except Exception as error:  # from Triton, from the compiler, or from its absence
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print("--fast: Triton cannot compile kernels here, so the GPU distorts colours one image "
+              f"at a time, which takes longer. Install a C compiler and Python's headers. ({why})",
+              file=sys.stderr)
+        return False
+    return True
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
@@ -197,7 +221,9 @@ class Jitter:
     def contrast(self, factor: float) -> None:
         """Mixes with the mean of the image's gray: factor 0 is that mean, 1 the image."""
         gray = (self.x.mean((2, 3)) * self._luma).sum(1)
-        self._rescale(factor, (1 - factor) * (self.scale * gray.item() + self.offset))
+        # To read a number would wait for a GPU; on a CPU it makes what follows faster.
+        gray = gray.view(()) if gray.is_cuda else gray.item()
+        self._rescale(factor, (1 - factor) * (self.scale * gray + self.offset))
 
     def saturate(self, factor: float) -> None:
         """Mixes each pixel with its gray: factor 0 is gray, 1 the image."""

@@ -168,6 +168,37 @@ def test_distorted_images_have_the_statistics_of_domainbeds():
         assert ((a.mean(0) - b.mean(0)).abs() < 4 * error + 2 / 255).all()
 
 
+def test_without_kernels_images_on_a_gpu_are_distorted_alike_and_without_waiting(monkeypatch):
+    x = torch.stack([as_tensor(photo(seed, 12, 12)) for seed in range(20)])
+    torch.manual_seed(0)
+    wanted = augmentation.distorted(x)
+
+    def waits(self):
+        raise AssertionError("this would wait for the GPU")
+
+    monkeypatch.setattr(augmentation, "kernels_run", lambda device, shape: False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    distort = augmentation._distort
+
+    def checked(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("item", "__float__", "__bool__", "tolist"):
+                patch.setattr(torch.Tensor, name, waits)
+            distort(*args)
+
+    monkeypatch.setattr(augmentation, "_distort", checked)
+    torch.manual_seed(0)
+    torch.testing.assert_close(augmentation.distorted(x), wanted)
+
+
+def test_kernels_that_cannot_be_compiled_are_named_once(capsys):
+    augmentation.kernels_run.cache_clear()
+    for _ in range(2):  # Triton has no driver for a CPU
+        assert not augmentation.kernels_run(torch.device("cpu"), torch.Size([3, 8, 8]))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Install a C compiler and Python's headers" in said
+
+
 KERNELS = """
 import itertools, sys, torch
 from domainbed_kd import datasets
