@@ -15,6 +15,7 @@ network trains to the same bits as without an average. `averaged` puts one on to
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -50,6 +51,13 @@ class MovingAverage(networks.CountsOnCPU):
     def parts(self, n: int) -> float:
         """The inverse, at least 1, of the n-th update's weight in the mean so far."""
         return max(1, n - self.start + 1)
+
+    def warn_if_late(self, method: str, n_steps: int) -> None:
+        """Warns if a run of so many updates ends before two of its weights are averaged."""
+        if 0 < n_steps <= self.start:
+            warnings.warn(f"{method}: its average begins after update {self.start} of {n_steps}, "
+                          "so that nothing is averaged. Begin earlier, or train longer.",
+                          stacklevel=2)
 
     def restart(self) -> None:
         """Forgets all updates: the next one is the first."""
@@ -105,7 +113,7 @@ class WithMovingAverage:
 
     averages_weights = True
     #: {name: default} of the hparams that the average adds to the algorithm's.
-    of_average: dict = {"sma_start": 100}
+    of_average: dict = {"sma_start": None}  # null: 2 % of the run, 100 of 5,001 updates
 
     @classmethod
     def search_space(cls, dataset: str) -> dict:
@@ -115,14 +123,26 @@ class WithMovingAverage:
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
         self.average = self.new_average()
+        self.average.warn_if_late(self.shown_name(), self.total_steps)
 
     def new_average(self) -> MovingAverage:
         """The mean from update `sma_start` on, counted after the first `averages_after`.
 
         As in the authors' code, it includes the weights before that update.
         """
-        return MovingAverage(
-            self.network, self.averages_after + max(0, self.hparams.get("sma_start", 100) - 1))
+        start = self.start("sma_start", max(1, round(0.02 * self.total_steps)))
+        return MovingAverage(self.network, self.averages_after + max(0, start - 1))
+
+    def start(self, name: str, default: int) -> int:
+        """The hparam `name`, an update or, if it is None or not given, the default.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        value = self.hparams.get(name)
+        if value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"{name} is {value!r}; it takes a whole number, at least 0, or null.")
+        return default if value is None else value
 
     def update(self, minibatches, unlabeled=None):
         """The algorithm's step; then updates the average."""
@@ -158,7 +178,7 @@ class WithBetaAverage(WithMovingAverage):
         if not beta > 0:
             raise ValueError(f"beta_average is {beta}; it takes a number above 0.")
         return BetaAverage(self.network, self.hparams["total_steps"], beta,
-                           self.averages_after + self.hparams.get("beta_start", 0))
+                           self.averages_after + self.start("beta_start", 0))
 
 
 class WithLossValley:

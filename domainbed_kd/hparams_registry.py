@@ -41,7 +41,7 @@ OPTIONAL = {
     "view_statistics": "mean and deviation of all images: 'imagenet', 'clip' or 'half' (0.5 each)",
     "label_smoothing": "of ERM, SMA and SWAD: the share of a label that all classes get (0)",
     "averaging": "'sma', 'swad' or 'beta': average the weights of any algorithm",
-    "sma_start": "with averaging by 'sma': the first update that is averaged (100)",
+    "sma_start": "with averaging by 'sma': the first update averaged (2 % of the run: 100 of 5001)",
     "swad_interval": "with averaging by 'swad': steps between validations (100)",
     "swad_n_converge": "likewise: validations, the first the best, that begin the valley (3)",
     "swad_n_tolerance": "likewise: validations, all above the threshold, that end it (6)",

@@ -1,5 +1,7 @@
 import copy
+import warnings
 
+import clips
 import numpy as np
 import pytest
 import scipy.stats
@@ -149,6 +151,44 @@ def test_sma_averages_as_the_published_class_counts(start):
     for name, tensor in expected.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(averaged[name], tensor)
+
+
+@pytest.mark.parametrize("n_steps, start", [(5001, 99), (5, 0), (200, 3), (15001, 299)])
+def test_sma_begins_after_two_percent_of_the_run(n_steps, start):
+    assert toy("sma", total_steps=n_steps).average.start == start  # updates, the first is 1
+
+
+def test_a_short_run_is_averaged_unless_the_start_that_is_given_is_too_late():
+    x = torch.randn(5, 4)
+    for start, words in ((None, None), (5, None), (6, "Toy: its average begins after update 5")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            algorithm = toy("sma", total_steps=5, sma_start=start)
+        assert [str(each.message)[:38] for each in caught] == ([words] if words else [])
+        for step in range(5):
+            algorithm.update(toy_minibatches(step))
+        live = algorithm.eval().network(x)
+        assert torch.equal(algorithm.predict(x), live) == bool(words)
+
+
+@pytest.mark.parametrize("name, hparams", [
+    ("SMA", {"sma_start": 7}), ("WAKD", {"wakd_start": 6}), ("SCMD", {"scmd_sma_start": 7}),
+    ("SCMD", {"scmd_published": True})])
+def test_each_method_with_an_average_of_its_own_warns_if_it_begins_too_late(name, hparams):
+    with pytest.warns(UserWarning, match=f"{name}: its average begins after update .* of 6, so"):
+        clips.make(name, total_steps=6, **hparams)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clips.make(name, total_steps=400, **hparams)
+
+
+def test_the_beta_average_warns_too_and_a_start_that_is_no_update_is_refused():
+    with pytest.warns(UserWarning, match="Toy: its average begins after update 4 of 4, so"):
+        toy("beta", total_steps=4, beta_start=4)
+    for kind, name, value in (("sma", "sma_start", -1), ("sma", "sma_start", "x"),
+                              ("beta", "beta_start", 0.5)):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}; it takes a whole number"):
+            toy(kind, total_steps=4, **{name: value})
 
 
 @pytest.mark.parametrize(("beta", "mean"), [(0.5, 6.637119), (0.1, 6.981379), (1, 6.2)])

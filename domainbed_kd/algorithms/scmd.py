@@ -90,6 +90,8 @@ class SCMD(ERM):
             start = 300 if published else max(1, round(0.06 * self.total_steps))
         # The authors' mean begins with a copy of the weights before update `start`.
         self.average = averaging.MovingAverage(self.network, start - 1)
+        if hparams["scmd_sma"]:
+            self.average.warn_if_late("SCMD", self.total_steps)
 
     def selects(self) -> bool:
         """Whether the next update keeps only the hardest samples."""

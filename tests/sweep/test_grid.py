@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import ROOT
 
 from domainbed_kd.folder import manifest
 from domainbed_kd.scripts import sweep
@@ -59,3 +60,18 @@ def test_hparams_of_a_grid_that_nothing_reads_are_named(tmp_path, capsys):
         "plan", "--output_dir", str(tmp_path), *SWEEP, "--grid", '{"lrr": [1]}'])
     sweep.launch.warn_of_unread(args)
     assert "nothing here reads 'lrr'. Did you mean lr?" in capsys.readouterr().err
+
+
+def test_a_table_of_short_runs_averages_from_the_update_that_its_page_states(tmp_path):
+    n = {}
+    for name in ("composition", "composition_lite", "digits_since"):
+        _, launches = flags.parse(sweep.build_parser(), [
+            "plan", "--output_dir", str(tmp_path), f"@{ROOT / 'sweeps' / name}.args", "--data_dir",
+            "d"])
+        found = jobs.plan(launches)
+        for job in found:
+            hparams = json.loads(job.train_args["hparams"])
+            if hparams.get("averaging") == "sma" or job.train_args["algorithm"] == "SMA":
+                assert hparams["sma_start"] == 100
+        n[name] = len(found)
+    assert n == {"composition": 252, "composition_lite": 32, "digits_since": 96}
