@@ -273,7 +273,7 @@ def averaged(algorithm_class: type, kind: str | None) -> type:
     """
     if kind is None:
         return algorithm_class
-    if kind not in KINDS:
+    if kind not in list(KINDS):  # a list, as it may be of any type
         raise ValueError(f"hparams['averaging'] is {kind!r}; known are {', '.join(KINDS)}.")
     if algorithm_class.averages_weights:
         raise ValueError(

@@ -191,6 +191,16 @@ def _torchvision_network(name: str, weights: str | None) -> tuple[nn.Module, int
     return network, width, "conv1"
 
 
+def check_name(name: str) -> None:
+    """Refuses a name of the hparam `backbone` that timm does not know; raises ValueError."""
+    import timm
+
+    if name != SMALL_VIT and (
+            not timm.is_model(name) or "." in name and not timm.models.is_model_pretrained(name)):
+        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
+        raise ValueError(f"backbone: timm has no {name!r}. Near it: {', '.join(near) or 'none'}.")
+
+
 def _timm_network(name: str, side: int, weights: str | None) -> tuple[nn.Module, int, str]:
     import timm
     from timm.models import VisionTransformer, is_model_pretrained
@@ -203,9 +213,7 @@ def _timm_network(name: str, side: int, weights: str | None) -> tuple[nn.Module,
         return VisionTransformer(
             img_size=side, patch_size=4, num_classes=0, embed_dim=width, depth=6, num_heads=4
         ), width, "patch_embed.proj"
-    if not timm.is_model(name) or "." in name and not is_model_pretrained(name):
-        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
-        raise ValueError(f"backbone: timm has no {name!r}. Near it: {', '.join(near) or 'none'}.")
+    check_name(name)
     if weights not in (None, "none") and not _is_file(weights):
         raise ValueError(
             f"weights is {weights!r}, but the network is timm's {name}, which takes a file or "

@@ -166,8 +166,12 @@ def clip(hparams: dict[str, Any], input_shape: Sequence[int]) -> CLIP:
                 weights_loaded=None, **options)
 
 
-def _open_clip(name: str) -> tuple[Any, ...]:
-    """(model, tokenizer, size, mean, std) of "model" or "model/pretrained"."""
+def check_name(name: str) -> tuple[str, str, list[str]]:
+    """(model, pretrained, known tags of it) of "model" or "model/pretrained"; loads neither.
+
+    Raises:
+        ValueError: if open_clip knows no such model, or no such weights and there is no such file.
+    """
     import open_clip
 
     architecture, _, pretrained = name.partition("/")
@@ -182,6 +186,14 @@ def _open_clip(name: str) -> tuple[Any, ...]:
     if pretrained not in tags and not Path(pretrained).is_file():
         raise ValueError(f"clip_backbone: {architecture} has no weights {pretrained!r}, and no "
                          f"such file exists. Known: {', '.join(tags) or 'none'}.")
+    return architecture, pretrained, tags
+
+
+def _open_clip(name: str) -> tuple[Any, ...]:
+    """(model, tokenizer, size, mean, std) of "model" or "model/pretrained"."""
+    import open_clip
+
+    architecture, pretrained, tags = check_name(name)
     # OpenAI's networks use another GELU than open_clip's own. The weights' tag says which they use;
     # of files, those in TorchScript are OpenAI's.
     config = open_clip.get_pretrained_cfg(architecture, pretrained) or {}

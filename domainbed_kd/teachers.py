@@ -55,11 +55,10 @@ _NOT_TRAINED = ("The teacher {} is a run that a sweep trains first. Launch this 
                 "or name its folder: --teacher FOLDER.")
 
 
-def is_taught_by_target(algorithm_class: type, hparams: dict[str, Any]) -> bool:
+def is_taught_by_target(algorithm_class: "type[Algorithm]", hparams: dict[str, Any]) -> bool:
     """Whether with these hparams its teacher may see the domains that it is tested on."""
-    # A plug-in's method that is not loaded declares nothing.
-    declared = getattr(algorithm_class, "taught_by_target", {})
-    return any(hparams.get(name) == value for name, value in declared.items())
+    return any(hparams.get(name) == value
+               for name, value in algorithm_class.taught_by_target.items())
 
 
 def may_know_target(algorithm: str, hparams: dict[str, Any]) -> bool:
@@ -67,7 +66,7 @@ def may_know_target(algorithm: str, hparams: dict[str, Any]) -> bool:
     from domainbed_kd import algorithms
 
     return (is_taught_by_target(algorithms.get_algorithm_class(algorithm), hparams)
-            or any(may_know_target(each.name, each.hparams_of_run(hparams))
+            or any(each.name and may_know_target(each.name, each.hparams_of_run(hparams))
                    for each in composition.runs(hparams)))
 
 
@@ -142,29 +141,8 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     """
     from domainbed_kd import algorithms
 
-    if not files.is_done(folder):
-        raise FileNotFoundError(f"{folder} holds no finished run. Train the teacher there first.")
-    if not (folder / files.MODEL).exists():
-        raise FileNotFoundError(
-            f"{folder} holds no model.pkl. Train the teacher again without --skip_model_save.")
-    model = checkpoints.load(folder / files.MODEL)
-    if problem := _flaw(model):
-        raise ValueError(f"{folder / files.MODEL} is not the model of a run: {problem}. Name the "
-                         "folder of a run of train.")
+    model = saved_by_run(folder, dataset, test_envs)
     args = model["args"]
-    if dataset not in (None, args["dataset"]):
-        raise ValueError(f"The teacher in {folder} trained on {args['dataset']}, the student "
-                         f"trains on {dataset}. Name a teacher of the same dataset.")
-    seen = sorted(set(test_envs or ()) - set(args["test_envs"]))
-    if seen:
-        raise ValueError(
-            f"The teacher in {folder} trained on environments {seen}, on which the student is "
-            "tested. Name a teacher that held them out.")
-    if test_envs and may_know_target(args["algorithm"], model["model_hparams"]):
-        raise ValueError(
-            f"The teacher in {folder}, a run of {args['algorithm']}, learned from a teacher that "
-            "may have trained on its test environments, on which the student is tested too. Name "
-            "a teacher whose own teachers held them out.")
     if num_classes not in (None, model["model_num_classes"]):
         raise ValueError(f"The teacher in {folder} knows {model['model_num_classes']} classes, "
                          f"the student's dataset has {num_classes}. Name another teacher.")
@@ -197,6 +175,37 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
     teacher.held_out = args["test_envs"]
     teacher.statistics = hparams.get("view_statistics", "imagenet")
     return teacher
+
+
+def saved_by_run(folder: Path, dataset: str | None, test_envs: list[int] | None) -> dict[str, Any]:
+    """The content of a run's model.pkl, if the run may teach; arguments and errors of `from_run`.
+
+    Neither its weights nor its shapes are compared with anything.
+    """
+    if not files.is_done(folder):
+        raise FileNotFoundError(f"{folder} holds no finished run. Train the teacher there first.")
+    if not (folder / files.MODEL).exists():
+        raise FileNotFoundError(
+            f"{folder} holds no model.pkl. Train the teacher again without --skip_model_save.")
+    model = checkpoints.load(folder / files.MODEL)
+    if problem := _flaw(model):
+        raise ValueError(f"{folder / files.MODEL} is not the model of a run: {problem}. Name the "
+                         "folder of a run of train.")
+    args = model["args"]
+    if dataset not in (None, args["dataset"]):
+        raise ValueError(f"The teacher in {folder} trained on {args['dataset']}, the student "
+                         f"trains on {dataset}. Name a teacher of the same dataset.")
+    seen = sorted(set(test_envs or ()) - set(args["test_envs"]))
+    if seen:
+        raise ValueError(
+            f"The teacher in {folder} trained on environments {seen}, on which the student is "
+            "tested. Name a teacher that held them out.")
+    if test_envs and may_know_target(args["algorithm"], model["model_hparams"]):
+        raise ValueError(
+            f"The teacher in {folder}, a run of {args['algorithm']}, learned from a teacher that "
+            "may have trained on its test environments, on which the student is tested too. Name "
+            "a teacher whose own teachers held them out.")
+    return model
 
 
 def _flaw(model: object) -> str | None:

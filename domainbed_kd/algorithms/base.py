@@ -140,14 +140,19 @@ class Algorithm(networks.CountsOnCPU):
     def __init__(self, input_shape: Sequence[int], num_classes: int, num_domains: int,
                  hparams: dict[str, Any]) -> None:
         super().__init__()
-        for name, takes in self.takes.items():
-            if name in hparams and not takes.fits(hparams[name]):
-                raise ValueError(f"{self.shown_name()}: {name} is {hparams[name]!r}; it takes "
-                                 f"{takes.words}.")
-        if hparams.get("mended") and not self.mends:
-            raise ValueError(f"{self.shown_name()}: the hparam mended is true, but there is "
-                             "nothing to fix in its numbers. Leave it out.")
+        self.check_hparams(hparams)
         self.hparams = hparams
+
+    @classmethod
+    def check_hparams(cls, hparams: dict[str, Any]) -> None:
+        """Refuses hparams that it cannot have, as the constructor does; some may be absent."""
+        for name, takes in cls.takes.items():
+            if name in hparams and not takes.fits(hparams[name]):
+                raise ValueError(f"{cls.shown_name()}: {name} is {hparams[name]!r}; it takes "
+                                 f"{takes.words}.")
+        if hparams.get("mended") and not cls.mends:
+            raise ValueError(f"{cls.shown_name()}: the hparam mended is true, but there is "
+                             "nothing to fix in its numbers. Leave it out.")
 
     @classmethod
     def shown_name(cls) -> str:

@@ -46,11 +46,13 @@ def assembled(algorithm_class: type, hparams: dict) -> type:
 
 
 def check(algorithm_class: type, hparams: dict) -> None:
-    """Refuses teachers, or hparams of teachers, that an algorithm cannot take; builds nothing.
+    """Refuses teachers, averages and other hparams that an algorithm cannot take; builds nothing.
 
     Raises:
         ValueError: saying why.
     """
+    algorithm_class.check_hparams(hparams)
+    averaging.averaged(algorithm_class, hparams.get("averaging"))
     name, on_top = algorithm_class.shown_name(), composition.teachers(hparams)
     of_method = composition.teacher_of_method(hparams)
     if of_method and not algorithm_class.learns_from_run:

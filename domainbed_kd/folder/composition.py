@@ -83,6 +83,9 @@ def _teacher(asked) -> Teacher:
         if (isinstance(run, str) and isinstance(hparams, dict) and isinstance(swapped, bool)
                 and isinstance(steps, (int, type(None)))
                 and asked.keys() <= {"run", "hparams", "steps", "swapped"}):
+            if steps is not None and steps < 0:
+                raise ValueError(f"teachers: steps of {run} is {steps}; it takes a number of "
+                                 "updates, or 0 for the dataset's own.")
             changes = {name: value for name, value in hparams.items() if name not in OWN}
             changes |= {} if steps is None else {"steps": steps}
             shown = [_row(run, hparams), *(f"{name} {value}" for name, value in changes.items()),

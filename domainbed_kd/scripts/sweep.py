@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "status":
         return status.show(launches, all_jobs)
     if args.command == "plan":
+        launch.check_hparams(launches, [job for job in all_jobs if job.state != Job.DONE])
         return plan.forecast(launches, all_jobs)
     for job in all_jobs:
         print(job)

@@ -222,7 +222,8 @@ def stand_in(found: Mapping[str, Mapping[str, Mapping]]) -> None:
     """Registers stand-ins, made of what sweep.json keeps, for names not defined here."""
     for name, facts in found.get("algorithms", {}).items():
         if name not in algorithms.ALGORITHMS:
-            algorithms.register(type(name, (), {"display_name": None, **facts}))
+            algorithms.register(type(name, (), {
+                "display_name": None, "taught_by_target": {}, **facts}))
     for name, facts in found.get("datasets", {}).items():
         if name not in datasets.DATASETS:
             labels = [str(i) for i in range(facts["n_envs"])]

@@ -10,15 +10,18 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from domainbed_kd import algorithms, console, datasets
-from domainbed_kd.folder import claims, files, manifest
+from domainbed_kd.folder import claims, composition, files, manifest
 from domainbed_kd.sweep import workers
 from domainbed_kd.sweep.flags import for_manifest, of_plugins
 from domainbed_kd.sweep.jobs import Job
 
 # A job of DomainBed's own code holds no claim. One that wrote within this time may be running.
 RECENT_S = 600
+# What of a job decides whether its hparams are refused.
+_DECISIVE = ("algorithm", "hparams", "dataset", "test_envs")
 
 
 def with_options(launcher: Callable, args: argparse.Namespace) -> Callable:
@@ -94,17 +97,41 @@ def refuse_idle_mending(args: argparse.Namespace) -> None:
                              "them without it.")
 
 
-def refuse_teachers(all_jobs: list[Job]) -> None:
-    """Refuses teachers that an algorithm cannot have."""
-    asked = {(job.train_args["algorithm"], job.train_args.get("hparams"),
-              job.train_args["dataset"]) for job in all_jobs}
-    for name, text, dataset in sorted(asked, key=str):
-        if text and ('"teacher' in text or '"distill' in text):
-            from domainbed_kd.algorithms import composed
+def refuse_teachers(some: list[Job]) -> None:
+    """Refuses teachers, averages and the like that jobs cannot have; imports torch to check them.
 
-            task = datasets.facts(dataset).TASK.name
-            composed.check(algorithms.get_algorithm_class(name),
-                           console.parse_hparams(text) | {"task": task})
+    Jobs without them, and plug-ins that are not loaded, are left to their own start.
+    """
+    checked = set(composition.OWN)
+    asked = {str([each.train_args.get(name) for name in _DECISIVE]): each.train_args
+             for job in some if checked & hparams_of(job.train_args).keys()
+             for each in (*job.teachers, job)}
+    for _, train_args in sorted(asked.items()):
+        _refuse_teachers(train_args)
+
+
+def hparams_of(train_args: dict) -> dict:
+    """A job's --hparams."""
+    return console.parse_hparams(train_args.get("hparams") or "{}")
+
+
+def _refuse_teachers(train_args: dict) -> None:
+    from domainbed_kd import backbones, clip_teacher, teachers
+    from domainbed_kd.algorithms import base, composed
+
+    cls = algorithms.get_algorithm_class(train_args["algorithm"])
+    if not issubclass(cls, base.Algorithm):
+        return
+    dataset, hparams = train_args["dataset"], hparams_of(train_args)
+    composed.check(cls, hparams | {"task": datasets.facts(dataset).TASK.name})
+    asked = (*composition.teachers(hparams), composition.teacher_of_method(hparams))
+    for teacher in filter(None, asked):
+        if teacher.kind == "folder":
+            teachers.saved_by_run(Path(teacher.name), dataset, train_args["test_envs"])
+        elif teacher.kind == "clip" and teacher.name not in (None, "tiny"):
+            clip_teacher.check_name(teacher.name)
+        elif isinstance(backbone := teacher.hparams.get("backbone"), str):
+            backbones.check_name(backbone)
 
 
 def warn_of_unread(args: argparse.Namespace) -> None:

@@ -119,13 +119,47 @@ def test_a_timm_network_is_taught_by_its_linear_probe(tmp_path):
     (["ERM"], {"teachers": ["run:MosaicKD"], "mosaic_role": "ood"}, "MosaicKD learns from a"),
     (["CORAL"], {"teachers": [SWAPPED]}, "ERM, swapped trains on the domains on which CORAL is"),
     (["4Ds"], {"teacher": SWAPPED}, "4Ds: the teacher ERM, swapped trains on the domains"),
+    (["ERM"], {"averaging": "ema"}, "'ema'; known are sma, swad, beta"),
+    (["ERM"], {"averaging": ["sma"]}, "['sma']; known are sma, swad, beta"),
+    (["SMA"], {"averaging": "sma"}, "SMA averages its weights already"),
+    (["ERM"], {"teachers": [{"run": "SMA", "hparams": {"averaging": "sma"}}]}, "SMA averages"),
+    (["ERM"], {"teachers": ["clip"], "distill_weight": "x"}, "distill_weight is 'x'; it takes at"),
+    (["ERM"], {"teachers": ["clip"], "distill_temperature": 0}, "distill_temperature is 0; it"),
+    (["ERM"], {"teachers": ["run:SWAD"], "base_weight": -1}, "base_weight is -1; it takes at"),
+    (["ERM"], {"teachers": [{"run": "SWAD", "steps": -5}]}, "steps of SWAD is -5; it takes"),
+    (["KD"], {"teacher": {"run": "SWAD", "hparams": {"lr": -1}}}, "SWAD: lr is -1; it takes at"),
+    (["ERM"], {"teachers": ["run:SWAD", "folder:/nowhere"]}, "/nowhere holds no finished run"),
+    (["ERM"], {"teachers": ["run:SWAD", "ViT-Q-99"]}, "open_clip knows no model 'ViT-Q-99'"),
+    (["ERM"], {"teachers": ["run:SWAD", "ViT-B-32/mine"]}, "ViT-B-32 has no weights 'mine'"),
+    (["ERM"], {"teachers": ["run:SWAD", "timm:nonsense_net"]}, "timm has no 'nonsense_net'"),
+    (["KD"], {"teacher": "timm:nonsense_net"}, "timm has no 'nonsense_net'"),
 ])
+@pytest.mark.parametrize("command", ["launch", "plan"])
 def test_what_has_no_meaning_is_refused_before_any_teacher_is_trained(
-        algorithms, hparams, words, tmp_path):
-    with pytest.raises((ValueError, NotImplementedError)) as error:
-        sweep.main(["launch", *args_of(tmp_path / "new", algorithms, hparams)])
+        command, algorithms, hparams, words, tmp_path):
+    with pytest.raises((ValueError, OSError, NotImplementedError)) as error:
+        sweep.main([command, *args_of(tmp_path / "new", algorithms, hparams)])
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_is_refused_in_a_sweep_that_holds_out_a_domain_that_its_run_saw(tmp_path):
+    saw = tmp_path / "run"
+    assert train.main(["--dataset", "Debug28", "--steps", "1", "--test_envs", "0", "--output_dir",
+                       str(saw), "--hparams", '{"batch_size": 4}']) == 0
+    words = ["plan", "--output_dir", str(tmp_path / "sweep"), "--datasets", "Debug28",
+             "--algorithms", "CORAL", "--n_trials", "1", "--n_hparams", "1", "--hparams",
+             json.dumps({"teachers": [f"folder:{saw}"]}), "--test_envs"]
+    assert sweep.main([*words, "0"]) == 0
+    with pytest.raises(ValueError, match=r"trained on environments \[1\], on which the student"):
+        sweep.main([*words, "1"])
+
+
+def test_a_finished_sweep_is_priced_whatever_its_hparams(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.Job, "is_done", lambda self: True)
+    for job in planned(tmp_path, words := args_of(tmp_path, ["SMA"], {"averaging": "sma"})):
+        Path(job.output_dir).mkdir()
+    assert sweep.main(["plan", *words]) == 0
 
 
 def test_waves_are_launched_until_all_teachers_are_done(tmp_path, monkeypatch):
