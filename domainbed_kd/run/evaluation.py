@@ -1,5 +1,6 @@
 """A run's evaluations: accuracies, logits, diagnostics, and the audit of its teacher."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from domainbed_kd.algorithms.base import forked_rng
 from domainbed_kd.folder import files
 from domainbed_kd.run import augmentation, diagnostics, records
 from domainbed_kd.run.build import Run
-from domainbed_kd.run.readers import read
+from domainbed_kd.run.readers import Turn
 from domainbed_kd.seeds import seed_hash
 
 # float16, after subtracting each image's largest logit: precision is highest near the largest, and
@@ -116,19 +117,21 @@ class Evaluator:
     def extra_minibatches(self, n: int) -> Iterator[list]:
         """`n` lists of minibatches like those of training, from separate random streams."""
         run, batch_size, seed = self.run, self.run.hparams["batch_size"], self.run.args["seed"]
+        seeds = [seed_hash(seed, "extra augmentation", k) for k in range(n)]
 
-        def indices(i):
+        def requests(i):
             generator = torch.Generator().manual_seed(seed_hash(seed, "extra minibatches", i))
-            return iter(RandomSampler(
+            items = iter(RandomSampler(
                 run.splits.in_[i], True, n * batch_size, generator=generator))
+            for each in seeds:
+                yield Turn(each, i, None), list(itertools.islice(items, batch_size))
 
-        samplers = {i: indices(i) for i in run.training}
-        for k in range(n):
+        domains = [loader.read_apart(requests(i))
+                   for i, loader in zip(run.training, run.loaders.train)]
+        for each, batches in zip(seeds, zip(*domains)):
             with forked_rng():
-                torch.manual_seed(seed_hash(seed, "extra augmentation", k))
-                minibatches = [
-                    run.to_device(read(run.splits.in_[i], [next(s) for _ in range(batch_size)]))
-                    for i, s in samplers.items()]
+                torch.manual_seed(each)
+                minibatches = run.minibatches(batches)
             yield minibatches
 
 

@@ -6,9 +6,10 @@ streams. Both are simulated here. Batches and global streams therefore match Dom
 number of real processes, and a loader's position can be saved and restored.
 """
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -46,7 +47,9 @@ class _Loader:
         if not self._draws:
             batch = read(self._dataset, self._ahead[0])
         else:
-            batch, streams = self._read_elsewhere(n) if self._readers else self._read_here()
+            batch, streams = (
+                self._read_elsewhere(n) if self._readers
+                else self._read_here(self._turn(self._n_returned), self._ahead[0]))
             self._streams[self._n_returned % self._n_workers] = streams
         self.indices = self._ahead.popleft()  # the items of the last batch
         self._n_returned += 1
@@ -57,10 +60,25 @@ class _Loader:
         worker = k % self._n_workers
         return Turn(self._seed, worker, self._streams.get(worker))
 
-    def _read_here(self) -> tuple:
+    def read_apart(self, requests: Iterable[tuple[Turn, list[int]]]) -> Iterator[list]:
+        """Other batches, given by items and turns; the loader's position and streams stay."""
+        if not self._readers:
+            yield from (self._read_here(*each)[0] for each in requests)
+            return
+        requests = iter(requests)
+        asked = deque(self._readers.read(self._number, *each)
+                      for each in itertools.islice(requests, 2 * self._readers.n))
+        while asked:
+            with loss_said():
+                batch, _ = asked.popleft().result()
+            asked.extend(self._readers.read(self._number, *each)
+                         for each in itertools.islice(requests, 1))
+            yield batch
+
+    def _read_here(self, turn: Turn, indices: list[int]) -> tuple:
         outside = get_streams()
         try:
-            return self._turn(self._n_returned).read(self._dataset, self._ahead[0])
+            return turn.read(self._dataset, indices)
         finally:
             set_streams(outside)
 

@@ -381,6 +381,24 @@ def test_loaders_in_turn_share_processes_and_keep_their_own_streams(folder, many
     assert same(*results)
 
 
+@pytest.mark.parametrize("processes", [0, 3])
+def test_batches_that_are_read_apart_leave_the_loader_where_it_is(processes, many_cores):
+    requests = [(loaders.Turn(100 + k, k % 3, None), [k, 2 * k, 9 - k]) for k in range(5)]
+    wanted = [turn.read(Noisy(10), indices)[0] for turn, indices in requests * 2]
+    found = {}
+    for between in (False, True):
+        seed_everything(5)
+        with loaders.Readers(processes) as processes_that_read:
+            loader = loaders.InfiniteDataLoader(Noisy(10), None, 3, 8, processes_that_read)
+            first, apart = next(loader), []
+            if between:
+                before = global_streams()
+                apart = [batch for _ in range(2) for batch in loader.read_apart(requests)]
+                assert same(apart, wanted) and global_streams() == before
+            found[between] = [first, *(next(loader) for _ in range(9))]
+    assert same(found[False], found[True])
+
+
 def test_processes_are_no_more_than_the_cores_and_start_when_a_batch_is_asked_for(monkeypatch):
     monkeypatch.setattr(machine, "available", lambda: 2)
     before = set(multiprocessing.active_children())
