@@ -25,7 +25,7 @@ OPTIONAL = {
     "wrn_depth": "depth of the network for 32-pixel images (16)",
     "wrn_widen": "width factor of the network for 32-pixel images (2)",
     "teachers": "list of teachers on top of an algorithm, such as 'run:SWAD' (docs/composition.md)",
-    "distill": "with teachers: 'logit', 'feature', 'relation', 'text', or a list of them ('logit')",
+    "distill": "with teachers: 'logit', 'feature', 'feature_mse', 'relation', 'text', or a list",
     "distill_weight": "likewise: weight of the teachers' terms (1)",
     "distill_temperature": "likewise: temperature that softens the copied predictions (4)",
     "teacher_mix": "likewise: a term for each ('sum'), or one for their 'mean' or by 'accuracy'",

@@ -309,6 +309,7 @@ def test_teachers_go_on_top_of_a_method_of_pixels_or_it_says_why_not(name):
 
 @pytest.mark.parametrize("name, hparams, says", [
     ("ERM", {"teachers": ["run:ERM"], "distill": "feature"}, 'distill takes "logit" alone'),
+    ("ERM", {"teachers": ["run:ERM"], "distill": "feature_mse"}, 'distill takes "logit" alone'),
     ("ERM", {"teachers": ["run:ERM"], "distill": ["logit", "relation"]}, '"logit" alone'),
     ("ERM", {"teachers": ["run:ERM"], "distill": "text"}, '"logit" alone'),
     ("ERM", {"teachers": ["clip"]}, "CLIP cannot teach where each pixel has a label"),

@@ -7,9 +7,9 @@ the features and logits of its own forward pass:
 
 logit: Hinton et al., 2014, `losses.kd_loss`; for segmentation the only word, averaged over the
 pixels that are not ignored. feature: cosine distance of projected features, after Romero et al.,
-"FitNets", ICLR 2015. relation: Park et al., "Relational Knowledge Distillation", CVPR 2019, on
-cosines. text: RISE's distances, with its constants; see rise.py. ERM with one teacher, base_weight
-1 - alpha and distill_weight alpha is KD.
+"FitNets", ICLR 2015. feature_mse: their mean squared difference, as in FitNets. relation: Park et
+al., "Relational Knowledge Distillation", CVPR 2019, on cosines. text: RISE's distances, with its
+constants; see rise.py. ERM with one teacher, base_weight 1 - alpha and distill_weight alpha is KD.
 """
 
 import contextlib
@@ -197,7 +197,7 @@ class Composed:
     def _build_teachers(self, input_shape, num_classes, hparams):
         folders = hparams.get("teacher") or []
         folders = iter(folders if isinstance(folders, (list, tuple)) else [folders])
-        needs_features = not {"feature", "relation"}.isdisjoint(self.words)
+        needs_features = not {"feature", "feature_mse", "relation"}.isdisjoint(self.words)
         pairs = [teachers.in_two(each, hparams, num_classes, input_shape, folders, needs_features)
                  for each in composition.teachers(hparams)]
         self.teachers, self.heads = (nn.ModuleList(part) for part in zip(*pairs))
@@ -213,9 +213,9 @@ class Composed:
                     self.register_buffer(f"text{i}", text, persistent=False)
                     self.register_buffer(f"styled{i}", styled, persistent=False)
                     self.taught.projections[f"text{i}"] = nn.Linear(width, text.shape[1])
-                elif word == "feature":
+                elif word in ("feature", "feature_mse"):
                     n_seen = eye(torch.zeros(1, *input_shape)).shape[1]
-                    self.taught.projections[f"feature{i}"] = nn.Linear(width, n_seen)
+                    self.taught.projections[f"{word}{i}"] = nn.Linear(width, n_seen)
 
     @property
     def teacher(self) -> networks.Frozen:
@@ -285,6 +285,8 @@ class Composed:
         projected = self.taught.projections[f"{word}{i}"](features)
         if word == "feature":
             return feature_distance(projected, seen)
+        if word == "feature_mse":
+            return F.mse_loss(projected, seen)
         text, styled = getattr(self, f"text{i}"), getattr(self, f"styled{i}")
         return (rise.absolute_distance(projected, text, self._labels)
                 + 10 * rise.relative_distance(  # 10: RISE's scale

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from domainbed_kd.console import parse_hparams
 
 #: What to distil: {value of the hparam `distill`: its name in table rows}.
-DISTILL = {"logit": "KD", "feature": "Feature", "relation": "Relation", "text": "Text"}
+DISTILL = {"logit": "KD", "feature": "Feature", "feature_mse": "FeatureMSE",
+           "relation": "Relation", "text": "Text"}
 #: Ways to combine several teachers.
 MIXES = ("sum", "mean", "accuracy")
 #: Prefixes of state that teachers and schedules add, which predictions do not need.

@@ -93,10 +93,11 @@ def test_with_weight_0_every_base_trains_as_it_does_alone_to_the_bit(name, avera
 
 @pytest.mark.parametrize("name", TAKING)
 def test_every_base_that_does_not_refuse_learns_from_teachers(name):
-    algorithm = build(name, teachers=["clip"], distill=["logit", "feature", "relation"])
+    words = ["logit", "feature", "feature_mse", "relation"]
+    algorithm = build(name, teachers=["clip"], distill=words)
     before = bits(algorithm.teacher.module)
     [values, *_] = trained(algorithm, minibatches(2))
-    assert {"logit", "feature", "relation"} <= values.keys()
+    assert set(words) <= values.keys()
     assert all(np.isfinite(value) for value in values.values())
     assert same_bits(before, bits(algorithm.teacher.module))
     assert not any("visual" in key for key in algorithm.state_dict())
@@ -121,6 +122,7 @@ def test_every_other_base_is_refused_in_one_line_before_anything_is_built(name):
     ("ERM", {"teachers": ["clip"], "distill": ["text", "text"]}, "once"),
     ("ERM", {"teachers": ["clip"], "teacher_mix": "max"}, "it takes sum, mean, accuracy"),
     ("ERM", {"teachers": ["clip"], "teacher_mix": "mean", "distill": "feature"}, "logit"),
+    ("ERM", {"teachers": ["clip"], "teacher_mix": "mean", "distill": "feature_mse"}, "logit"),
     ("ERM", {"teachers": ["run:ERM", "clip"], "distill": "text"}, "ERM reads none"),
     ("Mixup", {"teachers": ["clip"], "distill": "text"}, "needs labels"),
     ("SCMD", {"teachers": ["run:ERM"]}, "Choose a base"),
@@ -224,6 +226,73 @@ def test_the_feature_term_is_the_mean_cosine_distance():
     cosines = [a @ b / np.sqrt(a @ a * (b @ b)) for a, b in zip(one, other)]
     found = composed.feature_distance(torch.tensor(one), torch.tensor(other))
     assert found.item() == pytest.approx(1 - np.mean(cosines))
+
+
+def test_the_feature_mse_term_is_the_mean_square_of_a_projections_error():
+    algorithm, [batch] = build("ERM", teachers=["clip"], distill="feature_mse"), minibatches()
+    x = torch.cat([x for x, _ in batch])
+    with torch.no_grad():
+        seen, features = algorithm.teacher(x), algorithm.featurizer(x)
+        layer = algorithm.taught.projections["feature_mse0"]
+        layer.weight.zero_()  # the term is then the teacher's mean square about a constant,
+        layer.bias.fill_(0.5)
+    [values] = run(algorithm, [batch])
+    wanted = np.mean([(float(u) - 0.5) ** 2 for row in seen for u in row])
+    assert values["feature_mse"] == pytest.approx(wanted, rel=1e-5)
+    # and a projection that solves for the teacher's features leaves nothing.
+    algorithm = build("ERM", teachers=["clip"], distill="feature_mse")
+    layer = algorithm.taught.projections["feature_mse0"]
+    ones = torch.cat([features, torch.ones(len(x), 1)], dim=1).double()
+    solution = torch.linalg.lstsq(ones, seen.double(), driver="gelsd").solution.float()
+    with torch.no_grad():
+        layer.weight.copy_(solution[:-1].T)
+        layer.bias.copy_(solution[-1])
+    assert run(algorithm, [batch])[0]["feature_mse"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_text_term_is_rises_distances_at_ten_times_and_a_tenth_by_a_naive_loop():
+    algorithm, [batch] = build("ERM", teachers=["clip"], distill="text"), minibatches()
+    x, y = (torch.cat(part) for part in zip(*batch))
+    with torch.no_grad():
+        image = algorithm.taught.projections["text0"](algorithm.featurizer(x)).numpy()
+    text, styled = algorithm.text0.numpy(), algorithm.styled0.numpy()
+
+    def cosine(a, b):
+        return a @ b / np.sqrt((a @ a) * (b @ b))
+
+    def shares(a, sentences):
+        powers = [np.exp(cosine(a, sentence) / 0.1) for sentence in sentences]
+        return np.array(powers) / sum(powers)
+
+    absolute = [1 - cosine(one, text[label]) for one, label in zip(image, y)]
+    relative = [((shares(one, styled[label]) - shares(text[label], styled[label])) ** 2).mean()
+                for one, label in zip(image, y)]
+    assert np.mean(relative) > 1e-3  # so that factor and temperature show
+    wanted = np.mean(absolute) + 10 * np.mean(relative)
+    assert run(algorithm, [batch])[0]["text"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_gradients_of_several_words_are_the_sum_of_each_ones_in_double_precision():
+    words = ["logit", "feature", "feature_mse", "relation", "text"]
+    [batch] = minibatches()
+    batch = [(x.double(), y) for x, y in batch]
+
+    def gradients(**changes):
+        """The gradients of the featurizer, with the same projections in every case."""
+        algorithm = build("ERM", teachers=["clip"], **changes).double()
+        for name, layer in algorithm.taught.projections.items():
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            for p in layer.parameters():
+                p.data.copy_(torch.randn(p.shape, generator=generator) / 10)
+        algorithm.update(batch)
+        return [p.grad.clone() for p in algorithm.featurizer.parameters()]
+
+    whole = gradients(distill=words, distill_weight=2.0, base_weight=0.5)
+    parts = [gradients(distill=word, distill_weight=2.0, base_weight=0.0) for word in words]
+    alone = gradients(distill_weight=0.0, base_weight=0.5)
+    assert all(any(g.abs().max() > 1e-6 for g in part) for part in parts)
+    for together, one, *each in zip(whole, alone, *parts):
+        torch.testing.assert_close(together, one + sum(each), rtol=1e-9, atol=1e-12)
 
 
 def test_the_relation_term_compares_every_pair_of_two_images():
@@ -330,7 +399,7 @@ def test_text_pulls_projected_features_to_the_classs_sentence():
 # A run as a teacher; restarts.
 
 
-@pytest.mark.parametrize("word", ["logit", "feature", "relation"])
+@pytest.mark.parametrize("word", ["logit", "feature", "feature_mse", "relation"])
 def test_a_finished_run_teaches_by_logits_and_by_features(finished, word):
     for name, folder in finished.items():
         algorithm = build_for_debug28(folder, distill=word)
@@ -352,12 +421,13 @@ def two_classes(batches):
     return [[(x, y % 2) for x, y in batch] for batch in batches]
 
 
-def test_a_run_that_is_no_head_on_features_teaches_logits_alone(finished, monkeypatch):
+@pytest.mark.parametrize("word", ["feature", "feature_mse", "relation"])
+def test_a_run_that_is_no_head_on_features_teaches_logits_alone(word, monkeypatch):
     other = networks.Frozen(Teacher(n_classes=2))
     monkeypatch.setattr(teachers, "_of_same_view", lambda *_: other)
     build_for_debug28("x", distill="logit")
     with pytest.raises(ValueError, match="has no features"):
-        build_for_debug28("x", distill="feature")
+        build_for_debug28("x", distill=word)
 
 
 @pytest.mark.parametrize("asked, held_out, passes", [
@@ -436,6 +506,7 @@ def test_a_label_smoothed_teacher_learns_labels_that_all_classes_share():
     ("CORAL", {"teachers": ["run:SWAD"], "averaging": "sma"}, "CORAL + KD(SWAD) + SMA"),
     ("ERM", {"teachers": ["clip", "run:ERM"], "distill": ["logit", "text"]},
      "ERM + KD+Text(CLIP, ERM)"),
+    ("CORAL", {"teachers": ["run:SWAD"], "distill": "feature_mse"}, "CORAL + FeatureMSE(SWAD)"),
     ("ERM", {"teachers": ["ViT-B-16", "timm:vit_small"], "distill": "relation"},
      "ERM + Relation(CLIP ViT-B-16, vit_small)"),
     ("ERM", {"teachers": ["run:ERM", "run:SWAD"], "teacher_mix": "mean"},

@@ -104,7 +104,7 @@ def test_every_block_is_drawn_as_often():
     algorithm = sdvit(lr=0.0)
     [batch] = minibatches(shape=SHAPE, size=1)
     counts = torch.zeros(algorithm.n_blocks)
-    for _ in range(300):
+    for _ in range(1200):
         counts[int(algorithm.update(batch)["block"]) - 1] += 1
     assert chisquare(counts.numpy()).pvalue > 1e-3
 
