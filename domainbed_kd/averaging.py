@@ -195,23 +195,19 @@ class WithLossValley:
     @classmethod
     def search_space(cls, dataset: str) -> dict:
         """The algorithm's own hparams, and SWAD's at its authors' values."""
-        return super().search_space(dataset) | _fixed(
-            swad_n_converge=3,
-            swad_n_tolerance=6,
-            swad_tolerance_ratio=0.2 if dataset == "VLCS" else 0.3,
-            swad_interval={"VLCS": 50, "DomainNet": 500}.get(dataset, 100))
+        return super().search_space(dataset) | _fixed(**_of_swad(dataset))
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)
-        self.interval = hparams.get("swad_interval", 100)
+        hparams = _of_swad(hparams.get("dataset")) | hparams
+        self.interval = hparams["swad_interval"]
         if self.interval < 1:
             raise ValueError(f"SWAD: swad_interval is {self.interval}; give a number of steps, "
                              "at least 1.")
         # The current segment's mean; after the run's last step, the SWAD model.
         self.average = MovingAverage(self.network)
-        self.valley = LossValley(
-            hparams.get("swad_n_converge", 3), hparams.get("swad_n_tolerance", 6),
-            hparams.get("swad_tolerance_ratio", 0.3))
+        self.valley = LossValley(hparams["swad_n_converge"], hparams["swad_n_tolerance"],
+                                 hparams["swad_tolerance_ratio"])
         self.register_buffer("finished", torch.tensor(False))
 
     def update(self, minibatches, unlabeled=None):
@@ -280,6 +276,13 @@ def averaged(algorithm_class: type, kind: str | None) -> type:
             f"{algorithm_class.__name__} averages its weights already: leave out the hparam "
             f"'averaging' ({kind!r}).")
     return type(algorithm_class.__name__, (KINDS[kind], algorithm_class), {})
+
+
+def _of_swad(dataset: str | None) -> dict:
+    """SWAD's hparams as its authors set them for a dataset; None if it is not known."""
+    return {"swad_n_converge": 3, "swad_n_tolerance": 6,
+            "swad_tolerance_ratio": 0.2 if dataset == "VLCS" else 0.3,
+            "swad_interval": {"VLCS": 50, "DomainNet": 500}.get(dataset, 100)}
 
 
 def _fixed(**values) -> dict:

@@ -15,6 +15,7 @@ from test_averaging import (
 from torch import nn
 
 from domainbed_kd import averaging
+from domainbed_kd.hparams_registry import default_hparams
 from domainbed_kd.loss_valley import LossValley, Segment
 
 NOISE = torch.Generator().manual_seed(0)
@@ -238,6 +239,19 @@ def test_settings_that_cannot_work_are_refused(settings):
 def test_an_interval_below_one_step_is_refused():
     with pytest.raises(ValueError, match="swad_interval is 0"):
         toy("swad", swad_interval=0)
+
+
+@pytest.mark.parametrize("dataset, ratio, interval", [
+    ("PACS", 0.3, 100), ("VLCS", 0.2, 50), ("DomainNet", 0.3, 500), (None, 0.3, 100)])
+def test_on_top_of_a_method_it_has_the_authors_values_for_the_dataset_as_its_row_has(
+        dataset, ratio, interval):
+    algorithm = toy("swad", **({"dataset": dataset} if dataset else {}))
+    assert (algorithm.valley.tolerance_ratio, algorithm.interval) == (ratio, interval)
+    if dataset:
+        of_row = default_hparams("SWAD", dataset)
+        assert (of_row["swad_tolerance_ratio"], of_row["swad_interval"]) == (ratio, interval)
+    given = toy("swad", dataset=dataset, swad_tolerance_ratio=0.4, swad_interval=7)
+    assert (given.valley.tolerance_ratio, given.interval) == (0.4, 7)
 
 
 class Run:
