@@ -22,6 +22,8 @@ from domainbed_kd.folder import claims
 WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
 # How long a job may take to save its state when the sweep is interrupted.
 GRACE_S = 10
+# Flags of jobs that leave a process to no other job.
+END_THEIR_PROCESS = {"--plugin", "--fork"}
 # The exit status that multiprocessing reports if the fork server died first.
 UNKNOWN = 255
 # How often a job is continued after its fork server died.
@@ -214,7 +216,7 @@ def _work(jobs, environment: dict, threads: int | None) -> None:
         except SystemExit as end:
             if end.code:
                 raise
-        if not has_begun_with_gpu() or {"--plugin", "--fork"} & set(argv):
+        if not has_begun_with_gpu() or END_THEIR_PROCESS & set(argv):
             return
         jobs.send(None)
         try:

@@ -111,7 +111,8 @@ def build_parser(description: str = "", epilog: str = "") -> SweepParser:
         help="plan: how long a run takes, where no run in the folder has measured it")
     add("--measure", action="store_true",
         help="plan: time 20 updates and an evaluation on this machine, of each algorithm and "
-             "dataset that no run in the folder has measured")
+             "dataset that no run in the folder has measured, and how several jobs slow each other "
+             "down")
     add("--budget", type=float, metavar="HOURS",
         help="plan: print the most trials and seeds of hparams that the launcher can finish in "
              "this time")

@@ -2,8 +2,10 @@
 
 import argparse
 import heapq
+import importlib.util
 import itertools
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
@@ -54,6 +56,11 @@ class Rates:
             return others * job.n_steps, f"by other algorithms on {kind[1]}"
         return None, "not measured yet: pass --measure or --hours_per_run"
 
+    def once(self, job: Job) -> float:
+        """Seconds that a process which runs this job first needs in addition, if measured."""
+        timing = self._timings.get(kind_of(job))
+        return timing.once if timing and not job.cost.get("steps") else 0.0
+
     def seconds_left(self, job: Job) -> float | None:
         """Seconds that a job still needs, at its own pace if it has begun; None if unknown."""
         if job.state == job.DONE:
@@ -68,17 +75,20 @@ def kind_of(job: Job) -> tuple[str, str]:
     return curves.row(job.train_args), job.train_args["dataset"]
 
 
-def wall_seconds(jobs: list[Job], seconds: dict[int, float], slots: int) -> float:
+def wall_seconds(jobs: list[Job], seconds: dict[int, float], slots: int,
+                 once: dict[int, float]) -> float:
     """Seconds in which jobs run in order, `slots` at a time; `seconds` has those of each by id.
 
-    Students begin after all teachers.
+    The first job in a slot takes its seconds of `once`, if any, in addition. Students begin after
+    all teachers.
     """
     total = 0.0
     for generation in sorted({job.generation for job in jobs}):
         ends = [0.0] * slots
         for job in jobs:
             if job.generation == generation:
-                heapq.heapreplace(ends, ends[0] + seconds[id(job)])
+                first = 0.0 if ends[0] else once.get(id(job), 0.0)
+                heapq.heapreplace(ends, ends[0] + first + seconds[id(job)])
         total += max(ends)
     return total
 
@@ -91,16 +101,107 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def slots(args: argparse.Namespace, launcher: str) -> int:
-    """How many jobs a launcher runs at a time; 1 if that is not known."""
-    per_device = args.jobs_per_device or 1
+def slots(args: argparse.Namespace, launcher: str, per_device: int | None = None) -> int:
+    """How many jobs a launcher runs at a time; 1 if that is not known.
+
+    `per_device` replaces --jobs_per_device.
+    """
+    per_device = per_device or args.jobs_per_device or 1
     if launcher == "multi_gpu":
         return max(1, len(machine.gpus())) * per_device
     if launcher == "slurm":
         return args.slurm_parallel or 256
     if launcher == "ray" and not args.ray_address:
-        return max(1, int((os.cpu_count() or 1) / (args.ray_cpus or 1)))
+        return _slots_of_ray(args)
     return per_device if launcher == "local" else 1
+
+
+def _slots_of_ray(args: argparse.Namespace) -> int:
+    """How many jobs Ray runs at a time on this machine."""
+    found = int((os.cpu_count() or 1) / (args.ray_cpus or 1))
+    n_gpus = len(machine.gpus())
+    share = min(n_gpus, 1) if args.ray_gpus is None else args.ray_gpus
+    if 0 < share < 1:
+        found = min(found, n_gpus * int(1 / share))
+    elif share:
+        found = min(found, int(n_gpus / share))
+    return max(1, found)
+
+
+def launchers(args: argparse.Namespace) -> list[str]:
+    """The launchers that work on this machine, and the chosen one.
+
+    GPUs are looked for only with --measure, as that takes seconds.
+    """
+    usable = {"local": True, "multi_gpu": args.measure and machine.gpus(),
+              "slurm": shutil.which("sbatch"), "ray": importlib.util.find_spec("ray"),
+              args.command_launcher: True}
+    return [name for name, works in usable.items() if works]
+
+
+class Prices:
+    """Hours of jobs by launcher, and by how many jobs share a device.
+
+    Args:
+        sharing: how many times as long a job takes if so many share a device.
+    """
+
+    def __init__(self, args: argparse.Namespace, rates: Rates, jobs: list[Job],
+                 sharing: dict[int, float]):
+        self.args, self.sharing = args, sharing
+        self._left = {id(job): rates.seconds_left(job) for job in jobs}
+        self._once = {id(job): rates.once(job) for job in jobs}
+
+    @property
+    def are_known(self) -> bool:
+        """Whether it is known how long each job takes."""
+        return None not in self._left.values()
+
+    def hours(self, some: list[Job], launcher: str, per_device: int | None = None) -> float:
+        """Hours of these jobs; processes of `local` and `multi_gpu` run one job after another."""
+        n, stays = slots(self.args, launcher, per_device), launcher in ("local", "multi_gpu")
+        sharing = 1
+        if stays:
+            sharing = per_device or 1
+        elif launcher == "ray":
+            sharing = n // max(1, len(machine.gpus()))
+        factor = self.sharing[max(i for i in self.sharing if i <= max(1, sharing))]
+        each = {key: factor * (seconds + (0 if stays else self._once[key]))
+                for key, seconds in self._left.items()}
+        return wall_seconds(some, each, n, self._once if stays else {}) / 3600
+
+    def tell(self, jobs: list[Job]) -> None:
+        """Prints a line for each launcher and, if it was measured, each number of jobs a device."""
+        lines = []
+        for launcher in launchers(self.args):
+            shares = launcher in ("local", "multi_gpu") and len(self.sharing) > 1
+            for n in self.sharing if shares else [self.args.jobs_per_device or 1]:
+                hours = self.hours(jobs, launcher, n)
+                lines.append((hours, launcher, f" --jobs_per_device {n}" * shares,
+                              slots(self.args, launcher, n)))
+        here = [line for line in lines if line[1] in ("local", "multi_gpu")]
+        best = min(here) if len(here) > 1 else None
+        for line in lines:
+            hours, launcher, flag, n = line
+            print(f"{launcher}{flag}: {hours:.3g} hours, {n} at a time"
+                  + "; the fastest on this machine" * (line is best))
+
+
+def _shared(args: argparse.Namespace, rates: Rates, kinds: dict[tuple, list[Job]]
+            ) -> dict[int, float]:
+    """Measures how jobs slow each other down on a device, with the quickest kind of run."""
+    known = [(seconds / some[0].n_steps, some[0]) for some in kinds.values()
+             if (seconds := rates.of_run(some[0])[0]) is not None]
+    if not known:
+        return {1: 1.0}
+    step, job = min(known, key=lambda each: each[0])
+    most = 4 if machine.gpus() else max(2, machine.available())
+    numbers = {n for n in (2, 4) if n <= most} | {args.jobs_per_device or 1}
+    found = {1: 1.0} | measure.slow_downs(job, step, numbers, args.threads_per_job)
+    told = ", ".join(f"{n} at a time {factor:.3g}" for n, factor in found.items() if n > 1)
+    print(f"times as long as alone, on one device: {told} (measured with {' '.join(kind_of(job))} "
+          "and assumed of all)")
+    return found
 
 
 def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
@@ -123,22 +224,18 @@ def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
         print(f"{' '.join(kind)}: {_counts(some, teachers)}; {each}{source}")
     print(f"total: {len(all_jobs)} runs, {len(teachers)} teachers, {_n_done(all_jobs)} done")
     _print_own_lengths(all_jobs)
-    left = {id(job): rates.seconds_left(job) for job in all_jobs}
-    if None in left.values():
+    prices = Prices(args, rates, all_jobs,
+                    _shared(args, rates, kinds) if args.measure else {1: 1.0})
+    if not prices.are_known:
         if args.budget:
             raise ValueError("--budget needs the time that a run takes: pass --measure or "
                              "--hours_per_run, or finish a run of each dataset first.")
         return 0
-
-    def hours(some: list[Job], launcher: str) -> float:
-        return wall_seconds(some, left, slots(args, launcher)) / 3600
-
-    for launcher in dict.fromkeys(("local", "slurm", "ray", args.command_launcher)):
-        print(f"{launcher}: {hours(all_jobs, launcher):.3g} hours, {slots(args, launcher)} at a "
-              "time")
+    prices.tell(all_jobs)
     if not args.budget:
         return 0
-    return _fit_budget(launches, all_jobs, lambda some: hours(some, args.command_launcher))
+    return _fit_budget(launches, all_jobs, lambda some: prices.hours(
+        some, args.command_launcher, args.jobs_per_device))
 
 
 def _n_done(some: list[Job]) -> int:

@@ -1,12 +1,23 @@
+import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from launches import args_list_of, flags
 
+from domainbed_kd import machine
 from domainbed_kd.scripts import sweep
+from domainbed_kd.sweep import plan
 from domainbed_kd.sweep.jobs import Job
+
+
+@pytest.fixture(autouse=True)
+def with_ray_and_slurm_and_without_gpus(monkeypatch):
+    monkeypatch.setattr(machine, "gpus", list)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
 def measured(tmp_path, *more, seconds=36.0, steps=10):
@@ -66,3 +77,43 @@ def test_a_budget_that_is_too_small_and_a_cost_that_is_unknown_are_said(tmp_path
     with pytest.raises(ValueError, match="--budget needs the time that a run takes"):
         sweep.main(flags("plan", tmp_path / "b", "--budget", "1"))
     assert not (tmp_path / "b").exists()
+
+
+def args_of(*more):
+    return sweep.build_parser().parse_args(["plan", "--datasets", "Debug28", "--n_hparams", "1",
+                                            "--output_dir", "sweep", *more])
+
+
+@pytest.mark.parametrize("gpus, more, wanted", [
+    ([], [], {"local", "slurm", "ray"}), (["0"], [], {"local", "slurm", "ray"}),
+    (["0"], ["--measure"], {"local", "multi_gpu", "slurm", "ray"}),
+    ([], ["--measure"], {"local", "slurm", "ray"}),
+    ([], ["--command_launcher", "multi_gpu"], {"local", "multi_gpu", "slurm", "ray"})])
+def test_launchers_that_work_here_are_priced(gpus, more, wanted, monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: gpus)
+    assert set(plan.launchers(args_of(*more))) == wanted
+
+
+def test_a_cluster_that_is_not_here_is_not_priced(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert plan.launchers(args_of()) == ["local"]
+    assert plan.launchers(args_of("--command_launcher", "slurm")) == ["local", "slurm"]
+
+
+@pytest.mark.parametrize("n_gpus, more, wanted", [
+    (0, [], 16), (0, ["--ray_cpus", "4"], 4), (2, [], 2), (2, ["--ray_gpus", "0.5"], 4),
+    (2, ["--ray_gpus", "0.4"], 4), (2, ["--ray_gpus", "2"], 1), (2, ["--ray_gpus", "0"], 16),
+    (4, ["--ray_gpus", "0.25", "--ray_cpus", "2"], 8), (2, ["--ray_address", "auto"], 1)])
+def test_jobs_of_ray_take_a_gpu_or_their_share(n_gpus, more, wanted, monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: list(map(str, range(n_gpus))))
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert plan.slots(args_of(*more), "ray") == wanted
+
+
+def test_what_a_process_needs_once_counts_for_the_first_job_of_each_slot():
+    jobs = [Job(train_args, "sweep") for train_args in args_list_of(args_of())][:3]
+    seconds, once = ({id(job): each for job in jobs} for each in (10.0, 5.0))
+    assert plan.wall_seconds(jobs, seconds, 1, once) == 5 + 3 * 10
+    assert plan.wall_seconds(jobs, seconds, 2, once) == 5 + 2 * 10
+    assert plan.wall_seconds(jobs, seconds, 2, {}) == 2 * 10

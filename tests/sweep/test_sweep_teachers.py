@@ -84,7 +84,7 @@ def test_chains_are_planned_from_their_first_link(tmp_path):
         ("KD", {"lr": 0.1, "teacher": chain}, 2)]
     assert found[0].train_args["steps"] == 7 and "steps" not in found[-1].train_args
     seconds = {id(job): 10.0 for job in found}
-    assert wall_seconds(found, seconds, slots=100) == 30
+    assert wall_seconds(found, seconds, slots=100, once={}) == 30
 
 
 def test_a_swapped_teacher_trains_on_what_its_student_holds_out(tmp_path):
