@@ -96,12 +96,13 @@ def employ(worker: tuple | None, argv: list[str], errors: str | None) -> tuple |
     return worker and dismiss(worker)
 
 
-def dismiss(worker: tuple) -> None:
-    """Tells a waiting process to end."""
-    process, jobs = worker
-    with jobs, contextlib.suppress(OSError):
-        jobs.send((None, None))
-    process.join()
+def dismiss(*workers: tuple) -> None:
+    """Tells waiting processes to end, and waits until they have."""
+    for _, jobs in workers:
+        with jobs, contextlib.suppress(OSError):
+            jobs.send((None, None))
+    for process, _ in workers:  # to leave a GPU takes each a while
+        process.join()
 
 
 def is_orphan(process) -> bool:

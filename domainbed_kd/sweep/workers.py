@@ -112,7 +112,8 @@ class _Pool:
             self.bar = at_end.enter_context(console.bar(total=len(self.argvs), unit="job")
                                             if self.quiet else contextlib.nullcontext())
             at_end.callback(lambda: children.stop([job.process for job in self.running.values()]))
-            at_end.callback(lambda: [children.dismiss(worker) for _, worker in self.free if worker])
+            at_end.callback(lambda: children.dismiss(
+                *(worker for _, worker in self.free if worker)))
             while self.waiting or self.running:
                 while self.waiting and self.free:
                     self._start(self.waiting.popleft(), *self.free.popleft())

@@ -1,5 +1,6 @@
 import ast
 import json
+import multiprocessing
 import multiprocessing.forkserver
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 
 from domainbed_kd import machine
 from domainbed_kd.command_launchers import dummy, get_launcher, local, multi_gpu
-from domainbed_kd.sweep import workers
+from domainbed_kd.sweep import children, workers
 
 TRAIN = "python -m domainbed_kd.scripts.train"
 
@@ -374,3 +375,17 @@ def test_no_process_stays_after_a_job_that_failed_or_had_a_plugin(tmp_path):
     statuses, n_processes = staying(commands, at_once=1)
     assert statuses == [0, 2, 0, 0, 0, 0]
     assert n_processes == 5  # only the second job found one that stayed
+
+
+def test_processes_that_wait_are_all_told_to_end_before_one_is_waited_for():
+    class Leaving:
+        """A worker that ends only when both have been told to."""
+
+        def join(self):
+            assert all(there.poll() and there.recv() == (None, None) for there in others)
+            others.clear()
+
+    pairs = [multiprocessing.Pipe() for _ in range(2)]
+    others = [there for _, there in pairs]
+    children.dismiss(*((Leaving(), here) for here, _ in pairs))
+    assert not others
