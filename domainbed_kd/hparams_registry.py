@@ -39,7 +39,7 @@ OPTIONAL = {
     "view_jitter": "likewise: how much colours change, 0 to 0.5 (0.3)",
     "view_gray": "likewise: the share that becomes gray (0.1)",
     "view_statistics": "mean and deviation of all images: 'imagenet', 'clip' or 'half' (0.5 each)",
-    "label_smoothing": "of ERM, SMA and SWAD: the share of a label that all classes get (0)",
+    "label_smoothing": "of ERM, ARM, SMA, SWAD, LinearProbe: share of a label for all classes (0)",
     "averaging": "'sma', 'swad' or 'beta': average the weights of any algorithm",
     "sma_start": "with averaging by 'sma': the first update averaged (2 % of the run: 100 of 5001)",
     "swad_interval": "with averaging by 'swad': steps between validations (100; 50 on VLCS)",
@@ -121,6 +121,24 @@ def _drawn(space: Space, seed: int | None) -> dict[str, Any]:
         return value.item() if isinstance(value, np.generic) else value
 
     return {name: draw(name, *entry) for name, entry in space.items()}
+
+
+def refuse_label_smoothing(algorithm: str, text: str | None) -> None:
+    """Refuses label_smoothing in --hparams for methods that do not read it; plug-ins may read it.
+
+    Raises:
+        ValueError: naming the methods that do.
+    """
+    def reads_it(name: str) -> bool:
+        return "label_smoothing" in algorithms.get_algorithm_class(name).takes
+
+    if (text and parse_hparams(text).get("label_smoothing")
+            and algorithms.canonical_name(algorithm) in algorithms.SHIPPED
+            and not reads_it(algorithm)):
+        raise ValueError(f"{algorithm} does not read the hparam label_smoothing, as only "
+                         f"{', '.join(filter(reads_it, algorithms.SHIPPED))} do. Leave it out, or "
+                         'give it to a teacher: {"run": "ERM", "hparams": {"label_smoothing": '
+                         '0.1}}.')
 
 
 def override(hparams: dict[str, Any], text: str | None, takes: Mapping[str, Takes] = {}

@@ -66,7 +66,7 @@ def check(algorithm_class: type, hparams: dict) -> None:
         for cannot, reason in _obstacles(algorithm_class, hparams, on_top):
             if cannot:
                 _refuse(name, reason)
-    elif idle := [key for key in ("distill", "distill_weight", "teacher_mix") if key in hparams]:
+    elif idle := [key for key in composition.OF_TEACHERS if key in hparams]:
         raise ValueError(f"{name}: {idle[0]} needs teachers. Name one, for example "
                          '"teachers": ["run:ERM"].')
 
@@ -75,6 +75,7 @@ def _obstacles(cls: type, hparams: dict, on_top: list[composition.Teacher]
                ) -> Iterator[tuple[object, str]]:
     """Whether each obstacle is there, and the reason to give then."""
     words, mix = composition.words(hparams), hparams.get("teacher_mix", "sum")
+    template = hparams.get("teacher_template", "{}")
     known = list(composition.DISTILL)
     yield cls.learns_from_run, 'it brings its own teacher. Name that by "teacher": "run:..."'
     yield cls.teacher_logits is not None, (
@@ -93,6 +94,8 @@ def _obstacles(cls: type, hparams: dict, on_top: list[composition.Teacher]
         f"teacher_mix is {mix!r}; it takes {', '.join(composition.MIXES)}")
     yield mix != "sum" and words != ["logit"], (
         f'teacher_mix {mix!r} makes one prediction of all teachers, so distill must be "logit"')
+    yield not isinstance(template, str) or "{}" not in template, (
+        f"teacher_template is {template!r}; it takes a sentence with {{}} in place of the class")
     if "text" in words:
         other = next((each.shown for each in on_top if each.kind != "clip"), None)
         yield other, f"distill \"text\" copies CLIP's sentences, and {other} reads none"
@@ -304,7 +307,8 @@ class Composed:
         super().checkpoint(step, last, validate, batches)
         if step == 0 and self.mix == "accuracy":
             right = [1 - validate(self._costs(i)) / ERROR for i in range(len(self.teachers))]
-            self.taught.shares.copy_(torch.tensor(right) / sum(right))
+            if any(right):  # else the shares stay equal
+                self.taught.shares.copy_(torch.tensor(right) / sum(right))
 
     def _costs(self, i: int):
         """A predictor whose cross-entropy is ERROR where teacher `i` is wrong and 0 elsewhere."""

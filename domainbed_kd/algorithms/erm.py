@@ -16,12 +16,18 @@ class ERM(Algorithm):
     """Cross-entropy on all domains' images, concatenated.
 
     The hparam `label_smoothing` spreads that share of each label over all classes. It is meant for
-    teachers.
+    teachers. A method with an `update` of its own does not read it, nor takes it.
     """
 
     takes = Algorithm.takes | {"label_smoothing": between(0, 1)}
 
     needs_image_labels = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "update" in vars(cls):
+            cls.takes = {name: takes for name, takes in cls.takes.items()
+                         if name != "label_smoothing"}
 
     def __init__(self, input_shape, num_classes, num_domains, hparams):
         super().__init__(input_shape, num_classes, num_domains, hparams)

@@ -17,9 +17,11 @@ DISTILL = {"logit": "KD", "feature": "Feature", "feature_mse": "FeatureMSE",
 MIXES = ("sum", "mean", "accuracy")
 #: Prefixes of state that teachers and schedules add, which predictions do not need.
 STATE = ("taught.", "schedule.")
+#: Hparams that need added teachers.
+OF_TEACHERS = ("distill", "distill_weight", "distill_temperature", "teacher_mix",
+               "teacher_template", "base_weight")
 #: Hparams of the student that its teachers do not share.
-OWN = ("teacher", "teachers", "distill", "distill_weight", "distill_temperature", "teacher_mix",
-       "teacher_template", "base_weight", "averaging", "sma_start", "beta_average", "beta_start")
+OWN = ("teacher", "teachers", *OF_TEACHERS, "averaging", "sma_start", "beta_average", "beta_start")
 # Hparams that choose the network or its weights.
 _NETWORK = ("backbone", "weights", "resnet18", "resnet50_augmix", "vit", "dinov2")
 _FORMS = ('a teacher is "run:ALGORITHM", {"run": ALGORITHM, "hparams": {...}, "steps": N, '

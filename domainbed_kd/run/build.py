@@ -162,6 +162,7 @@ def choose_hparams(args: dict) -> dict:
     else:
         seed = seed_hash(args["hparams_seed"], args["trial_seed"])
         hparams = hparams_registry.random_hparams(args["algorithm"], args["dataset"], seed)
+    hparams_registry.refuse_label_smoothing(args["algorithm"], args["hparams"])
     takes = algorithms.get_algorithm_class(args["algorithm"]).takes
     hparams |= hparams_registry.of_teachers(args["hparams"], seed)
     hparams = hparams_registry.override(hparams, args["hparams"], takes)

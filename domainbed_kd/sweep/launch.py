@@ -102,7 +102,7 @@ def refuse_teachers(some: list[Job]) -> None:
 
     Jobs without them, and plug-ins that are not loaded, are left to their own start.
     """
-    checked = set(composition.OWN)
+    checked = {*composition.OWN, "label_smoothing"}
     asked = {str([each.train_args.get(name) for name in _DECISIVE]): each.train_args
              for job in some if checked & hparams_of(job.train_args).keys()
              for each in (*job.teachers, job)}
@@ -116,13 +116,14 @@ def hparams_of(train_args: dict) -> dict:
 
 
 def _refuse_teachers(train_args: dict) -> None:
-    from domainbed_kd import backbones, clip_teacher, teachers
+    from domainbed_kd import backbones, clip_teacher, hparams_registry, teachers
     from domainbed_kd.algorithms import base, composed
 
     cls = algorithms.get_algorithm_class(train_args["algorithm"])
     if not issubclass(cls, base.Algorithm):
         return
     dataset, hparams = train_args["dataset"], hparams_of(train_args)
+    hparams_registry.refuse_label_smoothing(train_args["algorithm"], train_args.get("hparams"))
     composed.check(cls, hparams | {"task": datasets.facts(dataset).TASK.name})
     asked = (*composition.teachers(hparams), composition.teacher_of_method(hparams))
     for teacher in filter(None, asked):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import SMALL, StubCLIP, Teacher, bits, minibatches, run, same_bits
+from clips import SMALL, StubCLIP, Teacher, bits, make, minibatches, run, same_bits
 from conftest import seed_everything
 from torch import nn
 
@@ -113,6 +113,12 @@ def test_every_other_base_is_refused_in_one_line_before_anything_is_built(name):
 
 @pytest.mark.parametrize("name, hparams, words", [
     ("ERM", {"distill": "logit"}, "distill needs teachers"),
+    ("ERM", {"distill_weight": 1.0, "teachers": []}, "distill_weight needs teachers"),
+    ("ERM", {"distill_temperature": 1.0}, "distill_temperature needs teachers"),
+    ("ERM", {"teacher_mix": "mean"}, "teacher_mix needs teachers"),
+    ("ERM", {"teacher_template": "a {}"}, "teacher_template needs teachers"),
+    ("ERM", {"base_weight": 0.5}, "base_weight needs teachers"),
+    ("ERM", {"teachers": ["clip"], "teacher_template": "nothing"}, "a sentence with {} in place"),
     ("ERM", {"teachers": "clip"}, "it takes a list"),
     ("ERM", {"teachers": ["run:"]}, "names nothing after the colon"),
     ("ERM", {"teachers": [3]}, "3 is not a teacher"),
@@ -179,7 +185,6 @@ def test_a_users_method_that_makes_its_own_steps_is_refused_in_its_first_update(
 
 
 def test_erm_with_a_teacher_is_kd():
-    from clips import make
 
     batches = minibatches(4)
     kd = make("KD", teacher=Teacher(seed=1), kd_alpha=0.3, kd_temperature=2.0)
@@ -197,7 +202,6 @@ def test_erm_with_a_teacher_is_kd():
 
 
 def test_erm_with_clip_and_sma_is_scmd_without_selection_and_cross_modality():
-    from clips import make
 
     batches = minibatches(6)
     scmd = make("SCMD", clip_model=StubCLIP(), scmd_lambda1=0.8, scmd_lambda2=0.0,
@@ -362,6 +366,16 @@ def test_shares_by_accuracy_are_those_of_the_validation_images(frozen):
     assert torch.equal(before, algorithm.taught.shares)
 
 
+def test_teachers_that_are_all_wrong_have_equal_shares(frozen):
+    algorithm = build("ERM", teachers=["run:ERM", "run:SWAD"], teacher=["0", "1"],
+                      teacher_mix="accuracy")
+    x = torch.rand(40, *SHAPE)
+    algorithm.checkpoint(0, False, lambda predict: F.cross_entropy(
+        predict(x), (predict(x).argmax(1) + 1) % 3).item(), None)
+    assert algorithm.taught.shares.tolist() == [0.5, 0.5]
+    assert np.isfinite(run(algorithm, minibatches())[0]["logit"])
+
+
 def test_teachers_see_the_images_that_the_student_was_given():
     algorithm = build("Mixup", teachers=["clip"])
     seen = []
@@ -494,6 +508,28 @@ def test_a_label_smoothed_teacher_learns_labels_that_all_classes_share():
         -(wanted * log_p).sum(1).mean().item(), rel=1e-5)
     with pytest.raises(ValueError, match="label_smoothing is 2"):
         build("ERM", label_smoothing=2)
+
+
+@pytest.mark.parametrize("name", algorithms.SHIPPED)
+def test_label_smoothing_is_refused_by_exactly_the_methods_whose_losses_it_does_not_change(name):
+    def losses(**changes):
+        algorithm = make(name, total_steps=2, resnet18=name != "SDViT", **changes)
+        seed_everything(7)
+        return run(algorithm, minibatches(2))
+
+    is_read = name != "CLIP" and losses() != losses(label_smoothing=0.5)
+    if is_read:
+        hparams_registry.refuse_label_smoothing(name, '{"label_smoothing": 0.5}')
+    else:
+        with pytest.raises(ValueError, match=f"{name} does not read .* only ERM, ARM, SMA, SWAD, "):
+            hparams_registry.refuse_label_smoothing(name, '{"label_smoothing": 0.5}')
+    hparams_registry.refuse_label_smoothing(name, '{"label_smoothing": 0}')
+
+
+def test_a_run_with_label_smoothing_that_its_method_does_not_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="KD does not read the hparam label_smoothing"):
+        train.main(["--algorithm", "KD", "--dataset", "Debug28", "--output_dir", str(tmp_path),
+                    "--hparams", '{"label_smoothing": 0.5}'])
 
 
 # What rows are called, and what teachers' runs are.
