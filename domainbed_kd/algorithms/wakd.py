@@ -4,10 +4,10 @@ Berezovskiy & Morozov, "Weight Averaging Improves Knowledge Distillation under D
 2023 workshop on out-of-distribution generalization, https://arxiv.org/abs/2309.11446. Loss and
 constants from the authors' code (github.com/vorobeevich/distillation-in-dg). As theirs, the average
 starts after a tenth of the run.
-Departures: the teacher is the sweep's ERM run unless `--teacher` names a SWAD run, which theirs is;
-a run has DomainBed's length, not 50,000 steps, and DomainBed's crops, not crops of 8 % of an image
-and more; BatchNorm learns, and its statistics are averaged, unless `freeze_bn`; the temperature is
-drawn.
+Departures: the teacher is the sweep's ERM run; theirs is a SWAD run of a larger network, as the
+hparam `teacher` asks for ("run:SWAD": one of the student's network); a run has DomainBed's length,
+not 50,000 steps, and DomainBed's crops, not crops of 8 % of an image and more; BatchNorm learns,
+and its statistics are averaged, unless `freeze_bn`; the temperature is drawn.
 """
 
 from domainbed_kd.algorithms.base import above, at_least, fixed, or_null

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
 from domainbed_kd import datasets, machine
+from domainbed_kd.algorithms import display_name
 from domainbed_kd.folder import curves
 from domainbed_kd.sweep import measure
 from domainbed_kd.sweep.jobs import Job
@@ -221,7 +222,7 @@ def forecast(launches: list[argparse.Namespace], all_jobs: list[Job]) -> int:
     for kind, some in kinds.items():
         seconds, source = rates.of_run(some[0])
         each = "" if seconds is None else f"{in_words(seconds)} each, "
-        print(f"{' '.join(kind)}: {_counts(some, teachers)}; {each}{source}")
+        print(f"{display_name(kind[0])} {kind[1]}: {_counts(some, teachers)}; {each}{source}")
     print(f"total: {len(all_jobs)} runs, {len(teachers)} teachers, {_n_done(all_jobs)} done")
     _print_own_lengths(all_jobs)
     prices = Prices(args, rates, all_jobs,

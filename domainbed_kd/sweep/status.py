@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 
+from domainbed_kd.algorithms import display_name
 from domainbed_kd.folder import files
 from domainbed_kd.sweep import jobs, plan
 from domainbed_kd.sweep.jobs import Job
@@ -30,11 +31,14 @@ def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
 
     If no job is running, `n_slots` of them are expected to run at a time.
     """
-    counts = Counter((kind, job.train_args[kind], job.state)
+    def shown(job: Job, kind: str = "algorithm") -> str:
+        return display_name(job.train_args[kind])
+
+    counts = Counter((kind, shown(job, kind), job.state)
                      for job in all_jobs for kind in ("algorithm", "dataset"))
     lines = []
     for kind in ("algorithm", "dataset"):
-        names = list(dict.fromkeys(job.train_args[kind] for job in all_jobs))
+        names = list(dict.fromkeys(shown(job, kind) for job in all_jobs))
         width = max(map(len, [kind, *names]))
         lines.append(" ".join([kind.ljust(width), *(s.lower().rjust(12) for s in Job.STATES)]))
         lines += [" ".join([name.ljust(width),
@@ -56,7 +60,7 @@ def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
                      + (f", and {unknown} jobs of unknown length" if unknown else ""))
     lines += [f"failed: {job.output_dir} ({job.label}): {job.why_failed()}"
               for job in all_jobs if job.state == Job.FAILED]
-    diverged = Counter(job.train_args["algorithm"] for job in all_jobs
+    diverged = Counter(shown(job) for job in all_jobs
                        if files.divergence(job.output_dir) is not None)
     if diverged:
         each = ", ".join(f"{name} {n}" for name, n in diverged.items())
@@ -68,7 +72,7 @@ def overview(all_jobs: list[Job], n_slots: int = 1) -> str:
     peaks = defaultdict(list)
     for job in all_jobs:
         if {"rss_mb", "gpu_mb"} <= (cost := job.cost).keys():
-            peaks[job.train_args["algorithm"]].append((cost["rss_mb"], cost["gpu_mb"]))
+            peaks[shown(job)].append((cost["rss_mb"], cost["gpu_mb"]))
     if peaks:
         each = (f"{name} {max(rss for rss, _ in found):.0f} + {max(gpu for _, gpu in found):.0f}"
                 for name, found in peaks.items())

@@ -22,6 +22,13 @@ def test_a_sweep_of_domainbeds_is_seen_as_done_wherever_its_data_lie(tmp_path, c
         ["ERM", "40", "0", "0", "0", "0"]]
 
 
+def test_plan_and_status_name_algorithms_as_tables_do(tmp_path, capsys):
+    for command in ("plan", "status"):
+        assert sweep.main(flags(command, tmp_path, "--algorithms", "VL2VADiP", "4Ds")) == 0
+        found = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+        assert {"VL2V-ADiP", "4Ds"} <= set(found) and not {"VL2VADiP", "FourDs"} & set(found)
+
+
 def test_status_counts_states_by_algorithm_and_by_data_set(tmp_path, capsys):
     args = flags("status", tmp_path, "--algorithms", "ERM", "SWAD", "--datasets", "Debug28",
                  "DigitsDG", "--single_test_envs")
