@@ -1,5 +1,6 @@
 """Published experiments as files of flags, and the flags that they need."""
 
+import itertools
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from domainbed_kd import hparams_registry
 from domainbed_kd.algorithms import get_algorithm_class
 from domainbed_kd.folder import curves
 from domainbed_kd.results import records
+from domainbed_kd.run import build
 from domainbed_kd.scripts import collect_results, sweep, train
 from domainbed_kd.sweep import flags, jobs
 
@@ -83,6 +85,43 @@ def test_a_recipe_has_as_many_runs_as_its_head_says(recipe, tmp_path, data):
     students = [job for job in found if not any(job in other.teachers for other in found)]
     assert len(students) == n
     assert {curves.row(job.train_args).endswith(" (authors' protocol)") for job in found} == {True}
+
+
+@pytest.mark.filterwarnings("ignore:--hparams. nothing here reads")  # of a teacher
+def test_a_recipe_resolves_to_the_published_constants(recipe, tmp_path, data):
+    """tests/data/recipes.json has them as they stand in the papers and in the authors' code.
+
+    Lengths of 5,000 and 50,000 steps are those plus 1, as DomainBed counts.
+    """
+    wanted = json.loads((ROOT / "tests" / "data" / "recipes.json").read_text())[recipe.stem]
+    _, [args] = flags.parse(sweep.build_parser(), [
+        "plan", "--output_dir", str(tmp_path), f"@{recipe}", "--data_dir", str(data)])
+    sweep.load_names([args])
+    assert {name: getattr(args, name) for name in wanted["flags"]} == wanted["flags"]
+    assert json.loads(args.draws or "{}") == wanted.get("draws", {})
+    axes = [dict(zip(wanted.get("grid", {}), point))
+            for point in itertools.product(*wanted.get("grid", {}).values())]
+    assert json.loads(args.grid or "[{}]") == axes
+    datasets, teachers = set(), []
+    for job in jobs.plan([args]):
+        teachers += job.teachers
+        if job.train_args["algorithm"] not in wanted["flags"]["algorithms"] or (
+                job.train_args["hparams_seed"] > 0):
+            continue
+        found = build.choose_hparams(job.train_args)
+        of_dataset = wanted.get("by_dataset", {}).get(job.train_args["dataset"], {})
+        for name, value in (wanted["hparams"] | of_dataset).items():
+            assert found[name] == value, name
+        datasets.add(job.train_args["dataset"])
+    assert datasets == set(args.datasets) and datasets >= wanted.get("by_dataset", {}).keys()
+    assert bool(teachers) == ("teacher" in wanted)
+    for job in teachers:
+        of_teacher = wanted["teacher"]
+        assert job.train_args["algorithm"] == of_teacher["algorithm"]
+        assert job.train_args["steps"] == of_teacher.get("steps", job.train_args["steps"])
+        found = build.choose_hparams(job.train_args)
+        for name, value in of_teacher["hparams"].items():
+            assert found[name] == value, name
 
 
 def small(hparams):
