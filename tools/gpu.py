@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     import torch
 
-    if not torch.cuda.is_available() and not args.quick:
+    device = machine.device()
+    if device.type == "cpu" and not args.quick:
         raise ValueError(f"torch {torch.__version__} sees no GPU here. Run this on a GPU machine, "
                          "or pass --quick to try the tool.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = Sizes(args.quick)
     if args.step_of:
         print(fast_step(args, sizes, device, Path(args.step_of)))
