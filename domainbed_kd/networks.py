@@ -141,9 +141,10 @@ class Frozen(nn.Module):
     preprocessing = "the student's"
     #: Its stored outputs for the current images, which calls then return; see canonical_view.
     recalled: Tensor | None = None
-    #: Of a run: the domains that it held out, and its images' `view_statistics`.
+    #: Of a run: the domains that it held out, its images' `view_statistics`, and its trial seed.
     held_out: Sequence[int] = ()
     statistics: str | None = None
+    trial_seed: int | None = None
 
     #: The network.
     module: nn.Module

@@ -1,6 +1,7 @@
 """Teachers: finished runs, frozen, and the audit of any teacher; CLIP is in clip_teacher.py."""
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,10 @@ def given(hparams: dict[str, Any], num_classes: int,
 
 def _of_same_view(folder: str | Path, hparams: dict[str, Any], num_classes: int,
                   input_shape: Sequence[int] | None) -> networks.Frozen:
-    """As `from_run`, for a student with these hparams; both must normalize images alike."""
+    """As `from_run`, for a student with these hparams; both must normalize images alike.
+
+    Warns on stderr of a run of another trial seed, which splits each domain's images otherwise.
+    """
     teacher = from_run(Path(folder), hparams.get("dataset"), hparams.get("test_envs"), num_classes,
                        input_shape)
     own = hparams.get("view_statistics", "imagenet")
@@ -48,6 +52,11 @@ def _of_same_view(folder: str | Path, hparams: dict[str, Any], num_classes: int,
         raise ValueError(f"The teacher in {folder} takes images with view_statistics "
                          f"{teacher.statistics!r}, and the student's have {own!r}. Train both with "
                          "the same.")
+    if hparams.get("trial_seed") not in (None, teacher.trial_seed):
+        print(f"The teacher in {folder} has trial seed {teacher.trial_seed}, and this run has "
+              f"{hparams['trial_seed']}: it may have trained on this run's validation images, so "
+              "that selection by these is too optimistic. Train both with the same trial seed.",
+              file=sys.stderr)
     return teacher
 
 
@@ -172,7 +181,7 @@ def from_run(folder: Path, dataset: str | None, test_envs: list[int] | None,
                          f"{reason}") from None
     teacher = networks.Frozen(algorithm)
     teacher.weights_loaded = 1.0
-    teacher.held_out = args["test_envs"]
+    teacher.held_out, teacher.trial_seed = args["test_envs"], args["trial_seed"]
     teacher.statistics = hparams.get("view_statistics", "imagenet")
     return teacher
 

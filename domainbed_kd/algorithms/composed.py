@@ -13,6 +13,7 @@ constants; see rise.py. ERM with one teacher, base_weight 1 - alpha and distill_
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -181,6 +182,8 @@ class Composed:
         super().__init__(input_shape, num_classes, num_domains, hparams)
         if not isinstance(self.part("featurizer"), nn.Module):
             _refuse(self.shown_name(), "it has no featurizer and classifier of its own")
+        for warning in composition.named_twice(hparams):
+            print(warning, file=sys.stderr)
         self.words = composition.words(hparams)
         self.weight = hparams.get("distill_weight", 1.0)
         self.base_weight = hparams.get("base_weight", 1.0)

@@ -64,6 +64,13 @@ def teachers(hparams: dict) -> list[Teacher]:
     return [_teacher(each) for each in asked]
 
 
+def named_twice(hparams: dict) -> list[str]:
+    """A warning for each added teacher that is listed more than once."""
+    asked = teachers(hparams)
+    return [f"teachers: {shown} is listed more than once, and each time adds to its weight."
+            for shown in dict.fromkeys(each.shown for each in asked if asked.count(each) > 1)]
+
+
 def teacher_of_method(hparams: dict) -> Teacher | None:
     """The run that teaches a method such as KD; None for the sweep's ERM run."""
     asked = hparams.get("teacher")

@@ -286,7 +286,7 @@ def make_algorithm(args: dict, hparams: dict, dataset, device: torch.device) -> 
     training = training_envs(dataset, args)
     context = {
         "dataset": args["dataset"], "test_envs": args["test_envs"], "task": dataset.TASK.name,
-        "total_steps": args["steps"] or dataset.N_STEPS,
+        "trial_seed": args["trial_seed"], "total_steps": args["steps"] or dataset.N_STEPS,
         "class_names": dataset.class_names, "normalization": dataset.NORMALIZATION}
     taught_by = {"teacher": args["teacher"]} if "teacher" in args else {}
     if dataset.domain_names is not None:

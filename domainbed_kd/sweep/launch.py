@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -78,6 +79,8 @@ def check_hparams(launches: list[argparse.Namespace], new: list[Job]) -> None:
     """Refuses hparams that jobs cannot have, before any is trained; names those nobody reads."""
     for args in launches:
         refuse_idle_mending(args)
+        for warning in itertools.chain(*map(composition.named_twice, given_hparams(args))):
+            print(warning, file=sys.stderr)
         warn_of_unread(args)
     refuse_teachers(new)
 

@@ -484,6 +484,19 @@ def test_a_student_of_teachers_can_teach_in_turn(finished, tmp_path):
                        "--allow_bad_teacher"]) == 0
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_teacher_of_another_trial_seed_and_one_listed_twice_are_named_when_the_run_begins(
+        seed, finished, tmp_path, capfd):
+    asked = f"folder:{finished['ERM']}"
+    hparams = {"batch_size": 4, "teachers": [asked] * (1 + seed)}
+    assert train.main(["--dataset", "Debug28", "--algorithm", "CORAL", "--steps", "1",
+                       "--trial_seed", str(seed), "--output_dir", str(tmp_path),
+                       "--allow_bad_teacher", "--hparams", json.dumps(hparams)]) == 0
+    told = capfd.readouterr().err.splitlines()
+    assert sum("has trial seed 0, and this run has 1" in line for line in told) == 2 * seed
+    assert sum("is listed more than once" in line for line in told) == seed
+
+
 def test_a_run_cannot_teach_itself(tmp_path):
     hparams = {"teachers": [f"folder:{tmp_path}"], "batch_size": 4}
     with pytest.raises(FileNotFoundError, match="holds no finished run"):

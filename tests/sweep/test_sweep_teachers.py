@@ -158,6 +158,13 @@ def test_a_folder_is_refused_in_a_sweep_that_holds_out_a_domain_that_its_run_saw
         sweep.main([*words, "1"])
 
 
+def test_a_teacher_listed_twice_is_named_before_anything_is_launched(tmp_path, capsys):
+    twice = ["run:SWAD", {"run": "SWAD"}, "run:ERM"]
+    assert sweep.main(["plan", *args_of(tmp_path, ["CORAL"], {"teachers": twice})]) == 0
+    assert capsys.readouterr().err == (
+        "teachers: SWAD is listed more than once, and each time adds to its weight.\n")
+
+
 def test_a_finished_sweep_is_priced_whatever_its_hparams(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.Job, "is_done", lambda self: True)
     for job in planned(tmp_path, words := args_of(tmp_path, ["SMA"], {"averaging": "sma"})):
