@@ -64,7 +64,7 @@ def small_pacs(tmp_path):
 @pytest.mark.slow
 def test_the_quick_mode_measures_ratios_of_figures_from_one_run(small_pacs, tmp_path):
     ran = run("--quick", "--only", "card", "pacs", "teachers", "sweep", "small",
-              "--data_dir", small_pacs, "--output", tmp_path)
+              "--data_dir", small_pacs, "--output", tmp_path, "--minutes", "60")
     assert ran.returncode == 0, ran.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
     rows = {row["key"]: row for row in report["rows"]}
