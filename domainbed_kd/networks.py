@@ -17,7 +17,7 @@ from domainbed_kd.segmenters import DeepLab, UNet
 
 __all__ = ["MLP", "MNIST_CNN", "Classifier", "ContextNet", "CosineClassifier", "CountsOnCPU",
            "DINOv2", "DeepLab", "Featurizer", "Frozen", "Normalization", "ResNet", "Staged", "UNet",
-           "WideResNet", "featurizer_and_classifier"]
+           "WideResNet", "featurizer_and_classifier", "sent"]
 
 
 def Featurizer(input_shape: Sequence[int], hparams: Mapping[str, Any]) -> nn.Module:
@@ -139,7 +139,8 @@ class Frozen(nn.Module):
     weights_loaded: float | None = None
     #: How the student's images are changed first, in words.
     preprocessing = "the student's"
-    #: Its stored outputs for the current images, which calls then return; see canonical_view.
+    #: Its stored outputs for the current images, on their device, which calls then return; see
+    #: canonical_view.
     recalled: Tensor | None = None
     #: Of a run: the domains that it held out, its images' `view_statistics`, and its trial seed.
     held_out: Sequence[int] = ()
@@ -156,7 +157,7 @@ class Frozen(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """The teacher's output for x (B, ...), without gradients, or the recalled one."""
-        return self.look(x) if self.recalled is None else self.recalled.to(x.device)
+        return self.look(x) if self.recalled is None else self.recalled
 
     def look(self, x: Tensor) -> Tensor:
         """The module's output."""
@@ -165,7 +166,7 @@ class Frozen(nn.Module):
     def keep(self, rows: Tensor) -> None:
         """Selects rows of `recalled`, as a method does of the batch's images."""
         if self.recalled is not None:
-            self.recalled = self.recalled[rows.to(self.recalled.device)]
+            self.recalled = self.recalled[rows]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.module._apply(fn, recurse)
@@ -188,6 +189,11 @@ class CountsOnCPU(nn.Module):
         super()._apply(fn, recurse)
         self._buffers.update(counters)
         return self
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device; a GPU copies it from pinned memory while the CPU continues."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class MLP(nn.Module):

@@ -252,7 +252,8 @@ class MosaicKD(Taught):
 
     def synthesize(self, n: int, noise: torch.Generator) -> Tensor:
         """Images (n, C, H, W), normalized as the dataset's, from noise drawn on the CPU."""
-        z = torch.randn(n, self.hparams["mosaic_z_dim"], generator=noise).to(self.mean)
+        z = torch.randn(n, self.hparams["mosaic_z_dim"], generator=noise)
+        z = networks.sent(z, self.mean.device).to(self.mean.dtype)
         return (self.generator(z) - self.mean) / self.std
 
     def _play(self, real, noise):

@@ -17,8 +17,8 @@ from domainbed_kd.algorithms.base import Algorithm, detached
 def randomize_style(features: Tensor) -> Tensor:
     """Gives each row of features (B, D) a mix of its own and a random row's mean and variance."""
     content, mean, variance = _normalize(features)
-    share = torch.rand(len(features), 1).to(features.device)
-    other = torch.randperm(len(features)).to(features.device)
+    share = networks.sent(torch.rand(len(features), 1), features.device)
+    other = networks.sent(torch.randperm(len(features)), features.device)
     mean = share * mean + (1 - share) * mean[other]
     variance = share * variance + (1 - share) * variance[other]
     return content * (variance + 1e-5).sqrt() + mean
@@ -28,7 +28,7 @@ def randomize_content(features: Tensor) -> Tensor:
     """Gives each row of features (B, D) a random row's detached content; keeps its style."""
     content, mean, variance = _normalize(features)
     torch.rand(len(features), 1)  # DomainBed draws a mix here too; this keeps its random stream
-    other = torch.randperm(len(features)).to(features.device)
+    other = networks.sent(torch.randperm(len(features)), features.device)
     return content[other].detach() * (variance + 1e-5).sqrt() + mean
 
 

@@ -15,7 +15,7 @@ from domainbed_kd.algorithms.andmask import ANDMask, agreement
 def smooth_mask(gradients: Tensor, tau: float, k: float) -> Tensor:
     """max(0, tanh(k / variance * (agreement in sign - tau))); (...) of (D, ...)."""
     tiny = 1e-17  # DomainBed's value for the variance of one domain, and for 0 times infinity
-    variance = gradients.var(dim=0) if len(gradients) > 1 else gradients.new_tensor(tiny)
+    variance = gradients.var(dim=0) if len(gradients) > 1 else gradients.new_full((), tiny)
     mask = torch.tanh(k * (1 / variance) * (agreement(gradients) - tau)).clamp(min=0)
     return mask.nan_to_num(nan=tiny)
 

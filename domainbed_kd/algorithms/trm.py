@@ -29,14 +29,15 @@ def inverse_hessian_product(head: nn.Linear, features: Tensor, y: Tensor, vector
     """
     loss = F.cross_entropy(head(features), y)
     gradient, = torch.autograd.grad(loss, head.weight, create_graph=True)
-    total, going = vector, True
+    total, going = vector, None
     for step in range(NEUMANN_STEPS):
         product, = torch.autograd.grad(
             gradient, head.weight, grad_outputs=vector, retain_graph=True)
         vector = vector - product
         if step == 0 and doubled:
             total = vector
-        total = torch.where(torch.as_tensor(going), total + vector, total)
+        longer = total + vector
+        total = longer if going is None else torch.where(going, longer, total)
         going = total.abs().max() <= NEUMANN_LIMIT
     return total
 

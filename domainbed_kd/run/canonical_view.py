@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from domainbed_kd import console, datasets, networks
 from domainbed_kd.folder import files
 
+CPU = torch.device("cpu")
+
 
 def check(algorithm: nn.Module) -> None:
     """Refuses methods whose teacher must see the student's view."""
@@ -38,6 +40,7 @@ class CanonicalViews:
         folder: where outputs are kept, memory-mapped; None computes them for this run only.
         key: anything else that they depend on, such as the precision.
         which: whether each teacher, in order, has this view; True for all.
+        device: the algorithm's.
 
     Raises:
         ValueError: if a teacher is not trained yet or not frozen, if changes to the images cannot
@@ -45,8 +48,10 @@ class CanonicalViews:
     """
 
     def __init__(self, algorithm: nn.Module, splits: list, batches: Callable,
-                 folder: Path | None = None, key: str = "", which: bool | list[bool] = True):
+                 folder: Path | None = None, key: str = "", which: bool | list[bool] = True,
+                 device: torch.device = CPU):
         self.splits = splits
+        self.device = device
         self.outputs = {}  # {teacher: [array (N, D) for each split]}
         if algorithm.teacher_logits is not None and not algorithm.teacher_is_ready():
             raise ValueError(f"{type(algorithm).__name__}: canonical_view needs a teacher that is "
@@ -74,8 +79,9 @@ class CanonicalViews:
         rows = [[split.keys[i] for i in loader.indices]
                 for split, loader in zip(self.splits, loaders)]
         for teacher, outputs in self.outputs.items():
-            teacher.recalled = torch.cat(
+            recalled = torch.cat(
                 [torch.from_numpy(array[keys]) for array, keys in zip(outputs, rows)])
+            teacher.recalled = networks.sent(recalled, self.device)
         try:
             yield
         finally:
@@ -91,7 +97,7 @@ def of_run(run, in_order: Callable, folder: str | None) -> CanonicalViews | None
         return CanonicalViews(
             run.algorithm, [run.splits.in_[i] for i in run.training], in_order, folder,
             key=f"{run.device.type} {'fast' if run.is_fast else 'exact'}",
-            which=run.hparams["canonical_view"])
+            which=run.hparams["canonical_view"], device=run.device)
 
 
 def _teachers(algorithm) -> list:

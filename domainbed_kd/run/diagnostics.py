@@ -11,6 +11,7 @@ import contextlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,10 @@ class WeightDistance:
     def __init__(self, algorithm: nn.Module):
         network = algorithm.part("network")
         self.student = network if isinstance(network, nn.Module) else algorithm
-        self.total = 0.0
-        self.by_layer: dict[str, float] = defaultdict(float)
+        self._total = 0.0
+        self._by_layer: dict[str, float] = defaultdict(float)
+        #: Of each step that is not in the sums yet: the layers, and their squared lengths.
+        self._steps: list[tuple[list[str], Tensor]] = []
         self.restart()
         self.initial_norm = sum(w.double().square().sum().item()
                                 for w in self.before.values()) ** 0.5
@@ -48,15 +51,47 @@ class WeightDistance:
 
     @torch.no_grad()
     def add_step(self) -> None:
-        """Adds the distance from the weights of the last call to the current ones."""
-        squares: dict[str, float] = defaultdict(float)
+        """Adds the distance from the weights of the last call to the current ones.
+
+        It does not wait for a GPU: the sums are read when they are asked for.
+        """
+        squares: dict[str, Any] = defaultdict(float)
         for name, new in self._weights():
             squares[name.rpartition(".")[0]] += (
-                new.double() - self.before[name].double()).square().sum().item()
+                new.double() - self.before[name].double()).square().sum()
             self.before[name].copy_(new)
-        self.total += sum(squares.values()) ** 0.5
-        for layer, square in squares.items():
-            self.by_layer[layer] += square ** 0.5
+        if squares:
+            self._steps.append((list(squares), torch.stack(list(squares.values()))))
+
+    @property
+    def total(self) -> float:
+        """The distance of all weights."""
+        self._add_up()
+        return self._total
+
+    @property
+    def by_layer(self) -> dict[str, float]:
+        """The distance of each layer's weights."""
+        self._add_up()
+        return dict(self._by_layer)
+
+    def _add_up(self) -> None:
+        for layers, squares in self._steps:
+            of_layers = squares.tolist()
+            self._total += sum(of_layers) ** 0.5
+            for layer, square in zip(layers, of_layers):
+                self._by_layer[layer] += square ** 0.5
+        self._steps = []
+
+    def state_dict(self) -> dict:
+        """The sums so far, as plain numbers."""
+        return {"total": self.total, "by_layer": self.by_layer, "initial_norm": self.initial_norm}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues from `state` and the current weights."""
+        self._total, self.initial_norm = state["total"], state["initial_norm"]
+        self._by_layer = defaultdict(float, state["by_layer"])
+        self.restart()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, w) for name, w in self.student.named_parameters() if w.requires_grad)
@@ -78,15 +113,11 @@ class Diagnostics:
 
     def state_dict(self) -> dict:
         """The sums so far, as plain numbers."""
-        return {"total": self.distance.total, "by_layer": dict(self.distance.by_layer),
-                "initial_norm": self.distance.initial_norm}
+        return self.distance.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         """Continues from `state`; the algorithm must have been restored already."""
-        self.distance.total = state["total"]
-        self.distance.by_layer = defaultdict(float, state["by_layer"])
-        self.distance.initial_norm = state["initial_norm"]
-        self.distance.restart()
+        self.distance.load_state_dict(state)
 
     def measure(self) -> dict:
         """The current measures, by the names that docs/analysis.md explains."""
@@ -99,7 +130,7 @@ class Diagnostics:
         if self.distance.before:
             found |= {"weight_distance": self.distance.total,
                       "weight_distance_relative": self.distance.total / self.distance.initial_norm,
-                      "weight_distance_by_layer": dict(self.distance.by_layer)}
+                      "weight_distance_by_layer": self.distance.by_layer}
         return found
 
     def _of_domains(self) -> dict:

@@ -126,6 +126,19 @@ def test_one_of_several_teachers_may_have_it(domains):
         CanonicalViews(student, parts, IN_ORDER, which=[True])
 
 
+def test_recalled_outputs_and_selected_rows_stay_on_the_students_device(domains):
+    parts = splits.make_splits(domains(), [2], 0, 0.2).in_[:2]
+    teacher, meta = networks.Frozen(Teacher(n_classes=2).eval()), torch.device("meta")
+    views = CanonicalViews(
+        Student(teacher=teacher, teacher_logits=None), parts, IN_ORDER, device=meta)
+    endless = [iter(loaders.InfiniteDataLoader(split, None, 4, 8)) for split in parts]
+    x = torch.cat([next(loader)[0] for loader in endless]).to(meta)
+    with views.recalled(endless):
+        assert teacher(x).device == meta and teacher(x).shape == (8, 2)
+        teacher.keep(torch.tensor([5, 0], device=meta))  # reading these rows would fail
+        assert teacher(x).device == meta and teacher(x).shape == (2, 2)
+
+
 def test_a_changed_image_or_teacher_is_looked_at_again(domains, tmp_path):
     folder = tmp_path / "cache"
     views_of(domains, folder)

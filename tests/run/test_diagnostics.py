@@ -253,3 +253,16 @@ def test_the_distance_is_that_of_the_student_alone(name):
     distance.add_step()
     n_weights = sum(p.numel() for p in algorithm.network.parameters())
     assert distance.total == pytest.approx(0.5 * math.sqrt(n_weights), rel=1e-4)
+
+
+def test_a_step_reads_no_distance_back():
+    dataset = datasets.get_dataset_class("Debug28")(None, [0], {})
+    args = {"dataset": "Debug28", "algorithm": "ERM", "test_envs": [0], "hparams_seed": 0,
+            "hparams": None, "steps": 5}
+    algorithm = build.make_algorithm(args, build.choose_hparams(args), dataset, torch.device("cpu"))
+    distance = diagnostics.WeightDistance(algorithm)
+    algorithm.to("meta")  # where reading a value fails
+    distance.restart()
+    distance.add_step()
+    with pytest.raises(NotImplementedError):
+        _ = distance.total
