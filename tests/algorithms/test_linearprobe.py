@@ -50,7 +50,7 @@ def test_a_network_of_timms_sees_images_with_its_own_mean_and_deviation(name, we
     assert torch.equal(copy.predict(x), algorithm.predict(x))
     averaged = probe(name, file, averaging.averaged(get_algorithm_class("LinearProbe"), "sma"))
     averaged.train().update([(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2, 0]))])
-    torch.testing.assert_close(averaged.eval().predict(x), averaged.classifier(of_half),
+    torch.testing.assert_close(averaged.eval().predict(x), averaged.average.network[-1](of_half),
                                rtol=1e-4, atol=1e-5)
 
 
