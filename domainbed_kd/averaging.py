@@ -24,6 +24,7 @@ from torch.optim.swa_utils import update_bn
 
 from domainbed_kd import networks
 from domainbed_kd.loss_valley import LossValley, Segment, add_to_mean
+from domainbed_kd.seeds import forked_rng
 
 
 class MovingAverage(networks.CountsOnCPU):
@@ -225,7 +226,7 @@ class WithLossValley:
             return
         if (last or step % self.interval == 0) and not self.valley.dead:
             n = self.average.n_updates.item()
-            with torch.random.fork_rng():  # MTL draws when it predicts
+            with forked_rng():  # MTL draws when it predicts
                 loss = validate(super().predict)
             self.valley.add(Segment(
                 {name: tensor.to("cpu", copy=True)
@@ -254,7 +255,7 @@ class WithLossValley:
                     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training]
         if learning:
             images = (torch.cat([x for x, _ in minibatches]) for minibatches in batches)
-            with torch.random.fork_rng(), self.average.in_place_of(self.network):
+            with forked_rng(), self.average.in_place_of(self.network):
                 update_bn(images, predictor)
 
 

@@ -192,8 +192,10 @@ class CountsOnCPU(nn.Module):
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on a device; a GPU copies it from pinned memory while the CPU continues."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor on a device; a GPU copies it from pinned memory while the CPU continues."""
+    if device.type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)  # pins only what is not yet pinned
+    return x.to(device)
 
 
 class MLP(nn.Module):

@@ -1,6 +1,8 @@
-"""The root of every draw, split and job seed: a hash that depends on the values alone."""
+"""The seed of every draw, split and job, a hash of values; and draws that leave no trace."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 
 def seed_hash(*args) -> int:
@@ -11,3 +13,18 @@ def seed_hash(*args) -> int:
     """
     text = str(args).encode("utf-8")
     return int(hashlib.md5(text).hexdigest(), 16) % 2**31
+
+
+@contextlib.contextmanager
+def forked_rng() -> Iterator[None]:
+    """Leaves torch's global random streams as they were, whatever is drawn inside.
+
+    Everything that a method builds beyond ERM's student is built inside, so that with its extra
+    weights at 0 it trains as ERM does, bit for bit.
+    """
+    import torch
+
+    # Without CUDA in use there is no stream of a GPU to save, and asking for one would start it.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield

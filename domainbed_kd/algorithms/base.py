@@ -1,6 +1,5 @@
 """The base of every algorithm: DomainBed's constructor, `update` and `predict`."""
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from domainbed_kd import networks
 from domainbed_kd.datasets import MultipleDomainDataset
+from domainbed_kd.seeds import forked_rng as forked_rng  # for methods, beside what they extend
 
 #: Hparams: {name: (default, draw)}, where draw(RandomState) -> value.
 Space: TypeAlias = dict[str, tuple[Any, Callable[[Any], Any]]]
@@ -57,18 +57,6 @@ def one_of(*known: str) -> Takes:
 def or_null(takes: Takes) -> Takes:
     """The same values, or None (null in JSON)."""
     return Takes(lambda value: value is None or takes.fits(value), f"{takes.words}, or null")
-
-
-@contextlib.contextmanager
-def forked_rng() -> Iterator[None]:
-    """Leaves the global random streams as they were, whatever is drawn inside.
-
-    Everything that a method builds beyond ERM's student is built inside, so that with its extra
-    weights at 0 it trains as ERM does, bit for bit.
-    """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 def domain_labels(minibatches: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, RandomSampler
 
-from domainbed_kd.algorithms.base import Algorithm, forked_rng
+from domainbed_kd.algorithms.base import Algorithm
 from domainbed_kd.plugin import sightings
+from domainbed_kd.seeds import forked_rng
 
 
 def end_step(core: Algorithm, method: str, num_domains: int, step: int) -> None:

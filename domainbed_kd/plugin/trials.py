@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from domainbed_kd.plugin import guests
+from domainbed_kd.seeds import forked_rng
 
 OWN_SCRIPT = "domainbed.scripts.train"
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
@@ -191,7 +192,7 @@ def write_weights(folder: Path) -> None:
     for build, files in ((models.resnet18, ("resnet18-f37072fd.pth", "resnet18-5c106cde.pth")),
                          (models.resnet50, ("resnet50-0676ba61.pth", "resnet50-19c8e357.pth",
                                             "resnet50-11ad3fa6.pth"))):
-        with torch.random.fork_rng():
+        with forked_rng():
             torch.manual_seed(0)
             state = build().state_dict()
         for file in files:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision import transforms as T
 
-from domainbed_kd import datasets
+from domainbed_kd import datasets, networks
 from domainbed_kd.run.image_cache import ImageCache
 
 # Shares of red, green and blue in an image's gray (ITU-R 601).
@@ -118,7 +118,7 @@ def distorted(x: Tensor) -> Tensor:
         from domainbed_kd.run import kernels
 
         settings = torch.cat([orders, factors, flips, grays], dim=1)
-        return kernels.distort(x, sent(settings, x.device), datasets.IMAGENET_MEAN,
+        return kernels.distort(x, networks.sent(settings, x.device), datasets.IMAGENET_MEAN,
                                datasets.IMAGENET_STD)
     out = torch.empty(x.shape, device=x.device)
     with torch.inference_mode():  # less work for each of some sixty small operations
@@ -150,13 +150,6 @@ def kernels_run(device: torch.device, shape: torch.Size) -> bool:
               file=sys.stderr)
         return False
     return True
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; a GPU copies it while the CPU continues."""
-    if device.type == "cuda" and not x.is_cuda:
-        return x.pin_memory().to(device, non_blocking=True)  # pins only what is not yet pinned
-    return x
 
 
 def _distort(jitter: "Jitter", x: Tensor, out: Tensor, flip: bool, gray: bool, order: list[int],

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from domainbed_kd import algorithms, datasets, hparams_registry, machine
+from domainbed_kd import algorithms, datasets, hparams_registry, machine, networks
 from domainbed_kd.algorithms import composed
 from domainbed_kd.datasets import images
 from domainbed_kd.run import (
@@ -115,15 +115,15 @@ class Run:
     def to_device(self, batch) -> list:
         """An (x, y) pair on the device, its transform finished there."""
         x, y = batch
-        return [self.finish(x) if self.finish.takes(x) else augmentation.sent(x, self.device),
-                augmentation.sent(y, self.device)]
+        return [self.finish(x) if self.finish.takes(x) else networks.sent(x, self.device),
+                networks.sent(y, self.device)]
 
     def minibatches(self, batches: list) -> list:
         """The same for several batches, finished together."""
         if not all(self.finish.takes(x) for x, _ in batches):
             return [self.to_device(batch) for batch in batches]
         x = self.finish(*(x for x, _ in batches)).split([len(y) for _, y in batches])
-        return [[part, augmentation.sent(y, self.device)] for part, (_, y) in zip(x, batches)]
+        return [[part, networks.sent(y, self.device)] for part, (_, y) in zip(x, batches)]
 
 
 def build(args: dict, loader_processes: int | None = None, cache_folder: str | None = None,

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from domainbed_kd import datasets, tasks, teachers
-from domainbed_kd.algorithms.base import forked_rng
+from domainbed_kd import datasets, networks, tasks, teachers
 from domainbed_kd.folder import files
-from domainbed_kd.run import augmentation, diagnostics, records
+from domainbed_kd.run import diagnostics, records
 from domainbed_kd.run.build import Run
 from domainbed_kd.run.readers import Turn
-from domainbed_kd.seeds import seed_hash
+from domainbed_kd.seeds import forked_rng, seed_hash
 
 # float16, after subtracting each image's largest logit: precision is highest near the largest, and
 # softmax changes by less than 3e-8.
@@ -53,7 +52,7 @@ class Evaluator:
         run = self.run
         if split not in self._held_out and not run.is_fast and run.finish.reserve(
                 len(split) * math.prod(run.dataset.input_shape)):
-            self._held_out[split] = [[augmentation.sent(part, run.device) for part in batch]
+            self._held_out[split] = [[networks.sent(part, run.device) for part in batch]
                                      for batch in _whole(split)]
         return map(run.to_device, self._held_out.get(split) or _whole(split))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision import transforms as T
 
-from domainbed_kd import machine
+from domainbed_kd import machine, networks
 from domainbed_kd.datasets.images import opened
 from domainbed_kd.run import augmentation
 from domainbed_kd.run.image_cache import ImageCache
@@ -65,7 +65,7 @@ class Finish:
         if batches[0].dtype == torch.int64:
             return self.store(torch.cat(batches))
         # Joined on the device: on the host the result would not be in pinned memory.
-        x = torch.cat([augmentation.sent(part, self.device) for part in batches])
+        x = torch.cat([networks.sent(part, self.device) for part in batches])
         return augmentation.distorted(x) if self.is_fast else looked_up(x, self.table)
 
     def reserve(self, n_bytes: int) -> bool:
@@ -115,7 +115,7 @@ class Originals:
             windows = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
         height, width = windows[:, 2:].amax(dim=0).tolist()
         about = torch.cat([self.starts[numbers, None], sizes[:, 1:], windows], dim=1)
-        about = augmentation.sent(about, self.pixels.device)
+        about = networks.sent(about, self.pixels.device)
         x = torch.cat([self._cut(part, height, width)
                        for part in about.split(max(1, _AT_ONCE // (height * width)))])
         return augmentation.distorted(x) if augment else looked_up(x, self.table)
@@ -199,7 +199,7 @@ def _settle_finished(dataset, domains: list, finish: Finish) -> None:
     pixels = torch.empty(shape, dtype=torch.uint8, device=finish.device)
     _fill(pixels, domains, lambda image: np.asarray(resize(image)).transpose(2, 0, 1)[None])
     finish.store = lambda rows: looked_up(
-        pixels[augmentation.sent(rows[:, 0], pixels.device)], finish.table)
+        pixels[networks.sent(rows[:, 0], pixels.device)], finish.table)
     _replace(dataset, domains)
 
 
