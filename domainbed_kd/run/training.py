@@ -146,8 +146,9 @@ class Recorder:
             self.pending.tell()
         record |= {**remarks, "hparams": run.hparams, "args": run.args_on_record}
         files.append_record(run.folder, record)
-        records.save_cost(run.folder, run.device, time.monotonic() - self.began,
-                          run.updates_before + step + 1, self.pending.diverged)
+        with run.autocast():  # as memory.json says whether products in updates may use TF32
+            records.save_cost(run.folder, run.device, time.monotonic() - self.began,
+                              run.updates_before + step + 1, self.pending.diverged)
         if run.args["save_model_every_checkpoint"]:
             self._save_model(f"model_step{step}.pkl")
         return record

@@ -7,7 +7,7 @@ import torch
 from test_algorithms import ALGORITHMS, EARLY, SMALL, build, hparams_of, minibatches
 
 from domainbed_kd import datasets
-from domainbed_kd.folder import curves
+from domainbed_kd.folder import curves, files
 from domainbed_kd.results import records, selection
 from domainbed_kd.run import precision
 from domainbed_kd.scripts import collect_results, sweep, train
@@ -70,6 +70,10 @@ def test_only_what_selection_reads_is_evaluated_and_the_mode_goes_on_record(tmp_
     for e, q in zip(exact, quick):
         assert e.keys() - q.keys() == left_out and not q.keys() - e.keys()
         assert q["args"]["fast"] is True and "fast" not in e["args"]
+    for mode in ("exact", "fast"):
+        cost = files.cost(tmp_path / mode)
+        assert cost["tf32_convolutions"] and cost["cudnn_deterministic"]
+        assert cost["tf32_products"] == (mode == "fast") and cost["gpu"] is None
 
 
 def test_a_fast_run_stopped_halfway_ends_in_the_same_numbers(tmp_path, monkeypatch):

@@ -186,6 +186,24 @@ def test_ray_starts_a_cluster_of_its_own_and_refuses_what_it_has_not(ray, tmp_pa
         clusters.ray([command], ray_cpus=999)
 
 
+@pytest.mark.slow
+def test_ray_gives_each_job_its_share_of_a_gpu(ray, tmp_path, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    cluster = Cluster(initialize_head=True, head_node_args={
+        "num_cpus": 4, "num_gpus": 2, "include_dashboard": False})
+    try:
+        for share, wanted in ((0.5, {"0", "1"}), (2, {"0,1", "1,0"}), (None, {"0", "1"})):
+            places = [tmp_path / f"{share} {i}" for i in range(3)]
+            assert clusters.ray([python(code, place) for place in places],
+                                ray_address=cluster.address, ray_gpus=share) == [0, 0, 0]
+            assert {place.read_text() for place in places} <= wanted
+    finally:
+        cluster.shutdown()
+
+
 class Lost:
     """What the launcher sees of Ray: one job has ended, then its own node dies."""
 
