@@ -184,6 +184,16 @@ def test_any_method_is_averaged_in_any_forks_loop(name, tmp_path):
     assert any(not torch.equal(live[key], mean[key]) for key in live)
 
 
+def test_a_method_of_ours_takes_teachers_in_a_forks_loop(tmp_path):
+    fork = make_fork(tmp_path, "DomainBed")
+    hparams = json.dumps({"teachers": ["tiny"], "distill": ["logit", "text"], "xded_unistyle": []})
+    words, folder = command("DomainBed", "XDED", "--steps", "2", "--hparams", hparams)
+    process = python("-m", *words, cwd=fork)
+    assert process.returncode == 0, process.stderr
+    record = json.loads((fork / folder / "results.jsonl").read_text().splitlines()[-1])
+    assert record["loss"] > record["classify"] and record["logit"] > 0 and record["text"] > 0
+
+
 IN_A_LOOP = LOOK.format(name="SWAD", arguments="None, [1], hparams") + """
 import numpy as np
 import torch.nn.functional as F
