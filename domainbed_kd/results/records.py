@@ -132,10 +132,10 @@ def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
     first = _decode(lines[0])
     if curves.problem(first):
         return None
-    names, decoder, values, settings = _decoder(tuple(first))
     try:
+        names, decoder, values, settings = _decoder(tuple(first))
         records = decoder.decode_lines(content)
-    except msgspec.DecodeError:
+    except (ValueError, msgspec.DecodeError):  # the former from quotes in a name, which it refuses
         return None
     same = settings(records[0])
     if len(records) != len(lines) or any(settings(record) != same for record in records):

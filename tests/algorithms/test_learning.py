@@ -15,7 +15,8 @@ OURS = [name for name in SHIPPED
 # Students that are CLIP's own image network, at their own lr.
 CLIPS_NETWORK = ("CLIPood", "VL2VSD")
 # Averages of a short run begin when something has been learnt.
-SHORT = {"SCMD": {"scmd_sma_start": 50, "scmd_worst_case": 1.0}, "WAKD": {"wakd_start": 50}}
+SHORT = {"SCMD": {"scmd_sma_start": 50, "scmd_worst_case": 1.0}, "WAKD": {"wakd_start": 50},
+         "SMA": {"sma_start": 50}}
 
 
 @functools.cache

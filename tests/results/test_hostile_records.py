@@ -7,6 +7,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_records import line, write
@@ -70,6 +71,13 @@ def test_tables_are_made_of_what_is_sound_and_the_rest_is_one_line(content):
         skipped = [text for text in err.getvalue().splitlines() if text.startswith("skipped")]
     assert len(skipped) in (0, 4)
     assert out.getvalue().count("VLCS") > 4
+
+
+@pytest.mark.parametrize("name", ['"', "\\", "\x1f", "", "a\nb", "\u00e9"])
+def test_a_record_counts_whatever_its_other_entries_are_called(name, tmp_path):
+    record = json.loads(line(10)) | {name: None}
+    write(tmp_path / "run", json.dumps(record))
+    assert len(list(records.Folder(tmp_path).curves())) == 1
 
 
 @quick

@@ -243,8 +243,8 @@ def test_a_warm_up_teacher_is_compared_once_it_is_ready(tmp_path):
 @pytest.mark.parametrize("name", ["ERM", "KD", "SMA", "SagNet"])
 def test_the_distance_is_that_of_the_student_alone(name):
     dataset = datasets.get_dataset_class("Debug28")(None, [0], {})
-    args = {"dataset": "Debug28", "algorithm": name, "test_envs": [0], "hparams_seed": 0,
-            "hparams": None, "steps": 5}
+    args = {"dataset": "Debug28", "algorithm": name, "test_envs": [0], "trial_seed": 0,
+            "hparams_seed": 0, "hparams": None, "steps": 5}
     algorithm = build.make_algorithm(args, build.choose_hparams(args), dataset, torch.device("cpu"))
     distance = diagnostics.WeightDistance(algorithm)
     with torch.no_grad():
@@ -257,8 +257,8 @@ def test_the_distance_is_that_of_the_student_alone(name):
 
 def test_a_step_reads_no_distance_back():
     dataset = datasets.get_dataset_class("Debug28")(None, [0], {})
-    args = {"dataset": "Debug28", "algorithm": "ERM", "test_envs": [0], "hparams_seed": 0,
-            "hparams": None, "steps": 5}
+    args = {"dataset": "Debug28", "algorithm": "ERM", "test_envs": [0], "trial_seed": 0,
+            "hparams_seed": 0, "hparams": None, "steps": 5}
     algorithm = build.make_algorithm(args, build.choose_hparams(args), dataset, torch.device("cpu"))
     distance = diagnostics.WeightDistance(algorithm)
     algorithm.to("meta")  # where reading a value fails
