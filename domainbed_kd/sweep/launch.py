@@ -15,13 +15,13 @@ from pathlib import Path
 
 from domainbed_kd import algorithms, console, datasets
 from domainbed_kd.folder import claims, composition, files, manifest
-from domainbed_kd.sweep import workers
+from domainbed_kd.sweep import listing, workers
 from domainbed_kd.sweep.flags import for_manifest, of_plugins
 from domainbed_kd.sweep.jobs import Job
 
 # A job of DomainBed's own code holds no claim. One that wrote within this time may be running.
 RECENT_S = 600
-# What of a job decides whether its hparams are refused.
+# The arguments on which the check of hparams depends.
 _DECISIVE = ("algorithm", "hparams", "dataset", "test_envs")
 
 
@@ -101,21 +101,19 @@ def refuse_idle_mending(args: argparse.Namespace) -> None:
 
 
 def refuse_teachers(some: list[Job]) -> None:
-    """Refuses teachers, averages and the like that jobs cannot have; imports torch to check them.
+    """Refuses teachers and averages that jobs cannot have; imports torch where any are given.
 
     Jobs without them, and plug-ins that are not loaded, are left to their own start.
     """
     checked = {*composition.OWN, "label_smoothing"}
+    # A large sweep has few texts of hparams, so that each is parsed once.
+    texts = {text for text in {job.train_args.get("hparams") for job in some}
+             if text and checked & console.parse_hparams(text).keys()}
     asked = {str([each.train_args.get(name) for name in _DECISIVE]): each.train_args
-             for job in some if checked & hparams_of(job.train_args).keys()
+             for job in some if job.train_args.get("hparams") in texts
              for each in (*job.teachers, job)}
     for _, train_args in sorted(asked.items()):
         _refuse_teachers(train_args)
-
-
-def hparams_of(train_args: dict) -> dict:
-    """A job's --hparams."""
-    return console.parse_hparams(train_args.get("hparams") or "{}")
 
 
 def _refuse_teachers(train_args: dict) -> None:
@@ -125,7 +123,7 @@ def _refuse_teachers(train_args: dict) -> None:
     cls = algorithms.get_algorithm_class(train_args["algorithm"])
     if not issubclass(cls, base.Algorithm):
         return
-    dataset, hparams = train_args["dataset"], hparams_of(train_args)
+    dataset, hparams = train_args["dataset"], listing.hparams_of(train_args)
     hparams_registry.refuse_label_smoothing(train_args["algorithm"], train_args.get("hparams"))
     composed.check(cls, hparams | {"task": datasets.facts(dataset).TASK.name})
     asked = (*composition.teachers(hparams), composition.teacher_of_method(hparams))

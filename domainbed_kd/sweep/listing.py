@@ -61,14 +61,19 @@ def make_args_list(n_trials, dataset_names, algorithms, n_hparams_from, n_hparam
         for hparams_seed in range(n_hparams_from, n_hparams)]
 
 
+def hparams_of(train_args: dict) -> dict:
+    """A job's --hparams, parsed."""
+    text = train_args.get("hparams")
+    return parse_hparams(text) if text else {}
+
+
 def teachers_args(train_args: dict) -> list[dict]:
     """The train arguments of the runs that teach a student.
 
     They are the student's own, with hparams seed 0 and changed as its hparams `teachers` or
     `teacher` say. Without these, a method that learns from a run learns from ERM.
     """
-    text = train_args.get("hparams")
-    hparams = parse_hparams(text) if text else {}
+    hparams = hparams_of(train_args)
     if asked := composition.runs(hparams):
         return [_teacher_args(train_args, each, hparams) for each in asked]
     if not algorithms.learns_from_run(train_args["algorithm"]):
@@ -126,13 +131,13 @@ def _draw(train_args: dict, draws: dict) -> None:
     seed = seed_hash(train_args["hparams_seed"], train_args["trial_seed"])
     drawn = {name: random.Random(seed_hash(seed, name)).choice(values)
              for name, values in draws.items()}
-    train_args["hparams"] = json.dumps(parse_hparams(train_args.get("hparams") or "{}") | drawn)
+    train_args["hparams"] = json.dumps(hparams_of(train_args) | drawn)
 
 
 def count_epochs(train_args: dict, epochs: float) -> None:
     """Sets how many steps a job makes and how often it evaluates, from a number of epochs."""
     found = counts.sizes(train_args["dataset"], train_args["data_dir"])
-    batch_size = parse_hparams(train_args.get("hparams") or "{}").get("batch_size")
+    batch_size = hparams_of(train_args).get("batch_size")
     if not found or not batch_size:
         raise ValueError(f"--epochs needs the hparam batch_size and a dataset whose numbers of "
                          f"images are known; {train_args['dataset']} is trained by --steps.")
