@@ -54,10 +54,10 @@ class MovingAverage(networks.CountsOnCPU):
         return max(1, n - self.start + 1)
 
     def warn_if_late(self, method: str, n_steps: int) -> None:
-        """Warns if a run of so many updates ends before two of its weights are averaged."""
+        """Warns if a run of `n_steps` updates ends before a second one is averaged."""
         if 0 < n_steps <= self.start:
             warnings.warn(f"{method}: its average begins after update {self.start} of {n_steps}, "
-                          "so that nothing is averaged. Begin earlier, or train longer.",
+                          "so nothing is averaged. Begin earlier, or train longer.",
                           stacklevel=2)
 
     def restart(self) -> None:

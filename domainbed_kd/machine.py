@@ -13,8 +13,8 @@ _ADVICE = {
         "the GPU's memory ran out; lower batch_size, jobs_per_device or gpu_image_gb",
     "can't allocate memory": "memory ran out; lower batch_size or jobs_per_device",
     "CU(BLAS|DNN)_STATUS_NOT_INITIALIZED":
-        "cuBLAS or cuDNN cannot start, mostly as the GPU's memory is full; see what else runs "
-        "there, and lower batch_size, jobs_per_device or gpu_image_gb",
+        "cuBLAS or cuDNN cannot start, usually because the GPU's memory is full; see what else "
+        "runs there, and lower batch_size, jobs_per_device or gpu_image_gb",
     "no kernel image": "this PyTorch was not built for this GPU; install a build that was, or set "
                        "CUDA_VISIBLE_DEVICES to nothing to train on the CPU",
     "driver version is insufficient|driver on your system is too old":

@@ -1,4 +1,4 @@
-"""The seed of every draw, split and job, a hash of values; and draws that leave no trace."""
+"""Seeds of draws, splits and jobs, hashed from values; and a guard for the random streams."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ def forked_rng() -> Iterator[None]:
     """
     import torch
 
-    # Without CUDA in use there is no stream of a GPU to save, and asking for one would start it.
+    # If CUDA is not in use yet, asking for its streams would start it.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -150,7 +150,7 @@ nothing but digits.
   hatched, in colours or greys, on flat or patterned grounds. It saw no image of DigitsDG and no
   other dataset. It does know looks *like* DigitsDG's, sketches among them, as a CLIP trained on
   the web does; and accuracy on DigitsDG was looked at while the renderer was written, so what
-  stands below is no blind test.
+  stands below is not a blind test.
 - Made in {minutes:.0f} minutes on {"a core" if threads == 1 else f"{threads} cores"} by
   `{command}`.
   The same arguments, threads, machine and version of PyTorch give the same weights.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from domainbed_kd import networks
 from domainbed_kd.datasets import MultipleDomainDataset
-from domainbed_kd.seeds import forked_rng as forked_rng  # for methods, beside what they extend
+from domainbed_kd.seeds import forked_rng as forked_rng  # methods import it from here
 
 #: Hparams: {name: (default, draw)}, where draw(RandomState) -> value.
 Space: TypeAlias = dict[str, tuple[Any, Callable[[Any], Any]]]
@@ -93,7 +93,7 @@ class Algorithm(networks.CountsOnCPU):
     mends = False
     #: True if the sweep trains a teacher for it first: ERM with default hparams.
     learns_from_run = False
-    #: {hparam: its value with which the teacher may have seen the domains that it is tested on}.
+    #: {hparam: the value with which its teacher may have seen the test domains}.
     taught_by_target: dict[str, str] = {}
     #: True if `train --auto_lr` may choose the learning rate of its `optimizer`.
     takes_auto_lr = False
@@ -133,7 +133,7 @@ class Algorithm(networks.CountsOnCPU):
 
     @classmethod
     def check_hparams(cls, hparams: dict[str, Any]) -> None:
-        """Refuses hparams that it cannot have, as the constructor does; some may be absent."""
+        """Raises the constructor's ValueError for a bad value; hparams may be absent here."""
         for name, takes in cls.takes.items():
             if name in hparams and not takes.fits(hparams[name]):
                 raise ValueError(f"{cls.shown_name()}: {name} is {hparams[name]!r}; it takes "

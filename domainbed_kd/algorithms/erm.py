@@ -16,7 +16,7 @@ class ERM(Algorithm):
     """Cross-entropy on all domains' images, concatenated.
 
     The hparam `label_smoothing` spreads that share of each label over all classes. It is meant for
-    teachers. A method with an `update` of its own does not read it, nor takes it.
+    teachers. Methods that define their own `update` ignore it, so they refuse it.
     """
 
     takes = Algorithm.takes | {"label_smoothing": between(0, 1)}

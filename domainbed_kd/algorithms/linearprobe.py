@@ -34,9 +34,9 @@ class LinearProbe(ERM):
         self.train()
 
     def _renormalize(self, input_shape):
-        """Makes a network of timm's take images as its weights do, if the dataset normalizes them.
+        """Gives timm's pretrained networks images with the statistics of their training.
 
-        The numbers are in the state dict, as a saved model is built without its weights.
+        Both are in the state dict, as a saved model is rebuilt without its pretrained weights.
         """
         config = getattr(getattr(self.featurizer, "network", None), "pretrained_cfg", None)
         images, unchanged = normalization(self.hparams, input_shape), normalization(

@@ -135,7 +135,7 @@ def _one_curve(lines: list[bytes], content: bytes) -> Curve | None:
     try:
         names, decoder, values, settings = _decoder(tuple(first))
         records = decoder.decode_lines(content)
-    except (ValueError, msgspec.DecodeError):  # the former from quotes in a name, which it refuses
+    except (ValueError, msgspec.DecodeError):  # msgspec refuses names with quotes
         return None
     same = settings(records[0])
     if len(records) != len(lines) or any(settings(record) != same for record in records):

@@ -143,7 +143,7 @@ def kernels_run(device: torch.device, shape: torch.Size) -> bool:
         kernels.distort(x.contiguous(memory_format=torch.channels_last),
                         torch.zeros(1, 10, device=device), datasets.IMAGENET_MEAN,
                         datasets.IMAGENET_STD)
-    except Exception as error:  # from Triton, from the compiler, or from its absence
+    except Exception as error:  # Triton, or the compiler that it calls, may raise anything
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         print("--fast: Triton cannot compile kernels here, so the GPU distorts colours one image "
               f"at a time, which takes longer. Install a C compiler and Python's headers. ({why})",
@@ -214,7 +214,7 @@ class Jitter:
     def contrast(self, factor: float) -> None:
         """Mixes with the mean of the image's gray: factor 0 is that mean, 1 the image."""
         gray = (self.x.mean((2, 3)) * self._luma).sum(1)
-        # To read a number would wait for a GPU; on a CPU it makes what follows faster.
+        # On a CPU a plain number makes the next operations faster; on a GPU reading it would wait.
         gray = gray.view(()) if gray.is_cuda else gray.item()
         self._rescale(factor, (1 - factor) * (self.scale * gray + self.offset))
 

@@ -39,7 +39,7 @@ class WeightDistance:
         self.student = network if isinstance(network, nn.Module) else algorithm
         self._total = 0.0
         self._by_layer: dict[str, float] = defaultdict(float)
-        #: Of each step that is not in the sums yet: the layers, and their squared lengths.
+        #: Steps not yet in the sums: the names of the layers, and their squared distances.
         self._steps: list[tuple[list[str], Tensor]] = []
         self.restart()
         self.initial_norm = sum(w.double().square().sum().item()

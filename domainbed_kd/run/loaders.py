@@ -61,7 +61,7 @@ class _Loader:
         return Turn(self._seed, worker, self._streams.get(worker))
 
     def read_apart(self, requests: Iterable[tuple[Turn, list[int]]]) -> Iterator[list]:
-        """Other batches, given by items and turns; the loader's position and streams stay."""
+        """Reads other batches, given by turns and items, without moving this loader."""
         if not self._readers:
             yield from (self._read_here(*each)[0] for each in requests)
             return

@@ -69,7 +69,7 @@ class Finish:
         return augmentation.distorted(x) if self.is_fast else looked_up(x, self.table)
 
     def reserve(self, n_bytes: int) -> bool:
-        """Whether there was room for this much, which is then taken."""
+        """Takes this much room if it is there; returns whether it was."""
         fits = n_bytes <= self.room
         self.room -= n_bytes * fits
         return fits

@@ -146,7 +146,7 @@ class Recorder:
             self.pending.tell()
         record |= {**remarks, "hparams": run.hparams, "args": run.args_on_record}
         files.append_record(run.folder, record)
-        with run.autocast():  # as memory.json says whether products in updates may use TF32
+        with run.autocast():  # memory.json records the TF32 settings of the updates
             records.save_cost(run.folder, run.device, time.monotonic() - self.began,
                               run.updates_before + step + 1, self.pending.diverged)
         if run.args["save_model_every_checkpoint"]:

@@ -22,7 +22,7 @@ from domainbed_kd.folder import claims
 WARM_MODULE, PRELOAD = "domainbed_kd.scripts.train", ["domainbed_kd.scripts._warm"]
 # How long a job may take to save its state when the sweep is interrupted.
 GRACE_S = 10
-# Flags of jobs that leave a process to no other job.
+# Flags of jobs whose process takes no further job.
 END_THEIR_PROCESS = {"--plugin", "--fork"}
 # The exit status that multiprocessing reports if the fork server died first.
 UNKNOWN = 255
@@ -101,7 +101,7 @@ def dismiss(*workers: tuple) -> None:
     for _, jobs in workers:
         with jobs, contextlib.suppress(OSError):
             jobs.send((None, None))
-    for process, _ in workers:  # to leave a GPU takes each a while
+    for process, _ in workers:  # leaving a GPU takes a while, so all leave together
         process.join()
 
 

@@ -35,9 +35,9 @@ for flags in json.loads(sys.argv[1]):
 
 
 class Timing(NamedTuple):
-    """Seconds of what a process needs once, of a run's start, an update and an evaluation.
+    """Seconds for a process's own start, a run's start, an update and an evaluation.
 
-    `once` has CUDA's start and the building of an image cache; a start has a run's first update.
+    `once` includes starting CUDA and building an image cache; `start` includes the first update.
     """
 
     once: float
@@ -52,7 +52,7 @@ class Timing(NamedTuple):
 
 
 def of_job(timing: Timing, job: Job) -> float:
-    """Seconds of a whole job, without what its process needs once."""
+    """Seconds of a whole job, without `once`."""
     freq = (job.train_args.get("checkpoint_freq")
             or datasets.get_dataset_class(job.train_args["dataset"]).CHECKPOINT_FREQ)
     return timing.of_run(job.n_steps, freq)

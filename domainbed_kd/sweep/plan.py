@@ -58,7 +58,7 @@ class Rates:
         return None, "not measured yet: pass --measure or --hours_per_run"
 
     def once(self, job: Job) -> float:
-        """Seconds that a process which runs this job first needs in addition, if measured."""
+        """Additional seconds if this job is the first in its process; 0 if not measured."""
         timing = self._timings.get(kind_of(job))
         return timing.once if timing and not job.cost.get("steps") else 0.0
 
